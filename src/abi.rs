@@ -1,0 +1,1 @@
+//! Parameter structs shared with the kernels.

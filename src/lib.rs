@@ -1,0 +1,15 @@
+//! FastKV for Llama models: the early layers read the whole prompt, one layer picks the tokens that
+//! matter, the deeper layers prefill only those, and every layer keeps a small KV cache chosen per
+//! GQA group (arXiv 2502.01068).
+//!
+//! Three ways in, from the metal up:
+//! * [`kernels`]: the CUDA kernels and their drivers, for engines that bring their own model;
+//! * [`policy`]: what to keep, as a pure function from shapes and options to a [`policy::Plan`];
+//! * `engine`: the whole job on token ids, over a `backend` (feature `pipeline`).
+
+pub mod abi;
+pub mod kernels;
+pub mod policy;
+
+#[cfg(feature = "pipeline")]
+pub mod model;
