@@ -8,6 +8,11 @@
 //! * `engine`: the whole job on token ids, over a `backend` (feature `pipeline`).
 
 pub mod abi;
+pub mod backend;
+#[cfg(feature = "pipeline")]
+pub mod cache;
+#[cfg(feature = "pipeline")]
+pub mod engine;
 pub mod kernels;
 pub mod policy;
 

@@ -1,1 +1,197 @@
-//! Policies: what to keep.
+//! What to keep of a prompt. A [`Policy`] is a name and its options; [`Policy::plan`] turns it, with
+//! the model's shape and the prompt's length, into a [`Plan`]: rules for each layer, with no data in
+//! them. Everything here is a pure function of numbers.
+
+mod fastkv;
+mod plan;
+mod random;
+mod snapkv;
+mod streaming;
+
+use serde::{Deserialize, Serialize};
+
+pub use fastkv::FastKv;
+pub use plan::{Keep, LayerPlan, Plan, Pooling, PoolingKind, Propagate, Saliency};
+pub use random::Random;
+pub(crate) use random::positions as random_positions;
+pub use snapkv::SnapKv;
+pub use streaming::StreamingLlm;
+
+/// The numbers of a model that a plan depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelShape {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Query heads of a layer.
+    pub query_heads: usize,
+    /// Key/value heads of a layer; query heads / kv heads is the size of a GQA group.
+    pub kv_heads: usize,
+    /// Elements of one head's query, key or value.
+    pub head_dim: usize,
+}
+
+impl ModelShape {
+    /// Query heads that share one kv head.
+    pub fn group(&self) -> usize {
+        self.query_heads / self.kv_heads
+    }
+
+    /// Elements of K and V of one token in one layer.
+    pub fn kv_elements(&self) -> usize {
+        2 * self.kv_heads * self.head_dim
+    }
+}
+
+/// How many tokens: a number, or a share of the prompt. Window tokens are included.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Budget {
+    /// This many tokens.
+    Tokens(usize),
+    /// This share of the prompt, in (0, 1]: `int(prompt · rate)` tokens.
+    Rate(f64),
+}
+
+/// A compression policy with its options.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "lowercase")]
+pub enum Policy {
+    /// Keep everything: the baseline.
+    Full,
+    /// FastKV: token-selective propagation and a cache chosen per GQA group.
+    FastKv(FastKv),
+    /// SnapKV: a cache chosen per GQA group, every layer reads the whole prompt.
+    SnapKv(SnapKv),
+    /// StreamingLLM: the first tokens and the last ones.
+    StreamingLlm(StreamingLlm),
+    /// A seeded uniform choice and the window: the control.
+    Random(Random),
+}
+
+/// Options that no plan can be made from.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PolicyError {
+    /// A prompt of no tokens has nothing to keep.
+    #[error("the prompt is empty: a plan needs at least one token")]
+    EmptyPrompt,
+    /// A model shape with a zero, or query heads that do not divide into kv heads.
+    #[error(
+        "{0:?} is not a model: every number must be at least 1, and the query heads a multiple of the kv heads"
+    )]
+    Shape(ModelShape),
+    /// A rate that is no share of a prompt.
+    #[error("{option} is {value}: a rate must be above 0 and at most 1")]
+    Rate {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: f64,
+    },
+    /// A number of tokens that leaves no room beside the tokens that are always kept.
+    #[error("{option} is {value} tokens, but {reserved} are always kept ({reason}): give at least {least}")]
+    Budget {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: usize,
+        /// Tokens kept in any case.
+        reserved: usize,
+        /// Which ones those are.
+        reason: &'static str,
+        /// The smallest value that works.
+        least: usize,
+    },
+    /// An observation window outside what the kernels take.
+    #[error("the observation window is {0} tokens: give 1 to {max}", max = MAX_WINDOW)]
+    Window(usize),
+    /// A pooling kernel without a middle, or too wide.
+    #[error("the pooling kernel is {0} wide: give an odd number from 1 to {max}", max = MAX_POOLING)]
+    PoolingKernel(usize),
+    /// A layer that the model does not have.
+    #[error("the TSP layer is {layer}, but the model's layers are 0 to {last}")]
+    TspLayer {
+        /// The layer asked for, 0-based.
+        layer: usize,
+        /// The model's last layer.
+        last: usize,
+    },
+}
+
+/// The widest observation window: queries whose probabilities are summed.
+pub const MAX_WINDOW: usize = 64;
+/// The widest pooling kernel.
+pub const MAX_POOLING: usize = 63;
+/// Retention rate of the latest FastKV paper, and the default of every policy here.
+pub const DEFAULT_RETENTION: f64 = 0.1;
+
+impl Policy {
+    /// The policy's name, as the command line spells it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::FastKv(_) => "fastkv",
+            Self::SnapKv(_) => "snapkv",
+            Self::StreamingLlm(_) => "streamingllm",
+            Self::Random(_) => "random",
+        }
+    }
+
+    /// The rules for each layer of a model of this shape and a prompt of this many tokens.
+    ///
+    /// # Errors
+    /// Options out of range, whatever the prompt: see [`PolicyError`].
+    pub fn plan(&self, shape: ModelShape, prompt_tokens: usize) -> Result<Plan, PolicyError> {
+        if prompt_tokens == 0 {
+            return Err(PolicyError::EmptyPrompt);
+        }
+        let ModelShape { layers, query_heads, kv_heads, head_dim } = shape;
+        if [layers, query_heads, kv_heads, head_dim].contains(&0) || query_heads % kv_heads != 0 {
+            return Err(PolicyError::Shape(shape));
+        }
+        let layers = match self {
+            Self::Full => vec![LayerPlan::full(prompt_tokens); shape.layers],
+            Self::FastKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::SnapKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::StreamingLlm(options) => options.layers(shape, prompt_tokens)?,
+            Self::Random(options) => options.layers(shape, prompt_tokens)?,
+        };
+        Ok(Plan { policy: self.clone(), shape, prompt_tokens, layers })
+    }
+}
+
+/// `int(tokens · rate)` as the authors compute it, in f64.
+fn share(tokens: usize, rate: f64) -> usize {
+    (tokens as f64 * rate) as usize
+}
+
+impl Budget {
+    /// The tokens this budget allows of a prompt. A rate gives at least `reserved + 1`; a number
+    /// that does not exceed `reserved` is an error.
+    fn tokens(
+        self,
+        option: &'static str,
+        prompt_tokens: usize,
+        reserved: usize,
+        reason: &'static str,
+    ) -> Result<usize, PolicyError> {
+        match self {
+            Self::Rate(rate) => {
+                check_rate(option, rate)?;
+                Ok(share(prompt_tokens, rate).max(reserved + 1))
+            }
+            Self::Tokens(value) if value <= reserved => {
+                Err(PolicyError::Budget { option, value, reserved, reason, least: reserved + 1 })
+            }
+            Self::Tokens(value) => Ok(value),
+        }
+    }
+}
+
+fn check_rate(option: &'static str, value: f64) -> Result<(), PolicyError> {
+    if value > 0.0 && value <= 1.0 { Ok(()) } else { Err(PolicyError::Rate { option, value }) }
+}
+
+fn check_window(window: usize) -> Result<(), PolicyError> {
+    if (1..=MAX_WINDOW).contains(&window) { Ok(()) } else { Err(PolicyError::Window(window)) }
+}

@@ -1,0 +1,126 @@
+//! What a policy reads off attention: window scores, pooling, sums over heads, selection.
+
+use rayon::prelude::*;
+
+use super::attention::{pack, score_scale};
+use super::gemm::{Matrix, multiply};
+use super::simd;
+use super::tensor::{Indices, Kv, Scores, Tensor, zeros};
+use crate::backend::{BackendError, Select};
+use crate::policy::{Pooling, PoolingKind};
+
+/// Softmax probabilities of the queries, which belong to the last keys, summed over the queries.
+pub(super) fn window_scores(queries: &Tensor, kv: &Kv) -> Result<Scores, BackendError> {
+    let head_dim = kv.head_dim;
+    let group = queries.width / (kv.heads.len() * head_dim);
+    let keys = kv.heads[0].len();
+    if kv.heads.iter().any(|head| head.len() != keys) || queries.rows > keys {
+        return Err(BackendError::Shape {
+            operation: "window_scores",
+            problem: format!(
+                "{} queries need every head to hold the same keys, at least as many; the heads hold {:?}",
+                queries.rows,
+                kv.heads.iter().map(super::tensor::KvHead::len).collect::<Vec<_>>()
+            ),
+        });
+    }
+    let mut scores = Scores::zeros(kv.heads.len() * group, keys)?;
+    scores
+        .data
+        .par_chunks_mut(keys.max(1))
+        .enumerate()
+        .try_for_each(|(query_head, sums)| {
+            let window = pack(queries, 0, queries.rows, query_head * head_dim, 1, head_dim)?;
+            let head = Matrix::new(&kv.heads[query_head / group].keys, keys, head_dim);
+            let mut probabilities = zeros("window scores", queries.rows, keys)?;
+            let window = Matrix::new(&window, queries.rows, head_dim);
+            multiply(&mut probabilities, window, head.transposed(), false);
+            for (row, probabilities) in probabilities.chunks_exact_mut(keys).enumerate() {
+                let seen = &mut probabilities[..keys - queries.rows + row + 1];
+                let (_, sum) = simd::softmax_step(seen, score_scale(head_dim), f32::NEG_INFINITY);
+                simd::add_scaled(sums, seen, 1.0 / sum);
+            }
+            Ok(())
+        })
+        .map(|()| scores)
+}
+
+/// Pools per query head, then sums over each group.
+pub(super) fn pool_groups(
+    scores: &Scores,
+    kv_heads: usize,
+    keys: usize,
+    pooling: Pooling,
+) -> Result<Scores, BackendError> {
+    let query_heads: Vec<&[f32]> = scores.heads().collect();
+    if keys > scores.keys || query_heads.len() % kv_heads != 0 {
+        return Err(BackendError::Shape {
+            operation: "pool_groups",
+            problem: format!(
+                "{keys} keys of {kv_heads} kv heads from {} keys of {} query heads",
+                scores.keys,
+                query_heads.len()
+            ),
+        });
+    }
+    let group = query_heads.len() / kv_heads;
+    let mut pooled = Scores::zeros(kv_heads, keys)?;
+    if keys > 0 {
+        pooled.data.par_chunks_mut(keys).enumerate().for_each(|(head, sums)| {
+            for scores in &query_heads[head * group..(head + 1) * group] {
+                add_pooled(sums, &scores[..keys], pooling);
+            }
+        });
+    }
+    Ok(pooled)
+}
+
+fn add_pooled(sums: &mut [f32], scores: &[f32], pooling: Pooling) {
+    let reach = pooling.kernel / 2;
+    for (key, sum) in sums.iter_mut().enumerate() {
+        let near = &scores[key.saturating_sub(reach)..(key + reach + 1).min(scores.len())];
+        *sum += match pooling.kind {
+            PoolingKind::Max => near.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+            PoolingKind::Average => near.iter().sum::<f32>() / pooling.kernel as f32,
+        };
+    }
+}
+
+/// Scores summed over heads.
+pub(super) fn sum_heads(scores: &Scores) -> Result<Scores, BackendError> {
+    let mut sum = Scores::zeros(1, scores.keys)?;
+    if scores.keys > 0 {
+        for head in scores.heads() {
+            simd::add_scaled(&mut sum.data, head, 1.0);
+        }
+    }
+    Ok(sum)
+}
+
+/// The best keys of each head and the tail behind them.
+pub(super) fn select(scores: &Scores, select: Select) -> Indices {
+    let keys = scores.keys as u32;
+    let lists = scores
+        .heads()
+        .map(|scores| {
+            let mut chosen: Vec<u32> = (0..keys).collect();
+            if select.count < scores.len() {
+                chosen.select_nth_unstable_by_key(select.count, |&key| (!rank(scores[key as usize]), key));
+                chosen.truncate(select.count);
+                chosen.sort_unstable();
+            }
+            chosen.extend(keys..keys + select.tail as u32);
+            chosen
+        })
+        .collect();
+    Indices { lists }
+}
+
+/// Scores in an order of integers: larger is better, −0 equals +0, NaN is worst.
+fn rank(score: f32) -> u32 {
+    if score.is_nan() {
+        return 0;
+    }
+    let bits = (score + 0.0).to_bits();
+    if bits >> 31 == 0 { bits | 1 << 31 } else { !bits }
+}

@@ -1,0 +1,162 @@
+//! Loops over rows that must run at the width of the machine. They are plain Rust; `pulp` compiles
+//! each for every instruction set it knows and picks one at run time.
+
+use pulp::Arch;
+
+/// One step of a running softmax over a row of scores: `scores` become `2^(score·scale − max)`, where
+/// `max` is the larger of `running_max` and the row's own. Returns that maximum and the sum.
+pub(super) fn softmax_step(scores: &mut [f32], scale: f32, running_max: f32) -> (f32, f32) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let max = (max(scores) * scale).max(running_max);
+            // A row of −∞ has no finite reference; its weights are 0 whatever it is.
+            let reference = if max == f32::NEG_INFINITY { 0.0 } else { max };
+            let mut sums = [0.0; LANES];
+            let (blocks, rest) = scores.as_chunks_mut::<LANES>();
+            for block in blocks {
+                for (score, sum) in block.iter_mut().zip(&mut sums) {
+                    *score = exp2(*score * scale - reference);
+                    *sum += *score;
+                }
+            }
+            let mut sum: f32 = sums.iter().sum();
+            for score in rest {
+                *score = exp2(*score * scale - reference);
+                sum += *score;
+            }
+            (max, sum)
+        },
+    )
+}
+
+/// `values *= factor`.
+pub(super) fn scale(values: &mut [f32], factor: f32) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || values.iter_mut().for_each(|value| *value *= factor),
+    );
+}
+
+/// `sums += values · factor`.
+pub(super) fn add_scaled(sums: &mut [f32], values: &[f32], factor: f32) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value * factor),
+    );
+}
+
+/// `gate = silu(gate) · up`.
+pub(super) fn swiglu(gate: &mut [f32], up: &[f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (gate, up) in gate.iter_mut().zip(up) {
+                *gate = *gate / (1.0 + exp2(*gate * -std::f32::consts::LOG2_E)) * up;
+            }
+        },
+    );
+}
+
+/// `out = x / sqrt(mean(x²) + epsilon) · weight`.
+pub(super) fn rms_norm(out: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let mut sums = [0.0; LANES];
+            let (blocks, rest) = x.as_chunks::<LANES>();
+            for block in blocks {
+                for (value, sum) in block.iter().zip(&mut sums) {
+                    *sum += value * value;
+                }
+            }
+            let squares = sums.iter().sum::<f32>() + rest.iter().map(|value| value * value).sum::<f32>();
+            let factor = 1.0 / (squares / x.len() as f32 + epsilon).sqrt();
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * factor * weight;
+            }
+        },
+    );
+}
+
+/// bf16 in little-endian bytes to f32: the upper half of its bits.
+pub(super) fn widen_bf16(narrow: &[[u8; 2]], wide: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (wide, narrow) in wide.iter_mut().zip(narrow) {
+                *wide = f32::from_bits(u32::from(u16::from_le_bytes(*narrow)) << 16);
+            }
+        },
+    );
+}
+
+/// Turns the pairs (i, i + half) of one head by the angles whose cosines and sines are given.
+pub(super) fn rotate(head: &mut [f32], cosines: &[f32], sines: &[f32]) {
+    let (first, second) = head.split_at_mut(cosines.len());
+    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cosines).zip(sines) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
+/// Independent running values of a reduction: wide enough for two registers of the widest machine.
+const LANES: usize = 32;
+
+#[inline(always)]
+fn max(values: &[f32]) -> f32 {
+    let mut maxima = [f32::NEG_INFINITY; LANES];
+    let (blocks, rest) = values.as_chunks::<LANES>();
+    for block in blocks {
+        for (value, max) in block.iter().zip(&mut maxima) {
+            *max = if *value > *max { *value } else { *max };
+        }
+    }
+    rest.iter().chain(&maxima).copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// 2^x with a relative error below 2·10⁻⁷ from −126 to 127; 0 below −127, +∞ above 128, NaN for NaN.
+#[inline(always)]
+fn exp2(x: f32) -> f32 {
+    // Adding 1.5·2^23 rounds to an integer that then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x < -127.0 { -127.0 } else { x };
+    let clamped = if clamped > 128.0 { 128.0 } else { clamped };
+    let shifted = clamped + ROUND;
+    let fraction = clamped - (shifted - ROUND);
+    // Taylor's coefficients ln(2)^k / k!; on [−1/2, 1/2] the first one left out is below 2·10⁻⁸.
+    let mut power = 1.540_353e-4;
+    power = power * fraction + 1.333_355_8e-3;
+    power = power * fraction + 9.618_129e-3;
+    power = power * fraction + 5.550_410_9e-2;
+    power = power * fraction + 2.402_265_1e-1;
+    power = power * fraction + 6.931_472e-1;
+    power = power * fraction + 1.0;
+    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).wrapping_add(127) << 23;
+    power * f32::from_bits(exponent as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp2_is_accurate_and_saturates() {
+        for step in -1_260_000..1_270_000 {
+            let x = step as f32 * 1e-4;
+            let exact = f64::from(x).exp2();
+            let error = (f64::from(exp2(x)) - exact).abs() / exact;
+            assert!(error < 2e-7, "2^{x}: relative error {error:e}");
+        }
+        assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp2(-1e30), 0.0);
+        assert_eq!(exp2(f32::INFINITY), f32::INFINITY);
+        assert!(exp2(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn softmax_step_of_hidden_keys_is_zero() {
+        let mut row = [f32::NEG_INFINITY; 3];
+        assert_eq!(softmax_step(&mut row, 1.0, f32::NEG_INFINITY), (f32::NEG_INFINITY, 0.0));
+        assert_eq!(row, [0.0; 3]);
+    }
+}

@@ -1,0 +1,217 @@
+//! The operations every backend has.
+
+use std::ops::Range;
+
+use super::BackendError;
+use crate::model::StoredTensor;
+use crate::policy::Pooling;
+
+/// The operations of a Llama forward and of a policy.
+///
+/// Shapes are row-major. A tensor is `[rows, width]`; queries are `[rows, query heads · head_dim]`,
+/// keys and values `[rows, kv heads · head_dim]`. Query head h reads kv head `h / group`. Rotary
+/// embedding turns pairs (i, i + head_dim/2), as Hugging Face stores Llama.
+pub trait Backend {
+    /// Activations `[rows, width]`.
+    type Tensor;
+    /// A weight: a matrix `[out, in]` or a vector `[width]`.
+    type Weight;
+    /// Rotary angles, a row for each position.
+    type Rotary;
+    /// Scores `[heads, keys]` in f32.
+    type Scores;
+    /// Lists of token numbers, each ascending.
+    type Indices;
+    /// One layer's keys and values: for each kv head a list of entries with their original
+    /// positions. Lengths may differ from head to head.
+    type Kv;
+
+    /// What it runs on, in words.
+    fn name(&self) -> String;
+
+    /// Bytes of one element of the KV cache.
+    fn kv_element_bytes(&self) -> usize;
+
+    /// Rows that one pass through a layer should take, so that temporaries stay small beside the
+    /// residual stream.
+    fn chunk_rows(&self) -> usize;
+
+    /// Makes a stored tensor usable.
+    fn weight(&self, stored: &StoredTensor) -> Result<Self::Weight, BackendError>;
+
+    /// Rows `ids` of the embedding table `[vocabulary, width]`. Every id is below the vocabulary.
+    fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Result<Self::Tensor, BackendError>;
+
+    /// `x / sqrt(mean(x²) + epsilon) · weight` of the given rows.
+    fn rms_norm(
+        &self,
+        x: &Self::Tensor,
+        rows: Range<usize>,
+        weight: &Self::Weight,
+        epsilon: f32,
+    ) -> Result<Self::Tensor, BackendError>;
+
+    /// `x · weightᵀ + bias`.
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        bias: Option<&Self::Weight>,
+    ) -> Result<Self::Tensor, BackendError>;
+
+    /// `silu(gate) · up`, element by element.
+    fn swiglu(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor, BackendError>;
+
+    /// Adds `y` to the rows of `x` that begin at `first_row`.
+    fn add(&self, x: &mut Self::Tensor, first_row: usize, y: &Self::Tensor)
+    -> Result<(), BackendError>;
+
+    /// Angles `position · inverse_frequency` for a list of positions.
+    fn rotary(
+        &self,
+        inverse_frequencies: &[f32],
+        positions: &Self::Indices,
+    ) -> Result<Self::Rotary, BackendError>;
+
+    /// Turns every head of `x` in place; row i takes the angles of row `first_row + i`.
+    fn rotate(
+        &self,
+        x: &mut Self::Tensor,
+        angles: &Self::Rotary,
+        first_row: usize,
+    ) -> Result<(), BackendError>;
+
+    /// An empty store with room for `capacity` entries a head.
+    fn new_kv(
+        &self,
+        kv_heads: usize,
+        head_dim: usize,
+        capacity: usize,
+    ) -> Result<Self::Kv, BackendError>;
+
+    /// Appends a row's entry to every head. `positions` are the original positions of the rows,
+    /// beginning at its element `first_row`. Keys are rotated already.
+    fn append_kv(
+        &self,
+        kv: &mut Self::Kv,
+        keys: &Self::Tensor,
+        values: &Self::Tensor,
+        positions: &Self::Indices,
+        first_row: usize,
+    ) -> Result<(), BackendError>;
+
+    /// Entries of each kv head.
+    fn kv_lengths(&self, kv: &Self::Kv) -> Vec<usize>;
+
+    /// Original positions of the entries of each kv head.
+    fn kv_positions(&self, kv: &Self::Kv) -> Result<Vec<Vec<u32>>, BackendError>;
+
+    /// Softmax attention of the queries over the store, scaled by 1/√head_dim.
+    fn attention(
+        &self,
+        queries: &Self::Tensor,
+        kv: &Self::Kv,
+        visible: Visible<'_, Self::Indices>,
+    ) -> Result<Self::Tensor, BackendError>;
+
+    /// Attention probabilities of the given queries, which belong to the last keys of the store,
+    /// summed over the queries: `[query heads, keys]`. Every head of the store has one length.
+    fn window_scores(
+        &self,
+        queries: &Self::Tensor,
+        kv: &Self::Kv,
+    ) -> Result<Self::Scores, BackendError>;
+
+    /// [`attention`](Self::attention) of queries that belong to the last keys, and
+    /// [`window_scores`](Self::window_scores) of the last `window` of them. A backend may do both
+    /// in one pass.
+    fn attention_with_scores(
+        &self,
+        queries: &Self::Tensor,
+        kv: &Self::Kv,
+        window: usize,
+    ) -> Result<(Self::Tensor, Self::Scores), BackendError> {
+        let attended = self.attention(queries, kv, Visible::Aligned)?;
+        let scores = self.window_scores(&self.last_rows(queries, window)?, kv)?;
+        Ok((attended, scores))
+    }
+
+    /// Copy of the last `count` rows.
+    fn last_rows(&self, x: &Self::Tensor, count: usize) -> Result<Self::Tensor, BackendError>;
+
+    /// Scores of the first `keys` keys, pooled along the keys per query head, then summed over the
+    /// query heads of each kv head: `[kv heads, keys]`.
+    fn pool_groups(
+        &self,
+        scores: &Self::Scores,
+        kv_heads: usize,
+        keys: usize,
+        pooling: Pooling,
+    ) -> Result<Self::Scores, BackendError>;
+
+    /// Scores summed over heads: `[1, keys]`. Apart from [`select`](Self::select), so that ranks
+    /// which hold a share of the heads each can add theirs in between.
+    fn sum_heads(&self, scores: &Self::Scores) -> Result<Self::Scores, BackendError>;
+
+    /// The best keys of each head; see [`Select`].
+    fn select(&self, scores: &Self::Scores, select: Select) -> Result<Self::Indices, BackendError>;
+
+    /// Makes lists of token numbers usable.
+    fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Self::Indices, BackendError>;
+
+    /// The lists. Waits for the device.
+    fn read_indices(&self, indices: &Self::Indices) -> Result<Vec<Vec<u32>>, BackendError>;
+
+    /// `list[rows]`, for two single lists: the positions of selected rows.
+    fn gather_indices(
+        &self,
+        list: &Self::Indices,
+        rows: &Self::Indices,
+    ) -> Result<Self::Indices, BackendError>;
+
+    /// The rows of `x` that a single list names.
+    fn gather_rows(
+        &self,
+        x: &Self::Tensor,
+        rows: &Self::Indices,
+    ) -> Result<Self::Tensor, BackendError>;
+
+    /// A store of the named entries, one list for each kv head, with room for `slack` more a head.
+    fn gather_kv(
+        &self,
+        kv: &Self::Kv,
+        entries: &Self::Indices,
+        slack: usize,
+    ) -> Result<Self::Kv, BackendError>;
+
+    /// The numbers of a tensor, row by row. Waits for the device.
+    fn read(&self, x: &Self::Tensor) -> Result<Vec<f32>, BackendError>;
+
+    /// The scores of each head. Waits for the device.
+    fn read_scores(&self, scores: &Self::Scores) -> Result<Vec<Vec<f32>>, BackendError>;
+}
+
+/// Which keys a query sees.
+#[derive(Debug)]
+pub enum Visible<'a, Indices> {
+    /// The queries belong to the last keys of each head, in order: query i of m sees the first
+    /// `length − m + i + 1` of a head's keys.
+    Aligned,
+    /// Query i sees keys `0..=rows[first + i]`: a selection of the rows that the keys come from.
+    Rows {
+        /// A single list of row numbers.
+        rows: &'a Indices,
+        /// Its element that belongs to query 0.
+        first: usize,
+    },
+}
+
+/// The `count` best keys of each head, and the `tail` keys behind those that were scored:
+/// ascending; ties go to the lower key, NaN ranks last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Select {
+    /// Keys chosen by score; all of them where there are no more.
+    pub count: usize,
+    /// Keys behind the scored ones that are kept in any case: the window.
+    pub tail: usize,
+}
