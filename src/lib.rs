@@ -15,6 +15,7 @@ pub mod cache;
 pub mod engine;
 pub mod kernels;
 pub mod policy;
+mod random;
 
 #[cfg(feature = "pipeline")]
 pub mod model;

@@ -1,5 +1,6 @@
 //! The operations every backend has.
 
+use std::fmt::Debug;
 use std::ops::Range;
 
 use super::BackendError;
@@ -11,20 +12,20 @@ use crate::policy::Pooling;
 /// Shapes are row-major. A tensor is `[rows, width]`; queries are `[rows, query heads · head_dim]`,
 /// keys and values `[rows, kv heads · head_dim]`. Query head h reads kv head `h / group`. Rotary
 /// embedding turns pairs (i, i + head_dim/2), as Hugging Face stores Llama.
-pub trait Backend {
+pub trait Backend: Debug {
     /// Activations `[rows, width]`.
-    type Tensor;
+    type Tensor: Debug;
     /// A weight: a matrix `[out, in]` or a vector `[width]`.
-    type Weight;
+    type Weight: Debug;
     /// Rotary angles, a row for each position.
-    type Rotary;
+    type Rotary: Debug;
     /// Scores `[heads, keys]` in f32.
-    type Scores;
+    type Scores: Debug;
     /// Lists of token numbers, each ascending.
-    type Indices;
+    type Indices: Debug;
     /// One layer's keys and values: for each kv head a list of entries with their original
     /// positions. Lengths may differ from head to head.
-    type Kv;
+    type Kv: Debug;
 
     /// What it runs on, in words.
     fn name(&self) -> String;
@@ -63,8 +64,7 @@ pub trait Backend {
     fn swiglu(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor, BackendError>;
 
     /// Adds `y` to the rows of `x` that begin at `first_row`.
-    fn add(&self, x: &mut Self::Tensor, first_row: usize, y: &Self::Tensor)
-    -> Result<(), BackendError>;
+    fn add(&self, x: &mut Self::Tensor, first_row: usize, y: &Self::Tensor) -> Result<(), BackendError>;
 
     /// Angles `position · inverse_frequency` for a list of positions.
     fn rotary(
@@ -82,12 +82,7 @@ pub trait Backend {
     ) -> Result<(), BackendError>;
 
     /// An empty store with room for `capacity` entries a head.
-    fn new_kv(
-        &self,
-        kv_heads: usize,
-        head_dim: usize,
-        capacity: usize,
-    ) -> Result<Self::Kv, BackendError>;
+    fn new_kv(&self, kv_heads: usize, head_dim: usize, capacity: usize) -> Result<Self::Kv, BackendError>;
 
     /// Appends a row's entry to every head. `positions` are the original positions of the rows,
     /// beginning at its element `first_row`. Keys are rotated already.
@@ -116,11 +111,7 @@ pub trait Backend {
 
     /// Attention probabilities of the given queries, which belong to the last keys of the store,
     /// summed over the queries: `[query heads, keys]`. Every head of the store has one length.
-    fn window_scores(
-        &self,
-        queries: &Self::Tensor,
-        kv: &Self::Kv,
-    ) -> Result<Self::Scores, BackendError>;
+    fn window_scores(&self, queries: &Self::Tensor, kv: &Self::Kv) -> Result<Self::Scores, BackendError>;
 
     /// [`attention`](Self::attention) of queries that belong to the last keys, and
     /// [`window_scores`](Self::window_scores) of the last `window` of them. A backend may do both
@@ -135,6 +126,9 @@ pub trait Backend {
         let scores = self.window_scores(&self.last_rows(queries, window)?, kv)?;
         Ok((attended, scores))
     }
+
+    /// Rows of a tensor.
+    fn rows(&self, x: &Self::Tensor) -> usize;
 
     /// Copy of the last `count` rows.
     fn last_rows(&self, x: &Self::Tensor, count: usize) -> Result<Self::Tensor, BackendError>;
@@ -170,11 +164,7 @@ pub trait Backend {
     ) -> Result<Self::Indices, BackendError>;
 
     /// The rows of `x` that a single list names.
-    fn gather_rows(
-        &self,
-        x: &Self::Tensor,
-        rows: &Self::Indices,
-    ) -> Result<Self::Tensor, BackendError>;
+    fn gather_rows(&self, x: &Self::Tensor, rows: &Self::Indices) -> Result<Self::Tensor, BackendError>;
 
     /// A store of the named entries, one list for each kv head, with room for `slack` more a head.
     fn gather_kv(

@@ -72,7 +72,8 @@ impl Checkpoint {
                 .iter()
                 .any(|name| directory.join(name).exists())
             {
-                "there is a pytorch_model.bin: save the model again with transformers to get safetensors".to_owned()
+                "there is a pytorch_model.bin: save the model again with transformers to get safetensors"
+                    .to_owned()
             } else {
                 format!("a model has its weights there, or in shards listed by {INDEX}")
             };
@@ -122,17 +123,12 @@ impl Checkpoint {
 
     /// The file that holds a tensor.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
-        self.tensors
-            .get(name)
-            .map(|entry| entry.shard.file.as_path())
+        self.tensors.get(name).map(|entry| entry.shard.file.as_path())
     }
 
     /// Bytes of all tensors together, headers not counted.
     pub fn total_bytes(&self) -> u64 {
-        self.tensors
-            .values()
-            .map(|entry| entry.range.len() as u64)
-            .sum()
+        self.tensors.values().map(|entry| entry.range.len() as u64).sum()
     }
 
     /// Looks for NaN and infinity in every tensor, on the threads of the current rayon pool.
@@ -172,9 +168,7 @@ impl Checkpoint {
             let wrong = |reason: &str| ModelError::Index {
                 file: file.clone(),
                 tensor: tensor.clone(),
-                shard: shard
-                    .as_str()
-                    .map_or_else(|| json::shown(shard), str::to_owned),
+                shard: shard.as_str().map_or_else(|| json::shown(shard), str::to_owned),
                 reason: reason.to_owned(),
             };
             let Value::String(shard) = shard else {
@@ -184,9 +178,7 @@ impl Checkpoint {
             let mut components = Path::new(shard).components();
             if !matches!((components.next(), components.next()), (Some(Component::Normal(name)), None) if name == shard.as_str())
             {
-                return Err(wrong(
-                    "a shard must be a file name in the same directory, without any path",
-                ));
+                return Err(wrong("a shard must be a file name in the same directory, without any path"));
             }
             if !shards.contains_key(shard.as_str()) {
                 let path = directory.join(shard);
@@ -197,9 +189,7 @@ impl Checkpoint {
                 }
                 shards.insert(shard, Shard::open(&path)?);
             }
-            let entry = shards
-                .get(shard.as_str())
-                .and_then(|shard| shard.get(tensor));
+            let entry = shards.get(shard.as_str()).and_then(|shard| shard.get(tensor));
             let entry = entry.ok_or_else(|| wrong("the file has no such tensor"))?;
             tensors.insert(tensor.clone(), entry.clone());
         }
@@ -248,12 +238,7 @@ impl StoredTensor {
         }
         Some(match bytemuck::try_cast_slice(self.bytes()) {
             Ok(elements) if cfg!(target_endian = "little") => Cow::Borrowed(elements),
-            _ => Cow::Owned(
-                self.bytes()
-                    .chunks_exact(size_of::<T>())
-                    .map(T::from_le_bytes)
-                    .collect(),
-            ),
+            _ => Cow::Owned(self.bytes().chunks_exact(size_of::<T>()).map(T::from_le_bytes).collect()),
         })
     }
 
@@ -294,8 +279,7 @@ impl StoredTensor {
             Dtype::Bf16 => first_masked(bytes, 0x7f80),
             Dtype::F16 => first_masked(bytes, 0x7c00),
             Dtype::F32 => bytes.chunks_exact(4).position(|bytes| {
-                u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) & 0x7f80_0000
-                    == 0x7f80_0000
+                u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) & 0x7f80_0000 == 0x7f80_0000
             }),
         };
         found.map(|index| elements.start + index)
@@ -304,14 +288,7 @@ impl StoredTensor {
 
 impl fmt::Debug for StoredTensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} {} {:?} in {}",
-            self.name,
-            self.dtype,
-            self.shape,
-            self.shard.file.display()
-        )
+        write!(f, "{} {} {:?} in {}", self.name, self.dtype, self.shape, self.shard.file.display())
     }
 }
 
@@ -403,10 +380,7 @@ pub(super) fn check_finite<'a>(
                 .map(move |start| (tensor, start..(start + step).min(tensor.len())))
         })
         .collect();
-    let total = pieces
-        .iter()
-        .map(|(tensor, elements)| (elements.len() * tensor.dtype.size()) as u64)
-        .sum();
+    let total = pieces.iter().map(|(tensor, elements)| (elements.len() * tensor.dtype.size()) as u64).sum();
     let done = AtomicU64::new(0);
     let cancelled = AtomicBool::new(false);
     let found = pieces.par_iter().find_map_first(|(tensor, elements)| {
@@ -492,10 +466,7 @@ impl fmt::Debug for Shard {
 
 impl Shard {
     fn open(path: &Path) -> Result<BTreeMap<String, Entry>, ModelError> {
-        let io = |source| ModelError::Io {
-            path: path.to_path_buf(),
-            source,
-        };
+        let io = |source| ModelError::Io { path: path.to_path_buf(), source };
         let handle = File::open(path).map_err(io)?;
         let metadata = handle.metadata().map_err(io)?;
         if !metadata.is_file() {
@@ -509,15 +480,10 @@ impl Shard {
         // types read from them, so the worst a writer can do is to alter weights, or to end the
         // process by truncating the file.
         let map = unsafe { Mmap::map(&handle) }.map_err(io)?;
-        let shard = Arc::new(Self {
-            file: path.to_path_buf(),
-            map,
-        });
-        let (header, metadata) =
-            SafeTensors::read_metadata(&shard.map).map_err(|error| ModelError::Safetensors {
-                file: path.to_path_buf(),
-                reason: explain(&error, &shard.map),
-            })?;
+        let shard = Arc::new(Self { file: path.to_path_buf(), map });
+        let (header, metadata) = SafeTensors::read_metadata(&shard.map).map_err(|error| {
+            ModelError::Safetensors { file: path.to_path_buf(), reason: explain(&error, &shard.map) }
+        })?;
         let data = header + LENGTH_BYTES;
         Ok(metadata
             .tensors()
@@ -549,12 +515,8 @@ fn explain(error: &SafeTensorError, file: &[u8]) -> String {
             );
         }
         SafeTensorError::InvalidHeaderLength | SafeTensorError::HeaderTooLarge => {
-            let length = file
-                .first_chunk()
-                .map_or(0, |length| u64::from_le_bytes(*length));
-            return format!(
-                "the header is said to be {length} bytes long, but the file has {bytes}"
-            );
+            let length = file.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+            return format!("the header is said to be {length} bytes long, but the file has {bytes}");
         }
         _ => {}
     }
@@ -565,8 +527,7 @@ fn explain(error: &SafeTensorError, file: &[u8]) -> String {
 fn blame(file: &[u8]) -> Option<String> {
     let length = usize::try_from(u64::from_le_bytes(*file.first_chunk()?)).ok()?;
     let end = length.checked_add(LENGTH_BYTES)?;
-    let header: serde_json::Map<String, Value> =
-        serde_json::from_slice(file.get(LENGTH_BYTES..end)?).ok()?;
+    let header: serde_json::Map<String, Value> = serde_json::from_slice(file.get(LENGTH_BYTES..end)?).ok()?;
     let data = (file.len() - end) as u64;
     let mut tensors = Vec::new();
     for (name, info) in header.iter().filter(|(name, _)| *name != "__metadata__") {
@@ -586,18 +547,12 @@ fn blame(file: &[u8]) -> Option<String> {
             ));
         }
         if start != filled {
-            let what = if start < filled {
-                "overlaps the tensor before it"
-            } else {
-                "leaves a gap before it"
-            };
-            return Some(format!(
-                "tensor `{name}` at bytes {start}..{end} {what}, which ends at {filled}"
-            ));
+            let what =
+                if start < filled { "overlaps the tensor before it" } else { "leaves a gap before it" };
+            return Some(format!("tensor `{name}` at bytes {start}..{end} {what}, which ends at {filled}"));
         }
         let dtype =
-            serde_json::from_value::<StoredDtype>(info.get("dtype").cloned().unwrap_or_default())
-                .ok();
+            serde_json::from_value::<StoredDtype>(info.get("dtype").cloned().unwrap_or_default()).ok();
         let Some(dtype) = dtype else {
             return Some(format!("tensor `{name}` has an unknown dtype"));
         };
@@ -608,9 +563,7 @@ fn blame(file: &[u8]) -> Option<String> {
         let Some(shape) = shape else {
             return Some(format!("tensor `{name}` has no valid shape"));
         };
-        let bits = shape
-            .iter()
-            .try_fold(dtype.bitsize() as u64, |bits, size| bits.checked_mul(*size));
+        let bits = shape.iter().try_fold(dtype.bitsize() as u64, |bits, size| bits.checked_mul(*size));
         if bits != (end - start).checked_mul(8) {
             return Some(format!(
                 "tensor `{name}` ({dtype} {shape:?}) does not fill its {} bytes exactly",
@@ -619,8 +572,7 @@ fn blame(file: &[u8]) -> Option<String> {
         }
         filled = end;
     }
-    (filled != data)
-        .then(|| format!("the tensors end at byte {filled} of the data, but the file has {data}"))
+    (filled != data).then(|| format!("the tensors end at byte {filled} of the data, but the file has {data}"))
 }
 
 fn widen<T: Element>(bytes: &[u8], out: &mut [f32]) {
@@ -630,7 +582,5 @@ fn widen<T: Element>(bytes: &[u8], out: &mut [f32]) {
 }
 
 fn first_masked(bytes: &[u8], mask: u16) -> Option<usize> {
-    bytes
-        .chunks_exact(2)
-        .position(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]) & mask == mask)
+    bytes.chunks_exact(2).position(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]) & mask == mask)
 }

@@ -30,25 +30,15 @@ impl ModelDir {
     /// [`Checkpoint::open`], [`LlamaWeights::find`] and [`GenerationConfig::from_directory`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ModelError> {
         let path = path.as_ref();
-        let metadata = std::fs::metadata(path).map_err(|source| ModelError::Io {
-            path: path.to_path_buf(),
-            source,
-        })?;
+        let metadata =
+            std::fs::metadata(path).map_err(|source| ModelError::Io { path: path.to_path_buf(), source })?;
         if !metadata.is_dir() {
-            return Err(ModelError::NotADirectory {
-                path: path.to_path_buf(),
-            });
+            return Err(ModelError::NotADirectory { path: path.to_path_buf() });
         }
         let config = LlamaConfig::from_file(&path.join("config.json"))?;
         let generation = GenerationConfig::from_directory(path, &config)?;
         let checkpoint = Checkpoint::open(path)?;
         let weights = LlamaWeights::find(&checkpoint, &config)?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            config,
-            checkpoint,
-            weights,
-            generation,
-        })
+        Ok(Self { path: path.to_path_buf(), config, checkpoint, weights, generation })
     }
 }

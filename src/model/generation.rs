@@ -55,19 +55,13 @@ impl GenerationConfig {
         let fields = Fields::new(file, &map);
         let stop_tokens = fields.tokens("eos_token_id", config.vocab_size)?;
         // Sampling is off below, but files in the wild switch it off by a temperature of 0 as well.
-        let temperature = fields.number("temperature", "a number of at least 0", |value| {
-            value >= 0.0
-        })?;
+        let temperature = fields.number("temperature", "a number of at least 0", |value| value >= 0.0)?;
         Ok(Self {
             stop_tokens: sorted(stop_tokens.unwrap_or_else(|| config.eos_token_ids.clone())),
             do_sample: fields.boolean("do_sample")?.unwrap_or(false) && temperature != Some(0.0),
-            temperature: temperature
-                .filter(|value| *value > 0.0)
-                .map(|value| value as f32),
+            temperature: temperature.filter(|value| *value > 0.0).map(|value| value as f32),
             top_p: fields
-                .number("top_p", "a number above 0 and at most 1", |value| {
-                    value > 0.0 && value <= 1.0
-                })?
+                .number("top_p", "a number above 0 and at most 1", |value| value > 0.0 && value <= 1.0)?
                 .map(|value| value as f32),
             // 0 is how transformers spells "no limit".
             top_k: match fields.get("top_k").and_then(Value::as_u64) {

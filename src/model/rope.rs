@@ -65,8 +65,8 @@ impl RopeConfig {
         let theta = match self.scaling {
             RopeScaling::Dynamic { factor, original } if sequence_length > original => {
                 let dim = head_dim as f64;
-                let stretch = factor as f32 * sequence_length as f32 / original as f32
-                    - (factor - 1.0) as f32;
+                let stretch =
+                    factor as f32 * sequence_length as f32 / original as f32 - (factor - 1.0) as f32;
                 self.theta as f32 * power(stretch, (dim / (dim - 2.0)) as f32)
             }
             _ => self.theta as f32,
@@ -78,10 +78,7 @@ impl RopeConfig {
     }
 
     /// Reads `rope_scaling` or `rope_parameters`, whichever is used, and `rope_theta` in either place.
-    pub(super) fn read(
-        config: &Fields<'_>,
-        max_position_embeddings: usize,
-    ) -> Result<Self, ModelError> {
+    pub(super) fn read(config: &Fields<'_>, max_position_embeddings: usize) -> Result<Self, ModelError> {
         refuse_partial_rotation(config)?;
         // The order of transformers: the old name wins where both are there.
         let parameters = match config.object("rope_scaling")? {
@@ -102,10 +99,7 @@ impl RopeConfig {
             Some(theta) => theta,
             None => theta_or_default(config)?,
         };
-        Ok(Self {
-            theta,
-            scaling: RopeScaling::read(config, &parameters, max_position_embeddings)?,
-        })
+        Ok(Self { theta, scaling: RopeScaling::read(config, &parameters, max_position_embeddings)? })
     }
 }
 
@@ -115,31 +109,20 @@ impl RopeScaling {
         parameters: &Fields<'_>,
         max_position_embeddings: usize,
     ) -> Result<Self, ModelError> {
-        let key = if parameters.get("rope_type").is_some() {
-            "rope_type"
-        } else {
-            "type"
-        };
-        let factor = || {
-            parameters.required_number("factor", "a number of at least 1", |factor| factor >= 1.0)
-        };
-        let positive =
-            |field| parameters.required_number(field, "a number above 0", |number| number > 0.0);
+        let key = if parameters.get("rope_type").is_some() { "rope_type" } else { "type" };
+        let factor =
+            || parameters.required_number("factor", "a number of at least 1", |factor| factor >= 1.0);
+        let positive = |field| parameters.required_number(field, "a number above 0", |number| number > 0.0);
         match parameters.string(key)? {
             None | Some("default") => Ok(Self::Default),
             Some("linear") => Ok(Self::Linear { factor: factor()? }),
-            Some("dynamic") => Ok(Self::Dynamic {
-                factor: factor()?,
-                original: max_position_embeddings,
-            }),
+            Some("dynamic") => Ok(Self::Dynamic { factor: factor()?, original: max_position_embeddings }),
             Some("llama3") => {
                 let low_freq_factor = positive("low_freq_factor")?;
                 let high_freq_factor = positive("high_freq_factor")?;
                 if high_freq_factor <= low_freq_factor {
-                    return Err(parameters.wrong(
-                        "high_freq_factor",
-                        &format!("above low_freq_factor = {low_freq_factor}"),
-                    ));
+                    return Err(parameters
+                        .wrong("high_freq_factor", &format!("above low_freq_factor = {low_freq_factor}")));
                 }
                 // A value outside the parameters wins, as in transformers.
                 let field = "original_max_position_embeddings";
@@ -162,12 +145,7 @@ impl RopeScaling {
         match self {
             Self::Default | Self::Dynamic { .. } => frequency,
             Self::Linear { factor } => frequency / factor as f32,
-            Self::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position_embeddings,
-            } => {
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let factor = factor as f32;
                 let original = original_max_position_embeddings as f64;
                 // `a / x` is `a · (1/x)` in PyTorch; the same here keeps the last bit.
@@ -193,9 +171,7 @@ const DEFAULT_THETA: f64 = 10_000.0;
 
 fn theta(fields: &Fields<'_>) -> Result<Option<f64>, ModelError> {
     // Above this the base no longer fits float32 once NTK has scaled it.
-    fields.number("rope_theta", "a number above 0 and at most 1e30", |theta| {
-        theta > 0.0 && theta <= 1e30
-    })
+    fields.number("rope_theta", "a number above 0 and at most 1e30", |theta| theta > 0.0 && theta <= 1e30)
 }
 
 fn theta_or_default(fields: &Fields<'_>) -> Result<f64, ModelError> {
@@ -204,9 +180,7 @@ fn theta_or_default(fields: &Fields<'_>) -> Result<f64, ModelError> {
 
 fn refuse_partial_rotation(fields: &Fields<'_>) -> Result<(), ModelError> {
     match fields.number("partial_rotary_factor", "1", |_| true)? {
-        Some(factor) if factor != 1.0 => {
-            Err(fields.unsupported("partial_rotary_factor", "1, or absent"))
-        }
+        Some(factor) if factor != 1.0 => Err(fields.unsupported("partial_rotary_factor", "1, or absent")),
         _ => Ok(()),
     }
 }

@@ -78,8 +78,7 @@ impl LlamaWeights {
             Err(ModelError::TensorMissing { .. }) if config.tie_word_embeddings => None,
             Err(ModelError::TensorMissing { file, tensor, .. }) => {
                 let hint =
-                    "; config.json says tie_word_embeddings = false, so the model must have one"
-                        .to_owned();
+                    "; config.json says tie_word_embeddings = false, so the model must have one".to_owned();
                 return Err(ModelError::TensorMissing { file, tensor, hint });
             }
             Err(other) => return Err(other),
@@ -88,13 +87,7 @@ impl LlamaWeights {
         };
         let tied = lm_head.is_none();
         let lm_head = lm_head.unwrap_or_else(|| embedding.clone());
-        Ok(Self {
-            embedding,
-            layers,
-            norm,
-            lm_head,
-            tied,
-        })
+        Ok(Self { embedding, layers, norm, lm_head, tied })
     }
 
     /// All tensors in the order in which a forward pass reads them; a tied `lm_head` is not repeated.
@@ -107,9 +100,7 @@ impl LlamaWeights {
 
     /// Bytes of all these tensors as stored.
     pub fn total_bytes(&self) -> u64 {
-        self.tensors()
-            .map(|tensor| tensor.bytes().len() as u64)
-            .sum()
+        self.tensors().map(|tensor| tensor.bytes().len() as u64).sum()
     }
 
     /// Looks for NaN and infinity in these tensors; see [`Checkpoint::check_finite`].
@@ -126,35 +117,19 @@ impl LlamaWeights {
 }
 
 impl LayerWeights {
-    fn find(
-        checkpoint: &Checkpoint,
-        config: &LlamaConfig,
-        layer: usize,
-    ) -> Result<Self, ModelError> {
+    fn find(checkpoint: &Checkpoint, config: &LlamaConfig, layer: usize) -> Result<Self, ModelError> {
         let hidden = config.hidden_size;
         let intermediate = config.intermediate_size;
         let queries = config.query_heads * config.head_dim;
         let keys = config.kv_heads * config.head_dim;
-        let norm = |name: &str| {
-            checkpoint.tensor(&format!("model.layers.{layer}.{name}.weight"), &[hidden])
-        };
+        let norm = |name: &str| checkpoint.tensor(&format!("model.layers.{layer}.{name}.weight"), &[hidden]);
         let attention = |name: &str, outputs, inputs| {
             let module = format!("model.layers.{layer}.self_attn.{name}");
-            Linear::find(
-                checkpoint,
-                &module,
-                [outputs, inputs],
-                ("attention_bias", config.attention_bias),
-            )
+            Linear::find(checkpoint, &module, [outputs, inputs], ("attention_bias", config.attention_bias))
         };
         let mlp = |name: &str, outputs, inputs| {
             let module = format!("model.layers.{layer}.mlp.{name}");
-            Linear::find(
-                checkpoint,
-                &module,
-                [outputs, inputs],
-                ("mlp_bias", config.mlp_bias),
-            )
+            Linear::find(checkpoint, &module, [outputs, inputs], ("mlp_bias", config.mlp_bias))
         };
         Ok(Self {
             input_norm: norm("input_layernorm")?,
@@ -171,17 +146,9 @@ impl LayerWeights {
 
     fn tensors(&self) -> impl Iterator<Item = &StoredTensor> {
         std::iter::once(&self.input_norm)
-            .chain(
-                [&self.q, &self.k, &self.v, &self.o]
-                    .into_iter()
-                    .flat_map(Linear::tensors),
-            )
+            .chain([&self.q, &self.k, &self.v, &self.o].into_iter().flat_map(Linear::tensors))
             .chain(std::iter::once(&self.post_attention_norm))
-            .chain(
-                [&self.gate, &self.up, &self.down]
-                    .into_iter()
-                    .flat_map(Linear::tensors),
-            )
+            .chain([&self.gate, &self.up, &self.down].into_iter().flat_map(Linear::tensors))
     }
 }
 
@@ -195,10 +162,7 @@ impl Linear {
         let weight = checkpoint.tensor(&format!("{module}.weight"), &shape)?;
         let name = format!("{module}.bias");
         if has_bias {
-            return Ok(Self {
-                weight,
-                bias: Some(checkpoint.tensor(&name, &shape[..1])?),
-            });
+            return Ok(Self { weight, bias: Some(checkpoint.tensor(&name, &shape[..1])?) });
         }
         // Left out silently, a bias would change every answer.
         match checkpoint.file_of(&name) {

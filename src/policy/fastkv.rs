@@ -100,11 +100,7 @@ impl FastKv {
         match (self.retention, self.propagation) {
             (Budget::Rate(retention), Budget::Rate(propagation)) if propagated < prompt => {
                 let rate = retention / propagation;
-                if rate >= 1.0 {
-                    propagated
-                } else {
-                    share(propagated, rate).max(self.saliency.window + 1)
-                }
+                if rate >= 1.0 { propagated } else { share(propagated, rate).max(self.saliency.window + 1) }
             }
             _ => early,
         }

@@ -146,7 +146,7 @@ impl Policy {
             return Err(PolicyError::EmptyPrompt);
         }
         let ModelShape { layers, query_heads, kv_heads, head_dim } = shape;
-        if [layers, query_heads, kv_heads, head_dim].contains(&0) || query_heads % kv_heads != 0 {
+        if [layers, query_heads, kv_heads, head_dim].contains(&0) || !query_heads.is_multiple_of(kv_heads) {
             return Err(PolicyError::Shape(shape));
         }
         let layers = match self {

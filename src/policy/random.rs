@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::{Keep, LayerPlan};
 use super::{Budget, DEFAULT_RETENTION, ModelShape, PolicyError, check_window};
+use crate::random::mix;
 
 /// Options of the random choice.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,12 +55,4 @@ pub(crate) fn positions(
         order.sort_unstable();
     }
     order
-}
-
-/// The finaliser of SplitMix64 (Steele, Lea, Flood 2014), one step ahead so that 0 does not map to 0.
-fn mix(value: u64) -> u64 {
-    let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }

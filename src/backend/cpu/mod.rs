@@ -138,10 +138,7 @@ impl Backend for CpuBackend {
     fn add(&self, x: &mut Tensor, first_row: usize, y: &Tensor) -> Result<(), BackendError> {
         let width = x.width;
         if y.width != width || first_row + y.rows > x.rows {
-            let problem = format!(
-                "{}×{} at row {first_row} of {}×{width}",
-                y.rows, y.width, x.rows
-            );
+            let problem = format!("{}×{} at row {first_row} of {}×{width}", y.rows, y.width, x.rows);
             return Err(shape("add", problem));
         }
         let rows = &mut x.data[first_row * width..(first_row + y.rows) * width];
@@ -171,7 +168,7 @@ impl Backend for CpuBackend {
 
     fn rotate(&self, x: &mut Tensor, angles: &Rotary, first_row: usize) -> Result<(), BackendError> {
         let Rotary { half, cosines, sines } = angles;
-        if x.width % (2 * half) != 0 || (first_row + x.rows) * half > cosines.len() {
+        if !x.width.is_multiple_of(2 * half) || (first_row + x.rows) * half > cosines.len() {
             let problem = format!(
                 "{} rows of {} from row {first_row}, with {} angles of {half}",
                 x.rows,
@@ -213,8 +210,7 @@ impl Backend for CpuBackend {
         };
         for (index, head) in kv.heads.iter_mut().enumerate() {
             let column = index * head_dim..(index + 1) * head_dim;
-            for (key, value) in
-                keys.data.chunks_exact(keys.width).zip(values.data.chunks_exact(values.width))
+            for (key, value) in keys.data.chunks_exact(keys.width).zip(values.data.chunks_exact(values.width))
             {
                 head.keys.extend_from_slice(&key[column.clone()]);
                 head.values.extend_from_slice(&value[column.clone()]);
@@ -246,9 +242,8 @@ impl Backend for CpuBackend {
                     let problem = format!("{count} queries for the last of {} keys", head.len());
                     return Err(shape("attention", problem));
                 }
-                self.pool.install(|| {
-                    attention::attention(queries, kv, |length, row| length - count + row + 1)
-                })
+                self.pool
+                    .install(|| attention::attention(queries, kv, |length, row| length - count + row + 1))
             }
             Visible::Rows { rows, first } => {
                 let rows = rows.single("attention")?;
@@ -257,8 +252,7 @@ impl Backend for CpuBackend {
                     let problem = format!("{count} queries from element {first} of {} rows", rows.len());
                     return Err(shape("attention", problem));
                 };
-                self.pool
-                    .install(|| attention::attention(queries, kv, |_, row| rows[row] as usize + 1))
+                self.pool.install(|| attention::attention(queries, kv, |_, row| rows[row] as usize + 1))
             }
         }
     }
@@ -266,6 +260,10 @@ impl Backend for CpuBackend {
     fn window_scores(&self, queries: &Tensor, kv: &Kv) -> Result<Scores, BackendError> {
         check_queries("window_scores", queries, kv)?;
         self.pool.install(|| scores::window_scores(queries, kv))
+    }
+
+    fn rows(&self, x: &Tensor) -> usize {
+        x.rows
     }
 
     fn last_rows(&self, x: &Tensor, count: usize) -> Result<Tensor, BackendError> {
@@ -363,7 +361,7 @@ fn gather(
 
 fn check_queries(operation: &'static str, queries: &Tensor, kv: &Kv) -> Result<(), BackendError> {
     let kv_width = kv.heads.len() * kv.head_dim;
-    if kv_width == 0 || queries.width == 0 || queries.width % kv_width != 0 {
+    if kv_width == 0 || queries.width == 0 || !queries.width.is_multiple_of(kv_width) {
         let problem = format!(
             "queries of {} elements are no whole groups of {} kv heads of {}",
             queries.width,
@@ -375,12 +373,7 @@ fn check_queries(operation: &'static str, queries: &Tensor, kv: &Kv) -> Result<(
     Ok(())
 }
 
-fn same_shape(
-    operation: &'static str,
-    x: &Tensor,
-    rows: usize,
-    width: usize,
-) -> Result<(), BackendError> {
+fn same_shape(operation: &'static str, x: &Tensor, rows: usize, width: usize) -> Result<(), BackendError> {
     if (x.rows, x.width) == (rows, width) {
         return Ok(());
     }

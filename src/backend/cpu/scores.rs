@@ -53,7 +53,7 @@ pub(super) fn pool_groups(
     pooling: Pooling,
 ) -> Result<Scores, BackendError> {
     let query_heads: Vec<&[f32]> = scores.heads().collect();
-    if keys > scores.keys || query_heads.len() % kv_heads != 0 {
+    if keys > scores.keys || !query_heads.len().is_multiple_of(kv_heads) {
         return Err(BackendError::Shape {
             operation: "pool_groups",
             problem: format!(

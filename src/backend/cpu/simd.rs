@@ -127,8 +127,8 @@ fn exp2(x: f32) -> f32 {
     let mut power = 1.540_353e-4;
     power = power * fraction + 1.333_355_8e-3;
     power = power * fraction + 9.618_129e-3;
-    power = power * fraction + 5.550_410_9e-2;
-    power = power * fraction + 2.402_265_1e-1;
+    power = power * fraction + 5.550_411e-2;
+    power = power * fraction + 2.402_265e-1;
     power = power * fraction + 6.931_472e-1;
     power = power * fraction + 1.0;
     let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).wrapping_add(127) << 23;

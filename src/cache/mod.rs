@@ -1,0 +1,53 @@
+//! The compacted KV cache of one sequence.
+
+use crate::backend::{Backend, BackendError};
+use crate::policy::ModelShape;
+
+/// Keys and values of every layer. Its *logical* length is the number of tokens the sequence has, and
+/// so the position of the next one; its *physical* lengths, one for each layer and kv head, count the
+/// entries that were kept. Keys carry the rotation of their original positions.
+#[derive(Debug)]
+pub struct Cache<B: Backend> {
+    layers: Vec<B::Kv>,
+    shape: ModelShape,
+    tokens: usize,
+    element_bytes: usize,
+}
+
+impl<B: Backend> Cache<B> {
+    pub(crate) fn new(layers: Vec<B::Kv>, shape: ModelShape, tokens: usize, element_bytes: usize) -> Self {
+        Self { layers, shape, tokens, element_bytes }
+    }
+
+    /// Tokens of the sequence: the position of the next one.
+    pub fn logical_length(&self) -> usize {
+        self.tokens
+    }
+
+    /// Entries of each layer's kv heads.
+    pub fn physical_lengths(&self, backend: &B) -> Vec<Vec<usize>> {
+        self.layers.iter().map(|layer| backend.kv_lengths(layer)).collect()
+    }
+
+    /// Original positions of the entries, by layer and kv head. Waits for the device.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn positions(&self, backend: &B) -> Result<Vec<Vec<Vec<u32>>>, BackendError> {
+        self.layers.iter().map(|layer| backend.kv_positions(layer)).collect()
+    }
+
+    /// Bytes of all keys and values.
+    pub fn bytes(&self, backend: &B) -> usize {
+        let entries: usize = self.layers.iter().flat_map(|layer| backend.kv_lengths(layer)).sum();
+        entries * 2 * self.shape.head_dim * self.element_bytes
+    }
+
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut B::Kv {
+        &mut self.layers[layer]
+    }
+
+    pub(crate) fn advance(&mut self, tokens: usize) {
+        self.tokens += tokens;
+    }
+}

@@ -1,0 +1,382 @@
+//! The layerwise prefill. A layer's full keys and values live only while that layer runs: score,
+//! select, gather, free.
+
+use super::llama::{Layer, Llama, chunks};
+use super::trace::{LayerTrace, Trace, retained_mass};
+use super::{Control, Engine, EngineError};
+use crate::backend::{Backend, Select, Visible};
+use crate::cache::Cache;
+use crate::policy::{Keep, LayerPlan, ModelShape, Plan, Propagate, Saliency, random_positions};
+
+/// How a prefill runs.
+#[derive(Clone, Copy, Debug)]
+pub struct PrefillOptions {
+    /// Leave out rows that cannot change the logits: the TSP layer attends only for the rows that go
+    /// on, the last layer only for the last row. Same result up to rounding; off, every layer runs
+    /// as published.
+    pub exact_shortcuts: bool,
+    /// Note what was kept; see [`Trace`].
+    pub trace: bool,
+    /// Tokens to leave room for in each kv head, so that decoding need not move the cache.
+    pub slack: usize,
+}
+
+impl Default for PrefillOptions {
+    fn default() -> Self {
+        Self { exact_shortcuts: true, trace: false, slack: 0 }
+    }
+}
+
+/// What a prefill leaves.
+#[derive(Debug)]
+pub struct Prefill<B: Backend> {
+    /// Keys and values for decoding.
+    pub cache: Cache<B>,
+    /// Logits of the token behind the prompt, in f32.
+    pub logits: Vec<f32>,
+    /// The most bytes of keys and values that were alive at once.
+    pub peak_kv_bytes: usize,
+    /// What was kept, where [`PrefillOptions::trace`] asks for it.
+    pub trace: Option<Trace>,
+}
+
+/// Queries whose probabilities a trace looks at where the policy itself looks at none.
+const TRACE_WINDOW: usize = 8;
+
+impl<B: Backend> Engine<B> {
+    /// Reads a prompt as the plan says.
+    ///
+    /// # Errors
+    /// No tokens, an id outside the vocabulary, more tokens than the model's context takes, a plan
+    /// for another model or length, cancellation, or a failure of the backend.
+    pub fn prefill(
+        &self,
+        ids: &[u32],
+        plan: &Plan,
+        options: &PrefillOptions,
+        control: &Control<'_>,
+    ) -> Result<Prefill<B>, EngineError> {
+        let backend = &self.backend;
+        let llama = &self.llama;
+        llama.check_tokens(ids, 0)?;
+        check_plan(plan, llama.shape(), ids.len())?;
+        control.check()?;
+
+        let mut run = Run::start(backend, llama, ids, options, control, plan)?;
+        for (index, (layer, rules)) in llama.layers.iter().zip(&plan.layers).enumerate() {
+            run.layer(index, layer, rules)?;
+        }
+        let logits = llama.logits(backend, &run.hidden, run.rows - 1)?;
+        let cache = Cache::new(run.caches, llama.shape(), ids.len(), backend.kv_element_bytes());
+        Ok(Prefill { cache, logits, peak_kv_bytes: run.peak_kv_bytes, trace: run.trace })
+    }
+}
+
+/// A prefill under way.
+struct Run<'a, B: Backend> {
+    backend: &'a B,
+    llama: &'a Llama<B>,
+    options: &'a PrefillOptions,
+    control: &'a Control<'a>,
+    prompt_tokens: usize,
+    /// The residual stream of the tokens that got this far.
+    hidden: B::Tensor,
+    rows: usize,
+    /// Their original positions, and the angles of those.
+    positions: B::Indices,
+    angles: B::Rotary,
+    caches: Vec<B::Kv>,
+    kept_kv_bytes: usize,
+    peak_kv_bytes: usize,
+    done: usize,
+    total: usize,
+    trace: Option<Trace>,
+}
+
+/// What a layer's scores led to.
+struct Choice<B: Backend> {
+    /// Rows kept for each kv head, by score.
+    kept: Option<B::Indices>,
+    /// Rows that go on.
+    propagated: Option<B::Indices>,
+}
+
+impl<'a, B: Backend> Run<'a, B> {
+    fn start(
+        backend: &'a B,
+        llama: &'a Llama<B>,
+        ids: &[u32],
+        options: &'a PrefillOptions,
+        control: &'a Control<'a>,
+        plan: &Plan,
+    ) -> Result<Self, EngineError> {
+        let positions = backend.indices(vec![(0..ids.len() as u32).collect()])?;
+        Ok(Self {
+            backend,
+            llama,
+            options,
+            control,
+            prompt_tokens: ids.len(),
+            hidden: backend.embed(&llama.embedding, ids)?,
+            rows: ids.len(),
+            angles: llama.angles(backend, &positions, ids.len())?,
+            positions,
+            caches: Vec::with_capacity(plan.layers.len()),
+            kept_kv_bytes: 0,
+            peak_kv_bytes: 0,
+            done: 0,
+            total: plan.layers.iter().map(|layer| layer.rows).sum(),
+            trace: options.trace.then(Trace::default),
+        })
+    }
+
+    fn layer(&mut self, index: usize, layer: &Layer<B>, rules: &LayerPlan) -> Result<(), EngineError> {
+        let shape = self.llama.shape();
+        let slack = if rules.keep == Keep::All { self.options.slack } else { 0 };
+        let mut kv = self.backend.new_kv(shape.kv_heads, shape.head_dim, self.rows + slack)?;
+        let window = match rules.saliency() {
+            Some(saliency) => saliency.window.min(self.rows),
+            None if self.options.trace => TRACE_WINDOW.min(self.rows),
+            None => 0,
+        };
+        let is_last = index + 1 == shape.layers;
+        let read_rows = self.rows;
+
+        let (choice, scores) = if self.options.exact_shortcuts && (is_last || rules.propagate.is_some()) {
+            let scores = self.read_keys(layer, &mut kv, window)?;
+            let choice = self.choose(rules, scores.as_ref())?;
+            let last_row;
+            let going_on = match &choice.propagated {
+                Some(rows) => rows,
+                None => {
+                    last_row = self.backend.indices(vec![vec![self.rows as u32 - 1]])?;
+                    &last_row
+                }
+            };
+            self.go_on_with(going_on)?;
+            self.attend_selected(layer, &kv, going_on)?;
+            (choice, scores)
+        } else {
+            let scores = self.attend_all(layer, &mut kv, window)?;
+            let choice = self.choose(rules, scores.as_ref())?;
+            if let Some(rows) = &choice.propagated {
+                self.go_on_with(rows)?;
+            }
+            (choice, scores)
+        };
+        self.compact(index, rules, read_rows, kv, choice, scores.as_ref().map(|scores| (scores, window)))?;
+        self.done += read_rows;
+        self.control.report(self.done, self.total);
+        Ok(())
+    }
+
+    /// Keys and values of every row, and window scores, without attention.
+    fn read_keys(
+        &mut self,
+        layer: &Layer<B>,
+        kv: &mut B::Kv,
+        window: usize,
+    ) -> Result<Option<B::Scores>, EngineError> {
+        let mut scores = None;
+        for rows in chunks(self.rows, self.backend.chunk_rows()) {
+            self.control.check()?;
+            let normed =
+                layer.attention_input(self.backend, &self.llama.config, &self.hidden, rows.clone())?;
+            layer.append_kv(self.backend, kv, &normed, &self.angles, &self.positions, rows.start)?;
+            if rows.end == self.rows && window > 0 {
+                let observers = self.backend.last_rows(&normed, window)?;
+                let queries = layer.queries(self.backend, &observers, &self.angles, self.rows - window)?;
+                scores = Some(self.backend.window_scores(&queries, kv)?);
+            }
+        }
+        Ok(scores)
+    }
+
+    /// Attention and MLP of rows that [`go_on_with`](Self::go_on_with) left.
+    fn attend_selected(
+        &mut self,
+        layer: &Layer<B>,
+        kv: &B::Kv,
+        selected: &B::Indices,
+    ) -> Result<(), EngineError> {
+        let config = &self.llama.config;
+        for rows in chunks(self.rows, self.backend.chunk_rows()) {
+            self.control.check()?;
+            let normed = layer.attention_input(self.backend, config, &self.hidden, rows.clone())?;
+            let queries = layer.queries(self.backend, &normed, &self.angles, rows.start)?;
+            let visible = Visible::Rows { rows: selected, first: rows.start };
+            let attended = self.backend.attention(&queries, kv, visible)?;
+            layer.finish(self.backend, config, &mut self.hidden, rows, &attended)?;
+        }
+        Ok(())
+    }
+
+    /// The whole layer for every row, and window scores in passing.
+    fn attend_all(
+        &mut self,
+        layer: &Layer<B>,
+        kv: &mut B::Kv,
+        window: usize,
+    ) -> Result<Option<B::Scores>, EngineError> {
+        let config = &self.llama.config;
+        let mut scores = None;
+        for rows in chunks(self.rows, self.backend.chunk_rows()) {
+            self.control.check()?;
+            let normed = layer.attention_input(self.backend, config, &self.hidden, rows.clone())?;
+            layer.append_kv(self.backend, kv, &normed, &self.angles, &self.positions, rows.start)?;
+            let queries = layer.queries(self.backend, &normed, &self.angles, rows.start)?;
+            let attended = if rows.end == self.rows && window > 0 {
+                let (attended, seen) = self.backend.attention_with_scores(&queries, kv, window)?;
+                scores = Some(seen);
+                attended
+            } else {
+                self.backend.attention(&queries, kv, Visible::Aligned)?
+            };
+            layer.finish(self.backend, config, &mut self.hidden, rows.clone(), &attended)?;
+            self.control.report(self.done + rows.end, self.total);
+        }
+        Ok(scores)
+    }
+
+    /// Which rows the scores choose.
+    fn choose(&self, rules: &LayerPlan, scores: Option<&B::Scores>) -> Result<Choice<B>, EngineError> {
+        let mut choice = Choice { kept: None, propagated: None };
+        let Some(scores) = scores else { return Ok(choice) };
+        let pooled = |saliency: &Saliency| {
+            let window = saliency.window.min(self.rows);
+            let keys = self.rows - window;
+            let groups =
+                self.backend.pool_groups(scores, self.llama.config.kv_heads, keys, saliency.pooling)?;
+            Ok::<_, EngineError>((groups, window))
+        };
+        if let Keep::Top { count, saliency } = &rules.keep {
+            let (groups, window) = pooled(saliency)?;
+            let select = Select { count: count - window, tail: window };
+            choice.kept = Some(self.backend.select(&groups, select)?);
+        }
+        if let Some(Propagate { count, saliency }) = &rules.propagate {
+            let (groups, window) = pooled(saliency)?;
+            let select = Select { count: count - window, tail: window };
+            choice.propagated = Some(self.backend.select(&self.backend.sum_heads(&groups)?, select)?);
+        }
+        Ok(choice)
+    }
+
+    /// Narrows the residual stream to some of its rows.
+    fn go_on_with(&mut self, rows: &B::Indices) -> Result<(), EngineError> {
+        self.hidden = self.backend.gather_rows(&self.hidden, rows)?;
+        self.positions = self.backend.gather_indices(&self.positions, rows)?;
+        self.angles = self.llama.angles(self.backend, &self.positions, self.prompt_tokens)?;
+        self.rows = self.backend.rows(&self.hidden);
+        Ok(())
+    }
+
+    /// Leaves in the cache what the rules keep of a layer's keys and values.
+    fn compact(
+        &mut self,
+        index: usize,
+        rules: &LayerPlan,
+        rows: usize,
+        kv: B::Kv,
+        choice: Choice<B>,
+        scores: Option<(&B::Scores, usize)>,
+    ) -> Result<(), EngineError> {
+        let full_bytes = self.kv_bytes(&kv);
+        let kept = match (rules.keep, choice.kept) {
+            (_, Some(kept)) => Some(kept),
+            (keep, None) => match self.listed(index, keep, rows) {
+                Some(lists) => Some(self.backend.indices(lists)?),
+                None => None,
+            },
+        };
+        let mass = match (&self.trace, scores) {
+            (Some(_), Some((scores, window))) => {
+                let lists = kept.as_ref().map(|kept| self.backend.read_indices(kept)).transpose()?;
+                let scores = self.backend.read_scores(scores)?;
+                retained_mass(&scores, self.llama.config.kv_heads, window, lists.as_deref())
+            }
+            _ => Vec::new(),
+        };
+        let (kv, at_work) = match kept {
+            Some(kept) => {
+                let compacted = self.backend.gather_kv(&kv, &kept, self.options.slack)?;
+                let at_work = full_bytes + self.kv_bytes(&compacted);
+                (compacted, at_work)
+            }
+            None => (kv, full_bytes),
+        };
+        self.peak_kv_bytes = self.peak_kv_bytes.max(self.kept_kv_bytes + at_work);
+        self.kept_kv_bytes += self.kv_bytes(&kv);
+        if let Some(trace) = &mut self.trace {
+            let propagated = match &choice.propagated {
+                Some(_) => self.backend.read_indices(&self.positions)?.into_iter().next(),
+                None => None,
+            };
+            let kept = self.backend.kv_positions(&kv)?;
+            trace.layers.push(LayerTrace { rows, kept, mass, propagated });
+        }
+        self.caches.push(kv);
+        Ok(())
+    }
+
+    /// Rows that a rule names without scores, for each kv head; `None`: all.
+    fn listed(&self, layer: usize, keep: Keep, rows: usize) -> Option<Vec<Vec<u32>>> {
+        let end = rows as u32;
+        let heads = 0..self.llama.config.kv_heads;
+        match keep {
+            Keep::All | Keep::Top { .. } => None,
+            Keep::Ends { sinks, recent } => {
+                let list: Vec<u32> = (0..sinks as u32).chain(end - recent as u32..end).collect();
+                Some(heads.map(|_| list.clone()).collect())
+            }
+            Keep::Random { count, window, seed } => {
+                let choose = |head| {
+                    let mut list = random_positions(rows - window, count - window, seed, layer, head);
+                    list.extend(end - window as u32..end);
+                    list
+                };
+                Some(heads.map(choose).collect())
+            }
+        }
+    }
+
+    fn kv_bytes(&self, kv: &B::Kv) -> usize {
+        let entries: usize = self.backend.kv_lengths(kv).iter().sum();
+        entries * 2 * self.llama.config.head_dim * self.backend.kv_element_bytes()
+    }
+}
+
+/// The plan is for this model and prompt, and its numbers fit together.
+fn check_plan(plan: &Plan, model: ModelShape, tokens: usize) -> Result<(), EngineError> {
+    if plan.shape != model || plan.prompt_tokens != tokens || plan.layers.len() != model.layers {
+        let plan_tokens = plan.prompt_tokens;
+        return Err(EngineError::WrongPlan { plan: plan.shape, plan_tokens, model, tokens });
+    }
+    let mut rows = tokens;
+    for (layer, rules) in plan.layers.iter().enumerate() {
+        let broken = |problem: String| EngineError::BrokenPlan { layer, problem };
+        if rules.rows != rows {
+            return Err(broken(format!("reads {} tokens, but {rows} reach it", rules.rows)));
+        }
+        let kept = rules.kept();
+        if kept > rows {
+            return Err(broken(format!("keeps {kept} of {rows} tokens")));
+        }
+        if let Keep::Random { count, window, .. } | Keep::Top { count, saliency: Saliency { window, .. } } =
+            rules.keep
+            && count < window
+        {
+            return Err(broken(format!("keeps {count} tokens, fewer than the window's {window}")));
+        }
+        if let Some(Propagate { count, saliency }) = rules.propagate {
+            if !(saliency.window..=rows).contains(&count) {
+                return Err(broken(format!("hands on {count} of {rows} tokens, window {}", saliency.window)));
+            }
+            if rules.saliency().is_some_and(|kept| kept.window != saliency.window) {
+                return Err(broken("scores by two different windows".to_owned()));
+            }
+            rows = count;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,45 @@
+//! What a prefill kept, for people and tests to look at.
+
+use serde::Serialize;
+
+/// What a prefill kept, layer by layer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Trace {
+    /// One entry for each layer.
+    pub layers: Vec<LayerTrace>,
+}
+
+/// What a prefill kept in one layer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LayerTrace {
+    /// Tokens the layer read.
+    pub rows: usize,
+    /// Original positions kept, ascending, for each kv head.
+    pub kept: Vec<Vec<u32>>,
+    /// Share of the window's attention that fell on kept tokens, for each kv head: the sum of
+    /// unpooled probabilities on them, over window queries times query heads of the group.
+    pub mass: Vec<f32>,
+    /// Original positions that went on to the next layer, where not all did.
+    pub propagated: Option<Vec<u32>>,
+}
+
+/// The share of window attention on kept rows (`None`: all), for each kv head.
+pub(super) fn retained_mass(
+    scores: &[Vec<f32>],
+    kv_heads: usize,
+    window: usize,
+    kept: Option<&[Vec<u32>]>,
+) -> Vec<f32> {
+    let group = scores.len() / kv_heads;
+    let head_mass = |head: usize| {
+        let on_kept = |scores: &Vec<f32>| -> f64 {
+            match kept {
+                Some(kept) => kept[head].iter().map(|&row| f64::from(scores[row as usize])).sum(),
+                None => scores.iter().copied().map(f64::from).sum(),
+            }
+        };
+        let sum: f64 = scores[head * group..(head + 1) * group].iter().map(on_kept).sum();
+        (sum / (window * group) as f64) as f32
+    };
+    (0..kv_heads).map(head_mass).collect()
+}
