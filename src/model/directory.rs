@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "text")]
+use super::{ChatTemplate, Tokenizer};
 use super::{Checkpoint, GenerationConfig, LlamaConfig, LlamaWeights, ModelError};
 
 /// A directory with `config.json`, safetensors and what else Hugging Face models come with.
@@ -40,5 +42,23 @@ impl ModelDir {
         let checkpoint = Checkpoint::open(path)?;
         let weights = LlamaWeights::find(&checkpoint, &config)?;
         Ok(Self { path: path.to_path_buf(), config, checkpoint, weights, generation })
+    }
+
+    /// Reads `tokenizer.json` and checks that its ids fit the embedding.
+    ///
+    /// # Errors
+    /// The file is missing or wrong, or belongs to another model.
+    #[cfg(feature = "text")]
+    pub fn tokenizer(&self) -> Result<Tokenizer, ModelError> {
+        Tokenizer::from_file(&self.path.join("tokenizer.json"), self.config.vocab_size)
+    }
+
+    /// Reads the chat template; none where the model comes without.
+    ///
+    /// # Errors
+    /// The files are wrong or the template does not parse.
+    #[cfg(feature = "text")]
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ModelError> {
+        ChatTemplate::from_directory(&self.path)
     }
 }

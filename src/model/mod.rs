@@ -25,3 +25,13 @@ pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use rope::{RopeConfig, RopeScaling};
 pub use weights::{LayerWeights, Linear, LlamaWeights};
+
+#[cfg(feature = "text")]
+mod chat;
+#[cfg(feature = "text")]
+mod tokenizer;
+
+#[cfg(feature = "text")]
+pub use chat::{ChatMessage, ChatTemplate};
+#[cfg(feature = "text")]
+pub use tokenizer::{TextStream, Tokenizer};
