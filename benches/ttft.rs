@@ -33,10 +33,12 @@ fn ttft(criterion: &mut Criterion) {
     ];
     for tokens in LENGTHS {
         // Any tokens cost the same; these do not repeat in step with the tiles.
-        let ids: Vec<u32> =
-            (0..tokens as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocabulary).collect();
+        let ids: Vec<u32> = (0..tokens as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocabulary).collect();
         let mut group = criterion.benchmark_group(format!("ttft/{tokens} tokens"));
-        group.sampling_mode(SamplingMode::Flat).sample_size(10).throughput(Throughput::Elements(tokens as u64));
+        group
+            .sampling_mode(SamplingMode::Flat)
+            .sample_size(10)
+            .throughput(Throughput::Elements(tokens as u64));
         group.warm_up_time(Duration::from_millis(500));
         for (name, policy) in &policies {
             let plan = policy.plan(engine.shape(), tokens).expect("the options are valid");
