@@ -707,7 +707,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the start and of all data")
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps")
     parser.add_argument("--decay-steps", type=int, default=330, help="of these, at falling rate")
-    parser.add_argument("--processes", type=int, default=2, help="data-parallel: each has its batch")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel, one batch each")
     parser.add_argument("--threads", type=int, default=2, help="of all processes together")
     parser.add_argument("--port", type=int, default=29517, help="local port the processes meet at")
     parser.add_argument("--checkpoints", help="folder for a checkpoint every 200 steps")
