@@ -86,6 +86,44 @@ fn fixtures_hold_the_weights_that_transformers_saw() {
 }
 
 #[test]
+fn every_weight_is_the_tensor_of_its_name() {
+    let model = ModelDir::open(fixtures().join("models/f32-bias")).expect("valid");
+    let (hidden, queries, keys, intermediate) = (48, 48, 16, 56);
+    for (index, layer) in model.weights.layers.iter().enumerate() {
+        for (norm, name) in [
+            (&layer.input_norm, "input_layernorm"),
+            (&layer.post_attention_norm, "post_attention_layernorm"),
+        ] {
+            assert_eq!(norm.name(), format!("model.layers.{index}.{name}.weight"));
+            assert_eq!(norm.shape(), [hidden]);
+        }
+        for (linear, name, shape) in [
+            (&layer.q, "self_attn.q_proj", [queries, hidden]),
+            (&layer.k, "self_attn.k_proj", [keys, hidden]),
+            (&layer.v, "self_attn.v_proj", [keys, hidden]),
+            (&layer.o, "self_attn.o_proj", [hidden, queries]),
+            (&layer.gate, "mlp.gate_proj", [intermediate, hidden]),
+            (&layer.up, "mlp.up_proj", [intermediate, hidden]),
+            (&layer.down, "mlp.down_proj", [hidden, intermediate]),
+        ] {
+            let bias = linear.bias.as_ref().expect("a bias");
+            assert_eq!(
+                linear.weight.name(),
+                format!("model.layers.{index}.{name}.weight")
+            );
+            assert_eq!(bias.name(), format!("model.layers.{index}.{name}.bias"));
+            assert_eq!(
+                (linear.weight.shape(), bias.shape()),
+                (&shape[..], &shape[..1])
+            );
+        }
+    }
+    assert_eq!(model.weights.embedding.name(), "model.embed_tokens.weight");
+    assert_eq!(model.weights.norm.name(), "model.norm.weight");
+    assert_eq!(model.weights.lm_head.name(), "lm_head.weight");
+}
+
+#[test]
 fn a_handle_outlives_the_checkpoint_and_the_file() {
     let copy = copy_of_model("bf16-gqa4");
     let checkpoint = Checkpoint::open(copy.path()).expect("valid");
@@ -176,8 +214,10 @@ fn the_first_element_that_is_not_finite_is_named() {
             checkpoint.check_finite(go_on),
             &["model.safetensors", "`b`", dtype, "-inf", "2000000"],
         );
-        let at = (count - 1) * size;
-        data[at..at + size].copy_from_slice(&nan);
+        // One thread meets the last element of `a` long after another has met the first of `b`.
+        for at in [(count - 1) * size, count * size] {
+            data[at..at + size].copy_from_slice(&nan);
+        }
         let checkpoint = open_bytes(&safetensors(&header, &data)).expect("valid");
         assert_refused(checkpoint.check_finite(go_on), &["`a`", dtype, "NaN", "3145727"]);
         let stopped = checkpoint.check_finite(|_, _| ControlFlow::Break(()));
