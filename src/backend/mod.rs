@@ -1,0 +1,4 @@
+//! Where the work runs.
+
+#[cfg(feature = "cuda")]
+pub mod cuda;
