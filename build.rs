@@ -22,7 +22,15 @@ const PINNED_NVCC: (u32, u32) = (13, 0);
 /// Architectures with machine code of their own; newer chips take PTX of the first.
 const ARCHITECTURES: &str = "80,89,90";
 
-fn main() -> Result<()> {
+fn main() {
+    if let Err(error) = build() {
+        for line in format!("{error:#}").lines() {
+            println!("cargo::error={line}");
+        }
+    }
+}
+
+fn build() -> Result<()> {
     println!("cargo::rustc-check-cfg=cfg(fastkv_kernels)");
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels");
