@@ -15,11 +15,11 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// The compiler whose every warning is an error under `FASTKV_CUDA=require`; people have others.
 const PINNED_NVCC: (u32, u32) = (13, 0);
-/// Architectures with machine code of their own; newer chips take PTX of the first.
+/// Architectures with machine code of their own; newer chips compile the PTX of the first.
 const ARCHITECTURES: &str = "80,89,90";
 
 fn main() {
@@ -38,15 +38,14 @@ fn build() -> Result<()> {
     abi::generate()?;
 
     let mode = variable("FASTKV_CUDA").unwrap_or_else(|| "auto".into());
-    let nvcc = match mode.as_str() {
-        "auto" | "require" => find_nvcc()?,
-        "off" => None,
-        other => bail!("FASTKV_CUDA is \"{other}\"; it must be \"require\", \"auto\" or \"off\""),
-    };
+    ensure!(
+        ["require", "auto", "off"].contains(&mode.as_str()),
+        "FASTKV_CUDA is \"{mode}\"; it must be \"require\", \"auto\" or \"off\""
+    );
     if env::var_os("CARGO_FEATURE_CUDA").is_none() || env::var_os("DOCS_RS").is_some() || mode == "off" {
         return Ok(());
     }
-    let Some(nvcc) = nvcc else {
+    let Some(nvcc) = find_nvcc()? else {
         ensure!(
             mode == "auto",
             "FASTKV_CUDA=require, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or \
@@ -69,19 +68,12 @@ fn variable(name: &str) -> Option<String> {
 
 fn find_nvcc() -> Result<Option<PathBuf>> {
     if let Some(named) = variable("NVCC") {
-        let found = [PathBuf::from(&named)]
-            .into_iter()
-            .chain(on_path(&named))
-            .find(|path| path.is_file());
-        return Ok(Some(
-            found.with_context(|| format!("NVCC is \"{named}\", which is no file"))?,
-        ));
+        let found = [PathBuf::from(&named)].into_iter().chain(on_path(&named)).find(|path| path.is_file());
+        return Ok(Some(found.with_context(|| format!("NVCC is \"{named}\", which is no file"))?));
     }
     let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable);
     let own = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join(".toolchain/cuda/bin/nvcc");
-    let mut places = toolkits
-        .map(|toolkit| Path::new(&toolkit).join("bin/nvcc"))
-        .collect::<Vec<_>>();
+    let mut places = toolkits.map(|toolkit| Path::new(&toolkit).join("bin/nvcc")).collect::<Vec<_>>();
     places.extend(on_path("nvcc"));
     places.extend([PathBuf::from("/usr/local/cuda/bin/nvcc"), own]);
     Ok(places.into_iter().find(|path| path.is_file()))
@@ -89,16 +81,14 @@ fn find_nvcc() -> Result<Option<PathBuf>> {
 
 fn on_path(program: &str) -> Vec<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .map(|folder| folder.join(program))
-        .collect()
+    env::split_paths(&path).map(|folder| folder.join(program)).collect()
 }
 
 /// One run of nvcc: a fatbin, or PTX in a file of its own for whoever reads or interprets it.
 struct Job {
     arguments: Vec<OsString>,
     output: PathBuf,
-    stamp: PathBuf,
+    source: PathBuf,
 }
 
 fn compile(nvcc: &Path, require: bool) -> Result<()> {
@@ -106,10 +96,7 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
     let version = nvcc_version(nvcc)?;
     let strict = require && version == PINNED_NVCC;
     let list = variable("CUDA_COMPUTE_CAP").unwrap_or_else(|| ARCHITECTURES.into());
-    let architectures = list
-        .split([',', ';'])
-        .map(architecture)
-        .collect::<Result<Vec<_>>>()?;
+    let architectures = list.split([',', ';']).map(architecture).collect::<Result<Vec<_>>>()?;
 
     let mut common = ["-O3", "-std=c++17", "-Ikernels"].map(String::from).to_vec();
     if strict {
@@ -124,65 +111,42 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
 
     let (sources, headers) = kernel_files()?;
     let mut jobs = Vec::new();
-    let mut table = String::new();
+    let (mut images, mut ptxs) = (String::new(), String::new());
     for source in &sources {
-        let name = source
-            .file_stem()
-            .and_then(|stem| stem.to_str())
-            .context("a kernel file needs a plain name")?;
+        let name =
+            source.file_stem().and_then(|stem| stem.to_str()).context("a kernel file needs a plain name")?;
         // Hopper's own instructions run on compute capability 9.0 and nowhere else.
         let hopper = name.starts_with("sm90_");
-        let targets = if hopper {
-            vec!["90a".to_string()]
-        } else {
-            architectures.clone()
-        };
         if hopper && !architectures.iter().any(|target| target.starts_with("90")) {
             continue;
         }
-        let ptx = targets
-            .iter()
-            .min_by_key(|target| (target.len(), (*target).clone()))
-            .context("no architecture")?;
+        let targets = if hopper { vec!["90a".to_string()] } else { architectures.clone() };
+        let ptx = format!("-gencode=arch=compute_{0},code=compute_{0}", targets[0]);
         let mut fatbin = vec!["--fatbin".to_string()];
-        for target in &targets {
-            fatbin.push(format!("-gencode=arch=compute_{target},code=sm_{target}"));
-        }
-        let ptx_only = format!("-gencode=arch=compute_{ptx},code=compute_{ptx}");
+        fatbin
+            .extend(targets.iter().map(|target| format!("-gencode=arch=compute_{target},code=sm_{target}")));
         if !hopper {
-            fatbin.push(ptx_only.clone());
+            fatbin.push(ptx.clone());
         }
-        for (arguments, extension) in [(fatbin, "fatbin"), (vec!["--ptx".into(), ptx_only], "ptx")] {
+        for (arguments, extension) in [(fatbin, "fatbin"), (vec!["--ptx".into(), ptx], "ptx")] {
             let output = out.join(format!("{name}.{extension}"));
-            let mut arguments = [arguments, common.clone()]
-                .concat()
-                .into_iter()
-                .map(OsString::from)
-                .collect::<Vec<_>>();
+            let mut arguments =
+                [arguments, common.clone()].concat().into_iter().map(OsString::from).collect::<Vec<_>>();
             arguments.extend(["-o".into(), output.clone().into(), source.clone().into()]);
-            jobs.push(Job {
-                arguments,
-                output,
-                stamp: out.join(format!("{name}.{extension}.stamp")),
-            });
+            jobs.push(Job { arguments, output, source: source.clone() });
         }
-        let names = targets
-            .iter()
-            .map(|target| format!("\"sm_{target}\","))
-            .collect::<String>();
+        let names = targets.iter().map(|target| format!("\"sm_{target}\",")).collect::<String>();
         writeln!(
-            table,
+            images,
             "Image {{ name: \"{name}\", archs: &[{names}], \
-             fatbin: &Aligned(*include_bytes!(\"{name}.fatbin\")).0, ptx: include_str!(\"{name}.ptx\") }},"
+             fatbin: &Aligned(*include_bytes!(\"{name}.fatbin\")).0 }},"
         )?;
+        writeln!(ptxs, "(\"{name}\", include_str!(\"{name}.ptx\")),")?;
     }
 
     let headers = digest(&headers)?;
     let queue = Mutex::new(jobs.into_iter());
-    let workers = env::var("NUM_JOBS")
-        .ok()
-        .and_then(|count| count.parse().ok())
-        .unwrap_or(1);
+    let workers = env::var("NUM_JOBS").ok().and_then(|count| count.parse().ok()).unwrap_or(1);
     thread::scope(|scope| {
         let work = || -> Result<()> {
             loop {
@@ -193,16 +157,16 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
             }
         };
         let workers = (0..workers).map(|_| scope.spawn(work)).collect::<Vec<_>>();
-        workers
-            .into_iter()
-            .try_for_each(|worker| worker.join().expect("no worker panics"))
+        workers.into_iter().try_for_each(|worker| worker.join().expect("no worker panics"))
     })?;
 
     let (major, minor) = version;
     fs::write(
         out.join("kernels.rs"),
         format!(
-            "const NVCC: Option<(u32, u32)> = Some(({major}, {minor}));\nstatic IMAGES: &[Image] = &[\n{table}];\n"
+            "const NVCC: Option<(u32, u32)> = Some(({major}, {minor}));\n\
+             static IMAGES: &[Image] = &[\n{images}];\n\
+             static PTX: &[(&str, &str)] = &[\n{ptxs}];\n"
         ),
     )?;
     println!("cargo::rustc-cfg=fastkv_kernels");
@@ -215,9 +179,7 @@ fn architecture(text: &str) -> Result<String> {
     let number = text.trim_end_matches('a');
     ensure!(
         text.len() - number.len() <= 1
-            && number
-                .parse::<u32>()
-                .is_ok_and(|number| (80..1000).contains(&number)),
+            && number.parse::<u32>().is_ok_and(|number| (80..1000).contains(&number)),
         "CUDA_COMPUTE_CAP holds \"{text}\"; it must be a list such as 80,89,90 of 80 and above"
     );
     Ok(text.to_string())
@@ -247,10 +209,7 @@ fn nvcc_version(nvcc: &Path) -> Result<(u32, u32)> {
     let output = Command::new(nvcc).arg("--version").output();
     let output = output.with_context(|| format!("cannot start {}", nvcc.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let release = text
-        .split("release ")
-        .nth(1)
-        .and_then(|rest| rest.split(',').next());
+    let release = text.split("release ").nth(1).and_then(|rest| rest.split(',').next());
     let numbers = release.and_then(|release| release.split_once('.'));
     numbers
         .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)))
@@ -261,29 +220,23 @@ fn digest(files: &[PathBuf]) -> Result<u64> {
     let mut hasher = DefaultHasher::new();
     for file in files {
         file.hash(&mut hasher);
-        fs::read(file)
-            .with_context(|| format!("cannot read {}", file.display()))?
-            .hash(&mut hasher);
+        fs::read(file).with_context(|| format!("cannot read {}", file.display()))?.hash(&mut hasher);
     }
     Ok(hasher.finish())
 }
 
 /// Runs nvcc unless the output was made from the same source, headers, compiler and flags.
 fn run(nvcc: &Path, version: (u32, u32), job: &Job, headers: u64, strict: bool) -> Result<()> {
-    let source = PathBuf::from(job.arguments.last().context("no source")?);
+    let source = digest(std::slice::from_ref(&job.source))?;
     let mut hasher = DefaultHasher::new();
-    (
-        nvcc,
-        version,
-        &job.arguments,
-        headers,
-        digest(std::slice::from_ref(&source))?,
-    )
-        .hash(&mut hasher);
-    let stamp = hasher.finish().to_string();
-    if job.output.is_file() && fs::read_to_string(&job.stamp).is_ok_and(|old| old == stamp) {
+    (nvcc, version, &job.arguments, headers, source).hash(&mut hasher);
+    let made_from = hasher.finish().to_string();
+    let stamp = job.output.with_added_extension("stamp");
+    if job.output.is_file() && fs::read_to_string(&stamp).is_ok_and(|old| old == made_from) {
         return Ok(());
     }
+    // Whatever nvcc leaves when it fails is not to be taken for an output.
+    let _ = fs::remove_file(&stamp);
     let output = Command::new(nvcc).args(&job.arguments).output()?;
     let log = [output.stdout, output.stderr].concat();
     let log = String::from_utf8_lossy(&log);
@@ -291,26 +244,25 @@ fn run(nvcc: &Path, version: (u32, u32), job: &Job, headers: u64, strict: bool) 
         output.status.success(),
         "{} failed on {} (FASTKV_CUDA=off builds without kernels):\n{log}",
         nvcc.display(),
-        source.display()
+        job.source.display()
     );
     if strict {
         let complaints = log.lines().filter(|line| complains(line)).collect::<Vec<_>>();
         ensure!(
             complaints.is_empty(),
             "{} does not compile cleanly:\n{}",
-            source.display(),
+            job.source.display(),
             complaints.join("\n")
         );
     }
-    fs::write(&job.stamp, stamp)?;
+    fs::write(stamp, made_from)?;
     Ok(())
 }
 
 /// What ptxas says in passing and yet costs: warnings, dropped wgmma or setmaxnreg (C75xx), spills.
 fn complains(line: &str) -> bool {
-    let spills = line
-        .split(',')
-        .any(|part| part.contains("spill") && !part.trim_start().starts_with("0 bytes"));
+    let spills =
+        line.split(',').any(|part| part.contains("spill") && !part.trim_start().starts_with("0 bytes"));
     line.contains("warning") || line.contains("C75") || spills
 }
 

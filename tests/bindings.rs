@@ -13,11 +13,7 @@ fn committed_bindings_are_current() {
     for (number, (is, should_be)) in committed.lines().zip(generated.lines()).enumerate() {
         assert_eq!(is, should_be, "src/abi.rs, line {}; {HOW}", number + 1);
     }
-    assert_eq!(
-        committed.len(),
-        generated.len(),
-        "src/abi.rs ends elsewhere than kernels/abi.h; {HOW}"
-    );
+    assert_eq!(committed.len(), generated.len(), "src/abi.rs ends elsewhere than kernels/abi.h; {HOW}");
 }
 
 const HOW: &str = "run `FASTKV_UPDATE=1 cargo test --features bindgen --test bindings`";

@@ -44,18 +44,14 @@ fn main() -> ExitCode {
 }
 
 fn gather_kv_edges(device: &CudaLauncher) -> Result<(), Failed> {
-    gather::edges()
-        .iter()
-        .try_for_each(|case| checked(case, gather::check_kv(device, case)))
+    gather::edges().iter().try_for_each(|case| checked(case, gather::check_kv(device, case)))
 }
 
 fn gather_kv_random(device: &CudaLauncher) -> Result<(), Failed> {
-    (0..200)
-        .map(|seed| Case::random(seed, 1 + seed as usize % 9))
-        .try_for_each(|case| {
-            let result = gather::check_kv(device, &case);
-            checked(&case, result)
-        })
+    (0..200).map(|seed| Case::random(seed, 1 + seed as usize % 9)).try_for_each(|case| {
+        let result = gather::check_kv(device, &case);
+        checked(&case, result)
+    })
 }
 
 /// A layer of Llama 3.1 8B at 32K, keeping 2K and 16K of each head.
@@ -69,9 +65,7 @@ fn gather_kv_llama(device: &CudaLauncher) -> Result<(), Failed> {
 
 fn gather_rows_edges(device: &CudaLauncher) -> Result<(), Failed> {
     let cases = gather::edges().into_iter().filter(|case| case.heads == 1);
-    cases
-        .into_iter()
-        .try_for_each(|case| checked(&case, gather::check_rows(device, &case)))
+    cases.into_iter().try_for_each(|case| checked(&case, gather::check_rows(device, &case)))
 }
 
 fn gather_rows_random(device: &CudaLauncher) -> Result<(), Failed> {

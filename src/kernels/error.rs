@@ -43,11 +43,7 @@ impl Error {
         value: impl std::fmt::Display,
         expected: impl Into<String>,
     ) -> Self {
-        Self::Argument {
-            what,
-            value: value.to_string(),
-            expected: expected.into(),
-        }
+        Self::Argument { what, value: value.to_string(), expected: expected.into() }
     }
 }
 

@@ -117,19 +117,11 @@ pub unsafe fn gather_rows<D: Device + ?Sized>(device: &D, work: &GatherRows) -> 
     let kept = &work.kept;
     let row_bytes = row_bytes("width", work.width, work.dtype)?;
     if kept.heads != 1 {
-        return Err(Error::argument(
-            "kept.heads",
-            kept.heads,
-            "1: hidden states have no heads",
-        ));
+        return Err(Error::argument("kept.heads", kept.heads, "1: hidden states have no heads"));
     }
     let sequences = check_sizes(kept)?;
     if sequences > MAX_GRID_YZ {
-        return Err(Error::argument(
-            "kept.sequences",
-            sequences,
-            format!("at most {MAX_GRID_YZ}"),
-        ));
+        return Err(Error::argument("kept.sequences", sequences, format!("at most {MAX_GRID_YZ}")));
     }
     if is_empty(kept) {
         return Ok(());
@@ -173,10 +165,7 @@ impl Rows {
 
     /// `[tokens, heads, width]`, dense, with sequences packed along the token axis.
     pub const fn packed(base: u64, heads: u32, width: u32) -> Self {
-        Self {
-            sequence_stride: 0,
-            ..Self::token_major(base, 0, heads, width)
-        }
+        Self { sequence_stride: 0, ..Self::token_major(base, 0, heads, width) }
     }
 
     /// `[sequences, heads, tokens, width]`, dense.
@@ -213,18 +202,12 @@ fn row_bytes(what: &'static str, elements: u32, dtype: DType) -> Result<i32, Err
 
 /// The smallest power of two of lanes that covers a row with one vector each, at most a warp.
 fn lane_shift(row_bytes: i32) -> u32 {
-    (row_bytes as u32 / abi::VECTOR_BYTES as u32)
-        .next_power_of_two()
-        .min(32)
-        .ilog2()
+    (row_bytes as u32 / abi::VECTOR_BYTES as u32).next_power_of_two().min(32).ilog2()
 }
 
 /// Threads of the block that moves a row with four vectors each, in whole warps.
 fn row_threads(row_bytes: i32) -> u32 {
-    (row_bytes as u32 / abi::VECTOR_BYTES as u32)
-        .div_ceil(4)
-        .next_multiple_of(32)
-        .min(256)
+    (row_bytes as u32 / abi::VECTOR_BYTES as u32).div_ceil(4).next_multiple_of(32).min(256)
 }
 
 /// Returns the number of lists.
@@ -242,11 +225,7 @@ fn check_sizes(kept: &Kept) -> Result<u32, Error> {
     }
     let lists = i64::from(kept.sequences) * i64::from(kept.heads);
     if lists > i64::from(i32::MAX) {
-        return Err(Error::argument(
-            "kept.sequences * kept.heads",
-            lists,
-            format!("at most {}", i32::MAX),
-        ));
+        return Err(Error::argument("kept.sequences * kept.heads", lists, format!("at most {}", i32::MAX)));
     }
     Ok(lists as u32)
 }
@@ -270,37 +249,18 @@ fn check_lists(kept: &Kept) -> Result<(), Error> {
         + last(kept.heads, kept.index_head_stride)
         + capacity;
     let tokens = i128::from(kept.tokens);
-    let positions = if kept.cu_seqlens == 0 {
-        tokens * i128::from(kept.sequences)
-    } else {
-        tokens
-    };
+    let positions = if kept.cu_seqlens == 0 { tokens * i128::from(kept.sequences) } else { tokens };
     range("kept.indices", kept.indices, indices, 4, Presence::Needed)?;
     range("kept.lengths", kept.lengths, lists, 4, Presence::Optional)?;
     range("kept.starts", kept.starts, lists, 8, Presence::Optional)?;
-    range(
-        "kept.cu_seqlens",
-        kept.cu_seqlens,
-        i128::from(kept.sequences) + 1,
-        4,
-        Presence::Optional,
-    )?;
+    range("kept.cu_seqlens", kept.cu_seqlens, i128::from(kept.sequences) + 1, 4, Presence::Optional)?;
     range("kept.positions", kept.positions, positions, 4, Presence::Optional)?;
-    range(
-        "kept.positions_out",
-        kept.positions_out,
-        kept.out_rows.into(),
-        4,
-        Presence::Optional,
-    )?;
+    range("kept.positions_out", kept.positions_out, kept.out_rows.into(), 4, Presence::Optional)?;
     if kept.starts == 0 && i128::from(kept.out_rows) < lists * capacity {
         return Err(Error::argument(
             "kept.out_rows",
             kept.out_rows,
-            format!(
-                "sequences * heads * capacity = {} or more where starts is absent",
-                lists * capacity
-            ),
+            format!("sequences * heads * capacity = {} or more where starts is absent", lists * capacity),
         ));
     }
     Ok(())
@@ -340,19 +300,11 @@ fn check_rows(
     }
     if kept.cu_seqlens != 0 && rows.sequence_stride != 0 {
         let expected = "0 where cu_seqlens packs the sequences along the token axis";
-        return Err(Error::argument(
-            field("sequence_stride"),
-            rows.sequence_stride,
-            expected,
-        ));
+        return Err(Error::argument(field("sequence_stride"), rows.sequence_stride, expected));
     }
     if kept.tokens > 1 && rows.token_stride < i64::from(width) {
         let expected = format!("{width} or more: rows must not overlap");
-        return Err(Error::argument(
-            field("token_stride"),
-            rows.token_stride,
-            expected,
-        ));
+        return Err(Error::argument(field("token_stride"), rows.token_stride, expected));
     }
     let elements = last(kept.sequences, rows.sequence_stride)
         + last(kept.heads, rows.head_stride)
@@ -362,13 +314,7 @@ fn check_rows(
 }
 
 fn check_out(name: &'static str, base: u64, kept: &Kept, row_bytes: i32) -> Result<Range<u64>, Error> {
-    range(
-        name,
-        base,
-        i128::from(kept.out_rows) * i128::from(row_bytes),
-        1,
-        Presence::Vectors,
-    )
+    range(name, base, i128::from(kept.out_rows) * i128::from(row_bytes), 1, Presence::Vectors)
 }
 
 /// Offset of the last step along an axis.
@@ -394,11 +340,7 @@ fn range(
     bytes: u32,
     presence: Presence,
 ) -> Result<Range<u64>, Error> {
-    let align = if presence == Presence::Vectors {
-        VECTOR
-    } else {
-        bytes.into()
-    };
+    let align = if presence == Presence::Vectors { VECTOR } else { bytes.into() };
     if base == 0 && presence == Presence::Optional {
         return Ok(0..0);
     }

@@ -10,8 +10,6 @@ pub struct Image {
     pub archs: &'static [&'static str],
     /// What the driver loads.
     pub fatbin: &'static [u8],
-    /// The PTX of the lowest architecture, for those who read or interpret it.
-    pub ptx: &'static str,
 }
 
 /// Every image, sorted by name; none where the library was built without nvcc.
@@ -29,6 +27,12 @@ pub fn nvcc_version() -> Option<(u32, u32)> {
     NVCC
 }
 
+/// The PTX of an image's first architecture, for those who read or interpret it. A program that never
+/// asks does not carry it.
+pub fn ptx(image: &str) -> Option<&'static str> {
+    PTX.iter().find(|(name, _)| *name == image).map(|(_, text)| *text)
+}
+
 #[cfg(fastkv_kernels)]
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
@@ -36,6 +40,8 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 const NVCC: Option<(u32, u32)> = None;
 #[cfg(not(fastkv_kernels))]
 static IMAGES: &[Image] = &[];
+#[cfg(not(fastkv_kernels))]
+static PTX: &[(&str, &str)] = &[];
 
 /// Puts the bytes of an image where a driver that reads words finds them aligned.
 #[cfg(fastkv_kernels)]

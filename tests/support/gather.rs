@@ -68,13 +68,7 @@ impl Case {
         let sequences = 1 + random.below(4);
         let uniform = random.below(300);
         let tokens: Vec<_> = (0..sequences)
-            .map(|_| {
-                if layout == Layout::Packed {
-                    random.below(300)
-                } else {
-                    uniform
-                }
-            })
+            .map(|_| if layout == Layout::Packed { random.below(300) } else { uniform })
             .collect();
         let capacity = random.below(200);
         let shared = random.below(4) == 0;
@@ -89,11 +83,8 @@ impl Case {
                 }
             })
             .collect();
-        let lengths: Option<Vec<i32>> = (random.below(3) > 0).then(|| {
-            (0..sequences * heads)
-                .map(|_| random.below(capacity + 4) as i32 - 2)
-                .collect()
-        });
+        let lengths: Option<Vec<i32>> = (random.below(3) > 0)
+            .then(|| (0..sequences * heads).map(|_| random.below(capacity + 4) as i32 - 2).collect());
         let mut out_rows = 0;
         let starts = (random.below(3) > 0).then(|| {
             (0..sequences * heads)
@@ -149,14 +140,8 @@ impl Case {
         for sequence in 0..self.tokens.len() {
             for head in 0..self.heads {
                 let list = sequence * self.heads + head;
-                let length = self
-                    .lengths
-                    .as_ref()
-                    .map_or(self.capacity as i32, |lengths| lengths[list]);
-                let start = self
-                    .starts
-                    .as_ref()
-                    .map_or((list * self.capacity) as i64, |starts| starts[list]);
+                let length = self.lengths.as_ref().map_or(self.capacity as i32, |lengths| lengths[list]);
+                let start = self.starts.as_ref().map_or((list * self.capacity) as i64, |starts| starts[list]);
                 for i in 0..self.capacity.min(length.max(0) as usize) {
                     let index = self.indices[if self.shared { sequence } else { list } * self.capacity + i];
                     let row = start.saturating_add(i as i64);
@@ -186,10 +171,7 @@ impl Case {
         let mut out = vec![i32::from_ne_bytes([UNTOUCHED; 4]); self.out_rows];
         for (sequence, _, token, row) in self.moves() {
             let before: usize = self.tokens[..sequence].iter().sum();
-            out[row] = self
-                .positions
-                .as_ref()
-                .map_or(token as i32, |positions| positions[before + token]);
+            out[row] = self.positions.as_ref().map_or(token as i32, |positions| positions[before + token]);
         }
         bytemuck::cast_slice(&out).to_vec()
     }
@@ -208,35 +190,18 @@ impl Case {
     fn kept<D: Device>(&self, memory: &mut Memory<'_, D>) -> Kept {
         let packed = self.layout == Layout::Packed;
         let per_sequence = self.capacity * if self.shared { 1 } else { self.heads };
-        let cu_seqlens: Vec<i32> = (0..=self.tokens.len())
-            .map(|n| self.tokens[..n].iter().sum::<usize>() as i32)
-            .collect();
-        let tokens = if packed {
-            self.tokens.iter().sum()
-        } else {
-            self.tokens.first().copied().unwrap_or(0)
-        };
+        let cu_seqlens: Vec<i32> =
+            (0..=self.tokens.len()).map(|n| self.tokens[..n].iter().sum::<usize>() as i32).collect();
+        let tokens =
+            if packed { self.tokens.iter().sum() } else { self.tokens.first().copied().unwrap_or(0) };
         Kept {
             indices: memory.put(bytemuck::cast_slice(&self.indices)),
             index_sequence_stride: per_sequence as i64,
             index_head_stride: if self.shared { 0 } else { self.capacity as i64 },
-            lengths: self
-                .lengths
-                .as_ref()
-                .map_or(0, |lengths| memory.put(bytemuck::cast_slice(lengths))),
-            starts: self
-                .starts
-                .as_ref()
-                .map_or(0, |starts| memory.put(bytemuck::cast_slice(starts))),
-            cu_seqlens: if packed {
-                memory.put(bytemuck::cast_slice(&cu_seqlens))
-            } else {
-                0
-            },
-            positions: self
-                .positions
-                .as_ref()
-                .map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
+            lengths: self.lengths.as_ref().map_or(0, |lengths| memory.put(bytemuck::cast_slice(lengths))),
+            starts: self.starts.as_ref().map_or(0, |starts| memory.put(bytemuck::cast_slice(starts))),
+            cu_seqlens: if packed { memory.put(bytemuck::cast_slice(&cu_seqlens)) } else { 0 },
+            positions: self.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
             positions_out: memory.put(&vec![UNTOUCHED; self.out_rows * 4]),
             out_rows: self.out_rows as i64,
             sequences: self.tokens.len() as i32,
@@ -248,18 +213,13 @@ impl Case {
 
     fn source(&self, salt: u64) -> Vec<u8> {
         let mut random = Random(self.seed ^ salt);
-        (0..self.elements() * self.dtype.bytes() as usize)
-            .map(|_| random.next() as u8)
-            .collect()
+        (0..self.elements() * self.dtype.bytes() as usize).map(|_| random.next() as u8).collect()
     }
 }
 
 /// Runs `gather_kv` and compares every byte of the destinations.
 pub(crate) fn check_kv<D: Device>(device: &D, case: &Case) -> Result<(), String> {
-    let mut memory = Memory {
-        device,
-        blocks: Vec::new(),
-    };
+    let mut memory = Memory { device, blocks: Vec::new() };
     let (k, v) = (case.source(1), case.source(2));
     let untouched = vec![UNTOUCHED; case.out_rows * case.width * case.dtype.bytes() as usize];
     let kept = case.kept(&mut memory);
@@ -281,19 +241,13 @@ pub(crate) fn check_kv<D: Device>(device: &D, case: &Case) -> Result<(), String>
 
 /// Runs `gather_rows` on a case of one head and compares every byte of the destination.
 pub(crate) fn check_rows<D: Device>(device: &D, case: &Case) -> Result<(), String> {
-    let mut memory = Memory {
-        device,
-        blocks: Vec::new(),
-    };
+    let mut memory = Memory { device, blocks: Vec::new() };
     let source = case.source(3);
     let kept = case.kept(&mut memory);
     let work = gather::GatherRows {
         kept,
         rows: case.rows(memory.put(&source)),
-        out: memory.put(&vec![
-            UNTOUCHED;
-            case.out_rows * case.width * case.dtype.bytes() as usize
-        ]),
+        out: memory.put(&vec![UNTOUCHED; case.out_rows * case.width * case.dtype.bytes() as usize]),
         width: case.width as u32,
         dtype: case.dtype,
     };
@@ -352,16 +306,9 @@ impl<D: Device> Memory<'_, D> {
         let mut found = vec![0; expected.len()];
         // SAFETY: a block of `put` of that size.
         unsafe { self.device.download(&mut found, address) }.map_err(|error| error.to_string())?;
-        match found
-            .iter()
-            .zip(expected)
-            .position(|(found, expected)| found != expected)
-        {
+        match found.iter().zip(expected).position(|(found, expected)| found != expected) {
             None => Ok(()),
-            Some(at) => Err(format!(
-                "{what}: byte {at} is {:#04x}, not {:#04x}",
-                found[at], expected[at]
-            )),
+            Some(at) => Err(format!("{what}: byte {at} is {:#04x}, not {:#04x}", found[at], expected[at])),
         }
     }
 }

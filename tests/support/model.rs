@@ -44,18 +44,12 @@ pub(crate) struct Recorded {
 impl Model {
     /// Remembers launches and touches no memory.
     pub(crate) fn recorder() -> Self {
-        Self {
-            records_only: true,
-            ..Self::default()
-        }
+        Self { records_only: true, ..Self::default() }
     }
 
     /// Fails every launch as a GPU would.
     pub(crate) fn failing() -> Self {
-        Self {
-            fails: true,
-            ..Self::default()
-        }
+        Self { fails: true, ..Self::default() }
     }
 
     /// The launches so far.
@@ -82,10 +76,7 @@ impl Device for Model {
     }
 
     unsafe fn free(&self, address: u64) -> Result<(), Error> {
-        self.state
-            .borrow_mut()
-            .blocks
-            .retain(|block| block.address != address);
+        self.state.borrow_mut().blocks.retain(|block| block.address != address);
         Ok(())
     }
 
@@ -113,28 +104,15 @@ impl Device for Model {
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        let Launch {
-            kernel, grid, block, ..
-        } = *launch;
+        let Launch { kernel, grid, block, .. } = *launch;
         assert!(grid.iter().chain(&block).all(|n| *n > 0), "{launch:?}");
-        assert!(
-            grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16,
-            "{launch:?}"
-        );
+        assert!(grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16, "{launch:?}");
         assert!(block.iter().product::<u32>() <= 1024, "{launch:?}");
         let mut state = self.state.borrow_mut();
         if self.fails {
-            return Err(Error::Driver {
-                operation: "cuLaunchKernelEx",
-                code: 719,
-            });
+            return Err(Error::Driver { operation: "cuLaunchKernelEx", code: 719 });
         }
-        state.launches.push(Recorded {
-            kernel,
-            grid,
-            block,
-            params: launch.params.to_vec(),
-        });
+        state.launches.push(Recorded { kernel, grid, block, params: launch.params.to_vec() });
         if self.records_only {
             return Ok(());
         }
@@ -143,27 +121,14 @@ impl Device for Model {
         }
         match kernel {
             Kernel::GatherKv => {
-                gather_kv(
-                    &mut state,
-                    grid,
-                    block[0],
-                    bytemuck::pod_read_unaligned(launch.params),
-                );
+                gather_kv(&mut state, grid, block[0], bytemuck::pod_read_unaligned(launch.params));
             }
             Kernel::GatherRows => {
-                gather_rows(
-                    &mut state,
-                    grid,
-                    block[0],
-                    bytemuck::pod_read_unaligned(launch.params),
-                );
+                gather_rows(&mut state, grid, block[0], bytemuck::pod_read_unaligned(launch.params));
             }
             other => panic!("no model of {other:?}"),
         }
-        let twice = state
-            .blocks
-            .iter()
-            .any(|block| block.writes.iter().any(|writes| *writes > 1));
+        let twice = state.blocks.iter().any(|block| block.writes.iter().any(|writes| *writes > 1));
         assert!(!twice, "a launch wrote the same byte twice");
         Ok(())
     }
@@ -207,10 +172,7 @@ impl State {
         }
         let block = &self.blocks[self.block(address, bytes)];
         let from = (address - block.address) as usize;
-        assert!(
-            block.initialised[from..][..bytes].iter().all(|set| *set),
-            "{address:#x} was never written"
-        );
+        assert!(block.initialised[from..][..bytes].iter().all(|set| *set), "{address:#x} was never written");
         block.bytes[from..][..bytes].to_vec()
     }
 
@@ -223,16 +185,11 @@ impl State {
         let from = (address - block.address) as usize;
         block.bytes[from..][..bytes.len()].copy_from_slice(bytes);
         block.initialised[from..][..bytes.len()].fill(true);
-        block.writes[from..][..bytes.len()]
-            .iter_mut()
-            .for_each(|writes| *writes = writes.saturating_add(1));
+        block.writes[from..][..bytes.len()].iter_mut().for_each(|writes| *writes = writes.saturating_add(1));
     }
 
     fn vector(&mut self, to: u64, from: u64) {
-        assert!(
-            to.is_multiple_of(16) && from.is_multiple_of(16),
-            "{from:#x} to {to:#x} is not aligned"
-        );
+        assert!(to.is_multiple_of(16) && from.is_multiple_of(16), "{from:#x} to {to:#x} is not aligned");
         let vector = self.read(from, 16);
         self.write(to, &vector);
     }
@@ -266,11 +223,7 @@ fn list(state: &State, kept: &Kept, sequence: i64, head: i64) -> List {
         0 => kept.capacity,
         lengths => state.i32(lengths, list).clamp(0, kept.capacity),
     };
-    let room = if start < 0 {
-        0
-    } else {
-        (kept.out_rows - start).max(0)
-    };
+    let room = if start < 0 { 0 } else { (kept.out_rows - start).max(0) };
     let (first_token, end) = match kept.cu_seqlens {
         0 => (0, i64::from(kept.tokens)),
         cu => (state.i32(cu, sequence).into(), state.i32(cu, sequence + 1).into()),
@@ -282,11 +235,7 @@ fn list(state: &State, kept: &Kept, sequence: i64, head: i64) -> List {
         start,
         first_token,
         tokens: end - first_token,
-        position: if packed {
-            first_token
-        } else {
-            sequence * i64::from(kept.tokens)
-        },
+        position: if packed { first_token } else { sequence * i64::from(kept.tokens) },
     }
 }
 
@@ -302,10 +251,7 @@ fn position(state: &mut State, kept: &Kept, list: &List, row: i64, index: i64) {
         positions => state.i32(positions, list.position + index),
     };
     if kept.positions_out != 0 {
-        state.write(
-            (kept.positions_out as i64 + 4 * (list.start + row)) as u64,
-            &position.to_ne_bytes(),
-        );
+        state.write((kept.positions_out as i64 + 4 * (list.start + row)) as u64, &position.to_ne_bytes());
     }
 }
 
@@ -315,10 +261,7 @@ fn gather_kv(state: &mut State, [xs, ys, zs]: [u32; 3], threads: u32, p: GatherK
     let lanes = 1_i64 << p.lane_shift;
     let groups = i64::from(threads) / lanes;
     for (x, y, z) in (0..xs).flat_map(|x| (0..ys).flat_map(move |y| (0..zs).map(move |z| (x, y, z)))) {
-        let (sequence, head) = (
-            i64::from(x / p.kept.heads as u32),
-            i64::from(x % p.kept.heads as u32),
-        );
+        let (sequence, head) = (i64::from(x / p.kept.heads as u32), i64::from(x % p.kept.heads as u32));
         let list = list(state, &p.kept, sequence, head);
         let (rows, out) = if z == 0 { (p.k, p.k_out) } else { (p.v, p.v_out) };
         for thread in 0..i64::from(threads) {

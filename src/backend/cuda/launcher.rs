@@ -37,27 +37,18 @@ impl CudaLauncher {
         let driver = probe::devices()?;
         let needs = (built_by.0, 0).max(OLDEST_DRIVER);
         if driver.cuda_version < needs {
-            return Err(Unavailable::DriverTooOld {
-                driver: driver.cuda_version,
-                needs,
-            });
+            return Err(Unavailable::DriverTooOld { driver: driver.cuda_version, needs });
         }
         let count = driver.devices.len() as u32;
-        let info = driver
-            .devices
-            .get(ordinal as usize)
-            .ok_or(Unavailable::NoSuchDevice { ordinal, count })?;
+        let info =
+            driver.devices.get(ordinal as usize).ok_or(Unavailable::NoSuchDevice { ordinal, count })?;
 
         let mut device = 0;
         // SAFETY: `device` outlives the call; the driver is initialised, as the probe found.
-        check("cuDeviceGet", unsafe {
-            sys::cuDeviceGet(&mut device, ordinal as i32)
-        })?;
+        check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal as i32) })?;
         let mut context = ptr::null_mut();
         // SAFETY: a device that exists; `Loaded` releases what is retained here.
-        check("cuDevicePrimaryCtxRetain", unsafe {
-            sys::cuDevicePrimaryCtxRetain(&mut context, device)
-        })?;
+        check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
         let mut loaded = Loaded {
             device,
             context,
@@ -68,10 +59,7 @@ impl CudaLauncher {
             multiprocessors: info.multiprocessors,
         };
         loaded.load()?;
-        Ok(Self {
-            stream: loaded.stream,
-            loaded: Arc::new(loaded),
-        })
+        Ok(Self { stream: loaded.stream, loaded: Arc::new(loaded) })
     }
 
     /// The same device on a stream of the caller's, a `CUstream` or `cudaStream_t` (null is the default
@@ -80,10 +68,7 @@ impl CudaLauncher {
     /// # Safety
     /// `stream` belongs to the primary context of this device and outlives what is returned.
     pub unsafe fn on_stream(&self, stream: *mut c_void) -> Self {
-        Self {
-            loaded: Arc::clone(&self.loaded),
-            stream: stream.cast(),
-        }
+        Self { loaded: Arc::clone(&self.loaded), stream: stream.cast() }
     }
 
     /// The stream that work is queued on, a `CUstream`.
@@ -112,9 +97,7 @@ impl Device for CudaLauncher {
 
     unsafe fn free(&self, address: u64) -> Result<(), Error> {
         // SAFETY: the caller's promise.
-        self.call("cuMemFreeAsync", || unsafe {
-            sys::cuMemFreeAsync(address, self.stream)
-        })
+        self.call("cuMemFreeAsync", || unsafe { sys::cuMemFreeAsync(address, self.stream) })
     }
 
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
@@ -145,9 +128,7 @@ impl Device for CudaLauncher {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        self.call("cuMemcpyDtoDAsync", || unsafe {
-            sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream)
-        })
+        self.call("cuMemcpyDtoDAsync", || unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
     }
 
     unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
@@ -155,9 +136,7 @@ impl Device for CudaLauncher {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        self.call("cuMemsetD8Async", || unsafe {
-            sys::cuMemsetD8Async(to, value, bytes, self.stream)
-        })
+        self.call("cuMemsetD8Async", || unsafe { sys::cuMemsetD8Async(to, value, bytes, self.stream) })
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
@@ -194,37 +173,26 @@ impl Device for CudaLauncher {
 
     fn synchronize(&self) -> Result<(), Error> {
         // SAFETY: the stream is alive: ours, or the caller's by the promise of `on_stream`.
-        self.call("cuStreamSynchronize", || unsafe {
-            sys::cuStreamSynchronize(self.stream)
-        })
+        self.call("cuStreamSynchronize", || unsafe { sys::cuStreamSynchronize(self.stream) })
     }
 
     fn record(&self) -> Result<CudaEvent, Error> {
         let mut event = ptr::null_mut();
         // SAFETY: `event` outlives the call; flags of 0 keep the time.
         self.call("cuEventCreate", || unsafe { sys::cuEventCreate(&mut event, 0) })?;
-        let event = CudaEvent {
-            event,
-            loaded: Arc::clone(&self.loaded),
-        };
+        let event = CudaEvent { event, loaded: Arc::clone(&self.loaded) };
         // SAFETY: both handles are alive.
-        self.call("cuEventRecord", || unsafe {
-            sys::cuEventRecord(event.event, self.stream)
-        })?;
+        self.call("cuEventRecord", || unsafe { sys::cuEventRecord(event.event, self.stream) })?;
         Ok(event)
     }
 
     fn elapsed_ms(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f32, Error> {
         // SAFETY: the event is alive.
-        self.call("cuEventSynchronize", || unsafe {
-            sys::cuEventSynchronize(to.event)
-        })?;
+        self.call("cuEventSynchronize", || unsafe { sys::cuEventSynchronize(to.event) })?;
         let _current = self.loaded.enter()?;
         // SAFETY: both events are alive and recorded; this picks the symbol that the driver has.
-        unsafe { result::event::elapsed(from.event, to.event) }.map_err(|error| Error::Driver {
-            operation: "cuEventElapsedTime",
-            code: error.0 as u32,
-        })
+        unsafe { result::event::elapsed(from.event, to.event) }
+            .map_err(|error| Error::Driver { operation: "cuEventElapsedTime", code: error.0 as u32 })
     }
 
     fn compute_capability(&self) -> (u32, u32) {
@@ -289,9 +257,7 @@ impl Loaded {
         let _current = Current::enter(context)?;
         let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: `stream` outlives the call.
-        check("cuStreamCreate", unsafe {
-            sys::cuStreamCreate(&mut self.stream, non_blocking)
-        })?;
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut self.stream, non_blocking) })?;
         self.functions = vec![None; Kernel::ALL.len()];
         for image in images::images() {
             let mut module = ptr::null_mut();
@@ -302,9 +268,7 @@ impl Loaded {
                 // A Hopper image on another chip: the portable kernels do its work.
                 Err(Failure { code: 209, .. }) if image.name.starts_with("sm90_") => continue,
                 Err(Failure { code: 209, .. }) => {
-                    return Err(Unavailable::NoImage {
-                        compute_capability: self.compute_capability,
-                    });
+                    return Err(Unavailable::NoImage { compute_capability: self.compute_capability });
                 }
                 Err(failure) => return Err(failure.into()),
             }
@@ -380,19 +344,13 @@ struct Failure {
 
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
-        Self::Driver {
-            operation: failure.operation,
-            code: failure.code,
-        }
+        Self::Driver { operation: failure.operation, code: failure.code }
     }
 }
 
 impl From<Failure> for Unavailable {
     fn from(failure: Failure) -> Self {
-        Self::Failed {
-            operation: failure.operation,
-            code: failure.code,
-        }
+        Self::Failed { operation: failure.operation, code: failure.code }
     }
 }
 

@@ -112,9 +112,7 @@ const CAPABILITY_MINOR: c_int = 76;
 
 fn devices_of(libraries: &[&str]) -> Result<Driver, Unavailable> {
     // SAFETY: the driver's library may be loaded at any time; its initialisers are the vendor's.
-    let library = libraries
-        .iter()
-        .find_map(|name| unsafe { Library::new(*name) }.ok());
+    let library = libraries.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
     let library = Libcuda(library.ok_or(Unavailable::NoDriver)?);
     let driver = library.driver();
     // Unloading a driver that started threads is not safe, and cudarc is about to load it again.
@@ -139,13 +137,8 @@ impl Libcuda {
         if count == 0 {
             return Err(Unavailable::NoDevice);
         }
-        let devices = (0..count)
-            .map(|ordinal| self.device(ordinal))
-            .collect::<Result<_, _>>()?;
-        Ok(Driver {
-            cuda_version: (version / 1000, version % 1000 / 10),
-            devices,
-        })
+        let devices = (0..count).map(|ordinal| self.device(ordinal)).collect::<Result<_, _>>()?;
+        Ok(Driver { cuda_version: (version / 1000, version % 1000 / 10), devices })
     }
 
     fn device(&self, ordinal: u32) -> Result<DeviceInfo, Unavailable> {
@@ -168,24 +161,18 @@ impl Libcuda {
         check("cuDeviceGet", unsafe { get(&mut device, ordinal as c_int) })?;
         let mut name: [c_char; 256] = [0; 256];
         // SAFETY: the driver writes at most the length given, terminator included.
-        check("cuDeviceGetName", unsafe {
-            get_name(name.as_mut_ptr(), 255, device)
-        })?;
+        check("cuDeviceGetName", unsafe { get_name(name.as_mut_ptr(), 255, device) })?;
         let attribute = |which: c_int| -> Result<u32, Unavailable> {
             let mut value: c_int = 0;
             // SAFETY: `value` outlives the call.
-            check("cuDeviceGetAttribute", unsafe {
-                get_attribute(&mut value, which, device)
-            })?;
+            check("cuDeviceGetAttribute", unsafe { get_attribute(&mut value, which, device) })?;
             Ok(value.max(0) as u32)
         };
         let mut memory = 0;
         // SAFETY: `memory` outlives the call.
         check("cuDeviceTotalMem", unsafe { total_mem(&mut memory, device) })?;
         // SAFETY: the last of the 256 bytes was left 0.
-        let name = unsafe { CStr::from_ptr(name.as_ptr()) }
-            .to_string_lossy()
-            .into_owned();
+        let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
         Ok(DeviceInfo {
             name,
             compute_capability: (attribute(CAPABILITY_MAJOR)?, attribute(CAPABILITY_MINOR)?),
@@ -210,19 +197,12 @@ impl Libcuda {
         // SAFETY: the caller's promise.
         let found = unsafe { self.0.get::<F>(symbol.to_bytes_with_nul()) };
         // 500 is the driver's own word for a symbol it does not have.
-        found.map(|function| *function).map_err(|_| Unavailable::Failed {
-            operation: name,
-            code: 500,
-        })
+        found.map(|function| *function).map_err(|_| Unavailable::Failed { operation: name, code: 500 })
     }
 }
 
 fn check(operation: &'static str, code: c_uint) -> Result<(), Unavailable> {
-    if code == 0 {
-        Ok(())
-    } else {
-        Err(Unavailable::Failed { operation, code })
-    }
+    if code == 0 { Ok(()) } else { Err(Unavailable::Failed { operation, code }) }
 }
 
 #[cfg(test)]
@@ -235,11 +215,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (c, library) = (folder.path().join("fake.c"), folder.path().join("libfake.so"));
         fs::write(&c, source).unwrap();
-        let cc = Command::new("cc")
-            .args(["-shared", "-fPIC", "-o"])
-            .args([&library, &c])
-            .status()
-            .unwrap();
+        let cc = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &c]).status().unwrap();
         assert!(cc.success());
         devices_of(&["libthere-is-none.so", library.to_str().unwrap()])
     }
@@ -251,21 +227,14 @@ mod tests {
 
     #[test]
     fn driver_without_device() {
-        assert_eq!(
-            ask("int cuInit(unsigned f) { return 100; }"),
-            Err(Unavailable::NoDevice)
-        );
+        assert_eq!(ask("int cuInit(unsigned f) { return 100; }"), Err(Unavailable::NoDevice));
     }
 
     #[test]
     fn stub_of_the_toolkit() {
         let error = ask("int cuInit(unsigned f) { return 34; }").unwrap_err();
         assert_eq!(error, Unavailable::Init(34));
-        assert!(
-            error
-                .to_string()
-                .contains("34 (STUB_LIBRARY); this libcuda is the toolkit's stub")
-        );
+        assert!(error.to_string().contains("34 (STUB_LIBRARY); this libcuda is the toolkit's stub"));
     }
 
     #[test]
@@ -278,10 +247,7 @@ mod tests {
 
     #[test]
     fn library_of_another_kind() {
-        let error = Unavailable::Failed {
-            operation: "cuInit",
-            code: 500,
-        };
+        let error = Unavailable::Failed { operation: "cuInit", code: 500 };
         assert_eq!(ask("int other(void) { return 0; }"), Err(error));
     }
 
@@ -291,10 +257,7 @@ mod tests {
             int cuDriverGetVersion(int *v) { *v = 13000; return 0; }
             int cuDeviceGetCount(int *n) { return 999; }";
         let error = ask(source).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "cuDeviceGetCount failed: CUDA error 999 (UNKNOWN)"
-        );
+        assert_eq!(error.to_string(), "cuDeviceGetCount failed: CUDA error 999 (UNKNOWN)");
     }
 
     #[test]
