@@ -7,6 +7,8 @@
 //! * [`policy`]: what to keep, as a pure function from shapes and options to a [`policy::Plan`];
 //! * `engine`: the whole job on token ids, over a `backend` (feature `pipeline`).
 
+// Laid out by bindgen, and compared with its output by tests/bindings.rs.
+#[rustfmt::skip]
 pub mod abi;
 pub mod backend;
 #[cfg(feature = "pipeline")]

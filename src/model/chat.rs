@@ -356,9 +356,7 @@ fn strftime(format: &str, seconds: u64) -> Result<String, String> {
 /// Year, month from 0, day from 1 and day of the year from 1, of a day counted from 1970-01-01.
 fn date(days: u64) -> (u64, usize, u64, u64) {
     let (mut year, mut day) = (1970, days);
-    let leap = |year: u64| {
-        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-    };
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     while day >= 365 + u64::from(leap(year)) {
         day -= 365 + u64::from(leap(year));
         year += 1;

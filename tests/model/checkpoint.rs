@@ -90,10 +90,9 @@ fn every_weight_is_the_tensor_of_its_name() {
     let model = ModelDir::open(fixtures().join("models/f32-bias")).expect("valid");
     let (hidden, queries, keys, intermediate) = (48, 48, 16, 56);
     for (index, layer) in model.weights.layers.iter().enumerate() {
-        for (norm, name) in [
-            (&layer.input_norm, "input_layernorm"),
-            (&layer.post_attention_norm, "post_attention_layernorm"),
-        ] {
+        for (norm, name) in
+            [(&layer.input_norm, "input_layernorm"), (&layer.post_attention_norm, "post_attention_layernorm")]
+        {
             assert_eq!(norm.name(), format!("model.layers.{index}.{name}.weight"));
             assert_eq!(norm.shape(), [hidden]);
         }
@@ -107,15 +106,9 @@ fn every_weight_is_the_tensor_of_its_name() {
             (&layer.down, "mlp.down_proj", [hidden, intermediate]),
         ] {
             let bias = linear.bias.as_ref().expect("a bias");
-            assert_eq!(
-                linear.weight.name(),
-                format!("model.layers.{index}.{name}.weight")
-            );
+            assert_eq!(linear.weight.name(), format!("model.layers.{index}.{name}.weight"));
             assert_eq!(bias.name(), format!("model.layers.{index}.{name}.bias"));
-            assert_eq!(
-                (linear.weight.shape(), bias.shape()),
-                (&shape[..], &shape[..1])
-            );
+            assert_eq!((linear.weight.shape(), bias.shape()), (&shape[..], &shape[..1]));
         }
     }
     assert_eq!(model.weights.embedding.name(), "model.embed_tokens.weight");
