@@ -149,9 +149,8 @@ impl Dialect {
                 return Some(format!("there are no words for the slot {{{kind}}}"));
             }
         }
-        let probabilities = self.filler.iter().map(|filler| filler.probability);
-        if probabilities.clone().any(|p| !(p >= 0.0)) || !(probabilities.sum::<f64>() > 0.0) {
-            return Some("the filler's probabilities must be 0 or more, and one of them above 0".to_owned());
+        if self.filler.is_empty() || self.filler.iter().any(|filler| filler.probability <= 0.0) {
+            return Some("there must be filler, and each kind's probability above 0".to_owned());
         }
         if self.filler.iter().any(|filler| filler.templates.is_empty()) {
             return Some("every kind of filler needs a template".to_owned());

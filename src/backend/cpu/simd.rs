@@ -1,6 +1,9 @@
 //! Loops over rows that must run at the width of the machine. They are plain Rust; `pulp` compiles
 //! each for every instruction set it knows and picks one at run time.
 
+// The macro makes a struct of the arguments, so it wants their lifetimes spelled out.
+#![allow(clippy::needless_lifetimes)]
+
 use pulp::{Arch, Simd};
 
 /// One step of a running softmax over a row of scores: `scores` become `2^(score·scale − max)`, where
