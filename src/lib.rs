@@ -13,6 +13,8 @@ pub mod backend;
 pub mod cache;
 #[cfg(feature = "pipeline")]
 pub mod engine;
+#[cfg(feature = "pipeline")]
+pub mod eval;
 pub mod kernels;
 pub mod policy;
 mod random;
