@@ -41,7 +41,7 @@ fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(arguments, &cancel),
         Command::Compare(arguments) => compare::run(arguments, &cancel),
         Command::Inspect(arguments) => inspect::run(arguments, &cancel),
-        Command::Info(arguments) => info::run(arguments, &cancel),
+        Command::Info(arguments) => info::run(arguments),
     };
     exit::code(result, &cancel)
 }
