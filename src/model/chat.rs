@@ -149,8 +149,8 @@ impl ChatTemplate {
 
 const TEMPLATE: &str = "chat";
 
-/// Steps a template may take: hours of conversation, but not for ever.
-const FUEL: u64 = 100_000_000;
+/// Steps a template may take: tens of thousands of messages, but not for ever.
+const FUEL: u64 = 10_000_000;
 
 const SPECIAL_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
@@ -356,7 +356,9 @@ fn strftime(format: &str, seconds: u64) -> Result<String, String> {
 /// Year, month from 0, day from 1 and day of the year from 1, of a day counted from 1970-01-01.
 fn date(days: u64) -> (u64, usize, u64, u64) {
     let (mut year, mut day) = (1970, days);
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
     while day >= 365 + u64::from(leap(year)) {
         day -= 365 + u64::from(leap(year));
         year += 1;

@@ -109,13 +109,21 @@ impl LlamaConfig {
             RopeScaling::Default => (positions, format!("max_position_embeddings = {positions}")),
             RopeScaling::Linear { factor } => (
                 times(positions, factor),
-                format!("max_position_embeddings = {positions} times the linear RoPE factor {factor}"),
+                format!(
+                    "max_position_embeddings = {positions} times the linear RoPE factor {factor}"
+                ),
             ),
             RopeScaling::Dynamic { factor, .. } => (
                 times(positions, factor),
-                format!("max_position_embeddings = {positions} times the dynamic RoPE factor {factor}"),
+                format!(
+                    "max_position_embeddings = {positions} times the dynamic RoPE factor {factor}"
+                ),
             ),
-            RopeScaling::Llama3 { factor, original_max_position_embeddings: original, .. } => {
+            RopeScaling::Llama3 {
+                factor,
+                original_max_position_embeddings: original,
+                ..
+            } => {
                 let stretched = times(original, factor);
                 if stretched > positions {
                     let reason = format!(
@@ -128,9 +136,10 @@ impl LlamaConfig {
             }
         };
         match self.sliding_window {
-            Some(window) if window < tokens => {
-                ContextLimit { tokens: window, reason: format!("sliding_window = {window}") }
-            }
+            Some(window) if window < tokens => ContextLimit {
+                tokens: window,
+                reason: format!("sliding_window = {window}"),
+            },
             _ => ContextLimit { tokens, reason },
         }
     }
@@ -145,7 +154,10 @@ impl LlamaConfig {
         let fields = Fields::new(file, &map);
         let architecture = architecture(&fields)?;
         if fields.get("quantization_config").is_some() {
-            return Err(fields.unsupported("quantization_config", "checkpoints stored as BF16, F16 or F32"));
+            return Err(fields.unsupported(
+                "quantization_config",
+                "checkpoints stored as BF16, F16 or F32",
+            ));
         }
         if !matches!(fields.string("hidden_act")?, None | Some("silu")) {
             return Err(fields.unsupported("hidden_act", "silu"));
@@ -154,9 +166,12 @@ impl LlamaConfig {
         let vocab_size = fields.required_count("vocab_size", MAX_VOCABULARY)?;
         let hidden_size = fields.required_count("hidden_size", MAX_WIDTH)?;
         let query_heads = fields.required_count("num_attention_heads", MAX_HEADS)?;
-        let max_position_embeddings = fields.required_count("max_position_embeddings", MAX_POSITIONS)?;
-        let rms_norm_eps = fields
-            .number("rms_norm_eps", "a number above 0 and below 1", |eps| eps as f32 > 0.0 && eps < 1.0)?;
+        let max_position_embeddings =
+            fields.required_count("max_position_embeddings", MAX_POSITIONS)?;
+        let rms_norm_eps =
+            fields.number("rms_norm_eps", "a number above 0 and below 1", |eps| {
+                eps as f32 > 0.0 && eps < 1.0
+            })?;
         let head_dim = head_dim(&fields, hidden_size, query_heads)?;
         let rope = RopeConfig::read(&fields, max_position_embeddings)?;
         if matches!(rope.scaling, RopeScaling::Dynamic { .. }) && head_dim < 4 {
@@ -180,7 +195,9 @@ impl LlamaConfig {
             max_position_embeddings,
             sliding_window: sliding_window(&fields, architecture)?,
             bos_token_id: fields.token("bos_token_id", vocab_size)?,
-            eos_token_ids: fields.tokens("eos_token_id", vocab_size)?.unwrap_or_default(),
+            eos_token_ids: fields
+                .tokens("eos_token_id", vocab_size)?
+                .unwrap_or_default(),
             dtype: match fields.string("dtype")? {
                 Some(name) => Some(name),
                 None => fields.string("torch_dtype")?,
@@ -196,7 +213,8 @@ const MAX_WIDTH: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 12;
 const MAX_LAYERS: usize = 1 << 12;
 
-const SUPPORTED: &str = "LlamaForCausalLM (model_type llama), MistralForCausalLM (model_type mistral)";
+const SUPPORTED: &str =
+    "LlamaForCausalLM (model_type llama), MistralForCausalLM (model_type mistral)";
 
 /// What MistralConfig takes where config.json is silent.
 const MISTRAL_KV_HEADS: usize = 8;
@@ -223,16 +241,22 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture, ModelError> {
         Some(_) => return Err(fields.wrong("architectures", "a list of class names")),
     };
     // The model type decides, as it does for AutoModelForCausalLM.
-    of_type.or(of_class).ok_or_else(|| fields.missing("model_type", "llama or mistral"))
+    of_type
+        .or(of_class)
+        .ok_or_else(|| fields.missing("model_type", "llama or mistral"))
 }
 
-fn head_dim(fields: &Fields<'_>, hidden_size: usize, query_heads: usize) -> Result<usize, ModelError> {
+fn head_dim(
+    fields: &Fields<'_>,
+    hidden_size: usize,
+    query_heads: usize,
+) -> Result<usize, ModelError> {
     match fields.count("head_dim", usize::MAX)? {
         Some(head_dim) if head_dim > MAX_HEAD_DIM || head_dim % 2 != 0 => {
             Err(fields.wrong("head_dim", &format!("even and at most {MAX_HEAD_DIM}")))
         }
         Some(head_dim) => Ok(head_dim),
-        None if hidden_size % query_heads != 0 => Err(fields.wrong(
+        None if !hidden_size.is_multiple_of(query_heads) => Err(fields.wrong(
             "hidden_size",
             &format!("a multiple of num_attention_heads = {query_heads} where head_dim is absent"),
         )),
@@ -260,8 +284,11 @@ fn kv_heads(
         None if architecture == Architecture::Mistral && !fields.has(field) => MISTRAL_KV_HEADS,
         None => query_heads,
     };
-    if query_heads % kv_heads != 0 {
-        return Err(fields.wrong(field, &format!("a divisor of num_attention_heads = {query_heads}")));
+    if !query_heads.is_multiple_of(kv_heads) {
+        return Err(fields.wrong(
+            field,
+            &format!("a divisor of num_attention_heads = {query_heads}"),
+        ));
     }
     let ratio = query_heads / kv_heads;
     if ratio > MAX_GQA_RATIO {
@@ -276,13 +303,17 @@ fn kv_heads(
     Ok(kv_heads)
 }
 
-fn sliding_window(fields: &Fields<'_>, architecture: Architecture) -> Result<Option<usize>, ModelError> {
+fn sliding_window(
+    fields: &Fields<'_>,
+    architecture: Architecture,
+) -> Result<Option<usize>, ModelError> {
     // Layers that differ in their window would still agree within it; any other kind would not.
     if let Some(layers) = fields.get("layer_types") {
         let Value::Array(layers) = layers else {
             return Err(fields.wrong("layer_types", "a list"));
         };
-        let known = |layer: &Value| matches!(layer.as_str(), Some("full_attention" | "sliding_attention"));
+        let known =
+            |layer: &Value| matches!(layer.as_str(), Some("full_attention" | "sliding_attention"));
         if !layers.iter().all(known) {
             return Err(fields.unsupported("layer_types", "full_attention, sliding_attention"));
         }

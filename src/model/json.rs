@@ -10,10 +10,14 @@ use super::ModelError;
 /// Reads a whole file; a missing one is [`ModelError::FileMissing`] with `hint`.
 pub(super) fn read(path: &Path, hint: &str) -> Result<Vec<u8>, ModelError> {
     fs::read(path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => {
-            ModelError::FileMissing { path: path.to_path_buf(), hint: hint.to_owned() }
-        }
-        _ => ModelError::Io { path: path.to_path_buf(), source },
+        std::io::ErrorKind::NotFound => ModelError::FileMissing {
+            path: path.to_path_buf(),
+            hint: hint.to_owned(),
+        },
+        _ => ModelError::Io {
+            path: path.to_path_buf(),
+            source,
+        },
     })
 }
 
@@ -27,7 +31,10 @@ pub(super) fn object(file: &Path, text: &[u8]) -> Result<Map<String, Value>, Mod
             value: shown(&other),
             expected: "a JSON object".to_owned(),
         }),
-        Err(source) => Err(ModelError::Json { file: file.to_path_buf(), source }),
+        Err(source) => Err(ModelError::Json {
+            file: file.to_path_buf(),
+            source,
+        }),
     }
 }
 
@@ -53,15 +60,23 @@ pub(super) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(super) fn new(file: &'a Path, map: &'a Map<String, Value>) -> Self {
-        Self { file, inside: "", map }
+        Self {
+            file,
+            inside: "",
+            map,
+        }
     }
 
     /// The object under `field`, or none where it is absent, null or empty.
-    pub(super) fn object(&self, field: &'static str) -> Result<Option<Fields<'a>>, ModelError> {
+    pub(super) fn object(&self, field: &'static str) -> Result<Option<Self>, ModelError> {
         match self.get(field) {
             None => Ok(None),
             Some(Value::Object(map)) if map.is_empty() => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Fields { file: self.file, inside: field, map })),
+            Some(Value::Object(map)) => Ok(Some(Self {
+                file: self.file,
+                inside: field,
+                map,
+            })),
             Some(_) => Err(self.wrong(field, "an object or null")),
         }
     }
@@ -84,7 +99,10 @@ impl<'a> Fields<'a> {
         let Some(value) = self.get(field) else {
             return Ok(None);
         };
-        match value.as_u64().and_then(|number| usize::try_from(number).ok()) {
+        match value
+            .as_u64()
+            .and_then(|number| usize::try_from(number).ok())
+        {
             Some(number) if (1..=most).contains(&number) => Ok(Some(number)),
             _ => Err(self.wrong(field, &format!("a whole number from 1 to {most}"))),
         }
@@ -147,18 +165,26 @@ impl<'a> Fields<'a> {
             None => Ok(None),
             Some(value) => match token(value, vocab_size) {
                 Some(id) => Ok(Some(id)),
-                None => {
-                    Err(self.wrong(field, &format!("a token id below vocab_size = {vocab_size}, or null")))
-                }
+                None => Err(self.wrong(
+                    field,
+                    &format!("a token id below vocab_size = {vocab_size}, or null"),
+                )),
             },
         }
     }
 
     /// One token id or a list of them.
-    pub(super) fn tokens(&self, field: &str, vocab_size: usize) -> Result<Option<Vec<u32>>, ModelError> {
+    pub(super) fn tokens(
+        &self,
+        field: &str,
+        vocab_size: usize,
+    ) -> Result<Option<Vec<u32>>, ModelError> {
         let ids = match self.get(field) {
             None => return Ok(None),
-            Some(Value::Array(values)) => values.iter().map(|value| token(value, vocab_size)).collect(),
+            Some(Value::Array(values)) => values
+                .iter()
+                .map(|value| token(value, vocab_size))
+                .collect(),
             Some(value) => token(value, vocab_size).map(|id| vec![id]),
         };
         match ids {
@@ -197,11 +223,17 @@ impl<'a> Fields<'a> {
     }
 
     fn shown(&self, field: &str) -> String {
-        self.map.get(field).map_or_else(|| "absent".to_owned(), shown)
+        self.map
+            .get(field)
+            .map_or_else(|| "absent".to_owned(), shown)
     }
 
     fn path(&self, field: &str) -> String {
-        if self.inside.is_empty() { field.to_owned() } else { format!("{}.{field}", self.inside) }
+        if self.inside.is_empty() {
+            field.to_owned()
+        } else {
+            format!("{}.{field}", self.inside)
+        }
     }
 }
 
