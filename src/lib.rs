@@ -20,6 +20,8 @@ pub mod eval;
 pub mod kernels;
 pub mod policy;
 mod random;
+#[cfg(feature = "cli")]
+pub mod report;
 
 #[cfg(feature = "pipeline")]
 pub mod model;
