@@ -70,11 +70,8 @@ impl<'a> Task<'a> {
                 }
             }
         }
-        let generation = GenerationOptions {
-            max_tokens: options.max_tokens,
-            sampling: options.sampling()?,
-            stop_tokens,
-        };
+        let generation =
+            GenerationOptions { max_tokens: options.max_tokens, sampling: options.sampling()?, stop_tokens };
         Ok(Self { prompt, exact_shortcuts, generation, stop_texts, cancel })
     }
 

@@ -58,7 +58,8 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let model = ModelDir::open(&arguments.model.model)?;
     let prompt = arguments.prompt.read(&model, arguments.answer.question.as_deref())?;
     let plan = policy.plan(ModelShape::from(&model.config), prompt.ids.len())?;
-    let task = Task::new(&model, &prompt, &arguments.answer, arguments.policy_options.exact_shortcuts(), cancel)?;
+    let task =
+        Task::new(&model, &prompt, &arguments.answer, arguments.policy_options.exact_shortcuts(), cancel)?;
     let more_tokens = prompt.question.len() + arguments.answer.max_tokens;
     let loaded = arguments.model.load(&model, [&plan], more_tokens, arguments.json, cancel)?;
 

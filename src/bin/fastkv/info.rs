@@ -99,11 +99,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         device: backend.name(),
         device_reason,
         cpu_threads: backend.threads(),
-        cuda: Cuda {
-            available: false,
-            reason: device::without_cuda(),
-            kernels_built: cfg!(fastkv_kernels),
-        },
+        cuda: Cuda { available: false, reason: device::without_cuda(), kernels_built: cfg!(fastkv_kernels) },
         memory_available_bytes: available,
         model: model.as_ref().map(Model::of),
         memory,

@@ -8,7 +8,8 @@ use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use fastkv::backend::Backend;
 use fastkv::engine::{
-    Bytes, Cancel, Control, Engine, FinishReason, GenerationOptions, PrefillOptions, Progress, Sampling, Trace,
+    Bytes, Cancel, Control, Engine, FinishReason, GenerationOptions, PrefillOptions, Progress, Sampling,
+    Trace,
 };
 use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Plan, Policy};
