@@ -1,1 +1,315 @@
-fn main() {}
+//! Compiles `kernels/*.cu` into one fatbin each and writes the table that embeds them.
+//!
+//! `FASTKV_CUDA=require|auto|off` says what to do where there is no nvcc: fail, go on without kernels
+//! and say so (the default), or never look. Nothing here touches the network or a GPU.
+
+use std::{
+    env,
+    ffi::OsString,
+    fmt::Write as _,
+    fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Mutex,
+    thread,
+};
+
+use anyhow::{Context, Result, ensure};
+
+/// The compiler whose every warning is an error under `FASTKV_CUDA=require`; people have others.
+const PINNED_NVCC: (u32, u32) = (13, 0);
+/// Architectures with machine code of their own; newer chips compile the PTX of the first.
+const ARCHITECTURES: &str = "80,89,90";
+
+fn main() {
+    if let Err(error) = build() {
+        for line in format!("{error:#}").lines() {
+            println!("cargo::error={line}");
+        }
+    }
+}
+
+fn build() -> Result<()> {
+    println!("cargo::rustc-check-cfg=cfg(fastkv_kernels)");
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=kernels");
+    #[cfg(feature = "bindgen")]
+    abi::generate()?;
+
+    let mode = variable("FASTKV_CUDA").unwrap_or_else(|| "auto".into());
+    ensure!(
+        ["require", "auto", "off"].contains(&mode.as_str()),
+        "FASTKV_CUDA is \"{mode}\"; it must be \"require\", \"auto\" or \"off\""
+    );
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() || env::var_os("DOCS_RS").is_some() || mode == "off" {
+        return Ok(());
+    }
+    let Some(nvcc) = find_nvcc()? else {
+        ensure!(
+            mode == "auto",
+            "FASTKV_CUDA=require, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or \
+             .toolchain: run tools/setup-toolchain, or point NVCC at a compiler"
+        );
+        println!(
+            "cargo::warning=no nvcc found: building without CUDA kernels, for the CPU alone (set NVCC or run \
+             tools/setup-toolchain to have them; FASTKV_CUDA=off silences this)"
+        );
+        return Ok(());
+    };
+    compile(&nvcc, mode == "require")
+}
+
+/// A variable that is set and not empty; cargo runs this program again when it changes.
+fn variable(name: &str) -> Option<String> {
+    println!("cargo::rerun-if-env-changed={name}");
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn find_nvcc() -> Result<Option<PathBuf>> {
+    if let Some(named) = variable("NVCC") {
+        let found = [PathBuf::from(&named)].into_iter().chain(on_path(&named)).find(|path| path.is_file());
+        return Ok(Some(found.with_context(|| format!("NVCC is \"{named}\", which is no file"))?));
+    }
+    let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable);
+    let own = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join(".toolchain/cuda/bin/nvcc");
+    let mut places = toolkits.map(|toolkit| Path::new(&toolkit).join("bin/nvcc")).collect::<Vec<_>>();
+    places.extend(on_path("nvcc"));
+    places.extend([PathBuf::from("/usr/local/cuda/bin/nvcc"), own]);
+    Ok(places.into_iter().find(|path| path.is_file()))
+}
+
+fn on_path(program: &str) -> Vec<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).map(|folder| folder.join(program)).collect()
+}
+
+/// One run of nvcc: a fatbin, or PTX in a file of its own for whoever reads or interprets it.
+struct Job {
+    arguments: Vec<OsString>,
+    output: PathBuf,
+    source: PathBuf,
+}
+
+fn compile(nvcc: &Path, require: bool) -> Result<()> {
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let version = nvcc_version(nvcc)?;
+    let strict = require && version == PINNED_NVCC;
+    let list = variable("CUDA_COMPUTE_CAP").unwrap_or_else(|| ARCHITECTURES.into());
+    let architectures = list.split([',', ';']).map(architecture).collect::<Result<Vec<_>>>()?;
+
+    let mut common = ["-O3", "-std=c++17", "-Ikernels"].map(String::from).to_vec();
+    if strict {
+        common.extend(["-Werror", "all-warnings", "-Xptxas", "-v"].map(String::from));
+    }
+    if let Some(compiler) = variable("NVCC_CCBIN") {
+        common.extend(["-ccbin".into(), compiler]);
+    }
+    if let Some(flags) = variable("FASTKV_NVCC_FLAGS") {
+        common.extend(flags.split_whitespace().map(String::from));
+    }
+
+    let (sources, headers) = kernel_files()?;
+    let mut jobs = Vec::new();
+    let (mut images, mut ptxs) = (String::new(), String::new());
+    for source in &sources {
+        let name =
+            source.file_stem().and_then(|stem| stem.to_str()).context("a kernel file needs a plain name")?;
+        // Hopper's own instructions run on compute capability 9.0 and nowhere else.
+        let hopper = name.starts_with("sm90_");
+        if hopper && !architectures.iter().any(|target| target.starts_with("90")) {
+            continue;
+        }
+        let targets = if hopper { vec!["90a".to_string()] } else { architectures.clone() };
+        let ptx = format!("-gencode=arch=compute_{0},code=compute_{0}", targets[0]);
+        let mut fatbin = vec!["--fatbin".to_string()];
+        fatbin
+            .extend(targets.iter().map(|target| format!("-gencode=arch=compute_{target},code=sm_{target}")));
+        if !hopper {
+            fatbin.push(ptx.clone());
+        }
+        for (arguments, extension) in [(fatbin, "fatbin"), (vec!["--ptx".into(), ptx], "ptx")] {
+            let output = out.join(format!("{name}.{extension}"));
+            let mut arguments =
+                [arguments, common.clone()].concat().into_iter().map(OsString::from).collect::<Vec<_>>();
+            arguments.extend(["-o".into(), output.clone().into(), source.clone().into()]);
+            jobs.push(Job { arguments, output, source: source.clone() });
+        }
+        let names = targets.iter().map(|target| format!("\"sm_{target}\",")).collect::<String>();
+        writeln!(
+            images,
+            "Image {{ name: \"{name}\", archs: &[{names}], \
+             fatbin: &Aligned(*include_bytes!(\"{name}.fatbin\")).0 }},"
+        )?;
+        writeln!(ptxs, "(\"{name}\", include_str!(\"{name}.ptx\")),")?;
+    }
+
+    let headers = digest(&headers)?;
+    let queue = Mutex::new(jobs.into_iter());
+    let workers = env::var("NUM_JOBS").ok().and_then(|count| count.parse().ok()).unwrap_or(1);
+    thread::scope(|scope| {
+        let work = || -> Result<()> {
+            loop {
+                let Some(job) = queue.lock().expect("no worker panics").next() else {
+                    return Ok(());
+                };
+                run(nvcc, version, &job, headers, strict)?;
+            }
+        };
+        let workers = (0..workers).map(|_| scope.spawn(work)).collect::<Vec<_>>();
+        workers.into_iter().try_for_each(|worker| worker.join().expect("no worker panics"))
+    })?;
+
+    let (major, minor) = version;
+    fs::write(
+        out.join("kernels.rs"),
+        format!(
+            "const NVCC: Option<(u32, u32)> = Some(({major}, {minor}));\n\
+             static IMAGES: &[Image] = &[\n{images}];\n\
+             static PTX: &[(&str, &str)] = &[\n{ptxs}];\n"
+        ),
+    )?;
+    println!("cargo::rustc-cfg=fastkv_kernels");
+    Ok(())
+}
+
+/// `80`, `89`, `90`, `90a`: what nvcc calls the architecture.
+fn architecture(text: &str) -> Result<String> {
+    let text = text.trim();
+    let number = text.trim_end_matches('a');
+    ensure!(
+        text.len() - number.len() <= 1
+            && number.parse::<u32>().is_ok_and(|number| (80..1000).contains(&number)),
+        "CUDA_COMPUTE_CAP holds \"{text}\"; it must be a list such as 80,89,90 of 80 and above"
+    );
+    Ok(text.to_string())
+}
+
+/// The sources and the headers under kernels/, each in a fixed order.
+fn kernel_files() -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let (mut sources, mut headers) = (Vec::new(), Vec::new());
+    let mut folders = vec![PathBuf::from("kernels")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))? {
+            let path = entry?.path();
+            match path.extension().and_then(|extension| extension.to_str()) {
+                _ if path.is_dir() => folders.push(path),
+                Some("cu") => sources.push(path),
+                Some("cuh" | "h") => headers.push(path),
+                _ => {}
+            }
+        }
+    }
+    sources.sort();
+    headers.sort();
+    Ok((sources, headers))
+}
+
+fn nvcc_version(nvcc: &Path) -> Result<(u32, u32)> {
+    let output = Command::new(nvcc).arg("--version").output();
+    let output = output.with_context(|| format!("cannot start {}", nvcc.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let release = text.split("release ").nth(1).and_then(|rest| rest.split(',').next());
+    let numbers = release.and_then(|release| release.split_once('.'));
+    numbers
+        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)))
+        .with_context(|| format!("{} --version names no release:\n{text}", nvcc.display()))
+}
+
+fn digest(files: &[PathBuf]) -> Result<u64> {
+    let mut hasher = DefaultHasher::new();
+    for file in files {
+        file.hash(&mut hasher);
+        fs::read(file).with_context(|| format!("cannot read {}", file.display()))?.hash(&mut hasher);
+    }
+    Ok(hasher.finish())
+}
+
+/// Runs nvcc unless the output was made from the same source, headers, compiler and flags.
+fn run(nvcc: &Path, version: (u32, u32), job: &Job, headers: u64, strict: bool) -> Result<()> {
+    let source = digest(std::slice::from_ref(&job.source))?;
+    let mut hasher = DefaultHasher::new();
+    (nvcc, version, &job.arguments, headers, source).hash(&mut hasher);
+    let made_from = hasher.finish().to_string();
+    let stamp = job.output.with_added_extension("stamp");
+    if job.output.is_file() && fs::read_to_string(&stamp).is_ok_and(|old| old == made_from) {
+        return Ok(());
+    }
+    // Whatever nvcc leaves when it fails is not to be taken for an output.
+    let _ = fs::remove_file(&stamp);
+    let output = Command::new(nvcc).args(&job.arguments).output()?;
+    let log = [output.stdout, output.stderr].concat();
+    let log = String::from_utf8_lossy(&log);
+    ensure!(
+        output.status.success(),
+        "{} failed on {} (FASTKV_CUDA=off builds without kernels):\n{log}",
+        nvcc.display(),
+        job.source.display()
+    );
+    if strict {
+        let complaints = log.lines().filter(|line| complains(line)).collect::<Vec<_>>();
+        ensure!(
+            complaints.is_empty(),
+            "{} does not compile cleanly:\n{}",
+            job.source.display(),
+            complaints.join("\n")
+        );
+    }
+    fs::write(stamp, made_from)?;
+    Ok(())
+}
+
+/// What ptxas says in passing and yet costs: warnings, dropped wgmma or setmaxnreg (C75xx), spills.
+fn complains(line: &str) -> bool {
+    let spills =
+        line.split(',').any(|part| part.contains("spill") && !part.trim_start().starts_with("0 bytes"));
+    line.contains("warning") || line.contains("C75") || spills
+}
+
+#[cfg(feature = "bindgen")]
+mod abi {
+    use super::*;
+    use bindgen::callbacks::{DeriveInfo, ItemInfo, ParseCallbacks};
+
+    /// Writes `$OUT_DIR/abi.rs`, which tests/bindings.rs compares with src/abi.rs.
+    pub(super) fn generate() -> Result<()> {
+        let own = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join(".toolchain/libclang");
+        if variable("LIBCLANG_PATH").is_none() && own.is_dir() {
+            // SAFETY: no other thread runs yet.
+            unsafe { env::set_var("LIBCLANG_PATH", own) };
+        }
+        bindgen::Builder::default()
+            .header("kernels/abi.h")
+            .raw_line("//! Parameter structs and constants shared with the kernels, generated from `kernels/abi.h`.")
+            .use_core()
+            .derive_default(true)
+            .derive_eq(true)
+            .derive_hash(true)
+            .allowlist_item("(FASTKV|fastkv)_.*")
+            .disable_header_comment()
+            .formatter(bindgen::Formatter::Prettyplease)
+            .parse_callbacks(Box::new(Names))
+            .generate()
+            .context("kernels/abi.h")?
+            .write_to_file(Path::new(&env::var("OUT_DIR")?).join("abi.rs"))
+            .context("cannot write abi.rs")
+    }
+
+    #[derive(Debug)]
+    struct Names;
+
+    impl ParseCallbacks for Names {
+        fn add_derives(&self, _: &DeriveInfo<'_>) -> Vec<String> {
+            vec!["bytemuck::Pod".into(), "bytemuck::Zeroable".into()]
+        }
+
+        /// `fastkv_gather_kv_params` is `GatherKvParams` in Rust, and `FASTKV_X` is `X`.
+        fn item_name(&self, item: ItemInfo<'_>) -> Option<String> {
+            if let Some(constant) = item.name.strip_prefix("FASTKV_") {
+                return Some(constant.into());
+            }
+            let words = item.name.strip_prefix("fastkv_")?.split('_');
+            Some(words.map(|word| word[..1].to_uppercase() + &word[1..]).collect())
+        }
+    }
+}

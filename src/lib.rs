@@ -7,15 +7,21 @@
 //! * [`policy`]: what to keep, as a pure function from shapes and options to a [`policy::Plan`];
 //! * `engine`: the whole job on token ids, over a `backend` (feature `pipeline`).
 
+// Laid out by bindgen, and compared with its output by tests/bindings.rs.
+#[rustfmt::skip]
 pub mod abi;
 pub mod backend;
 #[cfg(feature = "pipeline")]
 pub mod cache;
 #[cfg(feature = "pipeline")]
 pub mod engine;
+#[cfg(feature = "pipeline")]
+pub mod eval;
 pub mod kernels;
 pub mod policy;
 mod random;
+#[cfg(feature = "cli")]
+pub mod report;
 
 #[cfg(feature = "pipeline")]
 pub mod model;

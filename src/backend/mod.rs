@@ -3,6 +3,8 @@
 
 #[cfg(feature = "pipeline")]
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(feature = "pipeline")]
 mod error;
 #[cfg(feature = "pipeline")]

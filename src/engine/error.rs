@@ -1,3 +1,4 @@
+use super::{Bytes, MemoryEstimate};
 use crate::backend::BackendError;
 use crate::policy::ModelShape;
 
@@ -65,6 +66,14 @@ pub enum EngineError {
         value: f32,
         /// Its token.
         token: usize,
+    },
+    /// A model and a prompt for a bigger machine.
+    #[error("too large for memory: {needed} are needed, {} are available", Bytes(*.available))]
+    TooLarge {
+        /// What it takes.
+        needed: MemoryEstimate,
+        /// Bytes there are.
+        available: u64,
     },
     /// The caller asked to stop.
     #[error("cancelled")]

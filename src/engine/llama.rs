@@ -54,29 +54,7 @@ impl<B: Backend> Llama<B> {
     }
 
     pub(super) fn shape(&self) -> ModelShape {
-        ModelShape {
-            layers: self.config.num_layers,
-            query_heads: self.config.query_heads,
-            kv_heads: self.config.kv_heads,
-            head_dim: self.config.head_dim,
-        }
-    }
-
-    /// Tokens that begin at this position can be read.
-    pub(super) fn check_tokens(&self, ids: &[u32], first: usize) -> Result<(), EngineError> {
-        if ids.is_empty() {
-            return Err(EngineError::NoTokens);
-        }
-        let vocabulary = self.config.vocab_size;
-        if let Some(index) = ids.iter().position(|id| *id as usize >= vocabulary) {
-            return Err(EngineError::TokenOutOfRange { id: ids[index], position: first + index, vocabulary });
-        }
-        let tokens = first + ids.len();
-        let limit = self.config.context_limit();
-        if tokens > limit.tokens {
-            return Err(EngineError::ContextExceeded { tokens, limit: limit.tokens, reason: limit.reason });
-        }
-        Ok(())
+        ModelShape::from(&self.config)
     }
 
     /// Rotary angles of positions in a sequence that has `length` tokens so far.
@@ -189,6 +167,38 @@ impl<B: Backend> Linear<B> {
     fn apply(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor, EngineError> {
         Ok(backend.linear(x, &self.weight, self.bias.as_ref())?)
     }
+}
+
+impl From<&LlamaConfig> for ModelShape {
+    fn from(config: &LlamaConfig) -> Self {
+        Self {
+            layers: config.num_layers,
+            query_heads: config.query_heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        }
+    }
+}
+
+/// Whether a model can read tokens whose first one stands at this position: what a prefill or an append
+/// would find out after loading.
+///
+/// # Errors
+/// No tokens, an id outside the vocabulary, or more tokens than the model's context takes.
+pub fn check_tokens(config: &LlamaConfig, ids: &[u32], first: usize) -> Result<(), EngineError> {
+    if ids.is_empty() {
+        return Err(EngineError::NoTokens);
+    }
+    let vocabulary = config.vocab_size;
+    if let Some(index) = ids.iter().position(|id| *id as usize >= vocabulary) {
+        return Err(EngineError::TokenOutOfRange { id: ids[index], position: first + index, vocabulary });
+    }
+    let tokens = first + ids.len();
+    let limit = config.context_limit();
+    if tokens > limit.tokens {
+        return Err(EngineError::ContextExceeded { tokens, limit: limit.tokens, reason: limit.reason });
+    }
+    Ok(())
 }
 
 /// Row ranges of at most `chunk` rows; the last one is full, so that it holds the whole window.

@@ -3,7 +3,7 @@
 
 use super::llama::{Layer, Llama, chunks};
 use super::trace::{LayerTrace, Trace, retained_mass};
-use super::{Control, Engine, EngineError};
+use super::{Control, Engine, EngineError, check_tokens};
 use crate::backend::{Backend, Select, Visible};
 use crate::cache::Cache;
 use crate::policy::{Keep, LayerPlan, ModelShape, Plan, Propagate, Saliency, random_positions};
@@ -58,7 +58,7 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Prefill<B>, EngineError> {
         let backend = &self.backend;
         let llama = &self.llama;
-        llama.check_tokens(ids, 0)?;
+        check_tokens(&llama.config, ids, 0)?;
         check_plan(plan, llama.shape(), ids.len())?;
         control.check()?;
 

@@ -1,1 +1,38 @@
-//! CUDA kernels and their drivers.
+//! The CUDA kernels and their drivers: what an engine takes that brings its own model.
+//!
+//! A driver takes a description of the work, checks it, and launches. It never allocates, never
+//! waits, and never calls CUDA itself: it talks to a [`Device`], which is the CUDA driver in
+//! `backend::cuda` and something simpler in tests. Addresses are plain `u64` device addresses, so that
+//! any CUDA binding can call.
+//!
+//! * [`gather`]: moves kept rows of K and V, and of hidden states.
+//! * [`images`]: the compiled kernels inside this library.
+
+mod device;
+mod error;
+pub mod gather;
+pub mod images;
+
+pub use device::{Device, Kernel, Launch};
+pub use error::{Error, cuda_error_name};
+
+/// Element type of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE half precision, 2 bytes.
+    F16,
+    /// bfloat16, 2 bytes.
+    BF16,
+    /// IEEE single precision, 4 bytes.
+    F32,
+}
+
+impl DType {
+    /// Bytes of an element.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Self::F16 | Self::BF16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}

@@ -25,10 +25,7 @@ pub struct ChatMessage {
 impl ChatMessage {
     /// A message.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self {
-            role: role.into(),
-            content: content.into(),
-        }
+        Self { role: role.into(), content: content.into() }
     }
 }
 
@@ -66,11 +63,7 @@ impl ChatTemplate {
                 Ok(text) => (own_file, text),
                 Err(error) => {
                     let reason = format!("not UTF-8: {error}");
-                    return Err(ModelError::ChatTemplate {
-                        file: own_file,
-                        line: None,
-                        reason,
-                    });
+                    return Err(ModelError::ChatTemplate { file: own_file, line: None, reason });
                 }
             },
             Err(ModelError::FileMissing { .. }) => match default_template(&fields)? {
@@ -130,64 +123,37 @@ impl ChatTemplate {
         &self.file
     }
 
-    fn new(
-        file: PathBuf,
-        source: &str,
-        special_tokens: Map<String, Json>,
-    ) -> Result<Self, ModelError> {
+    fn new(file: PathBuf, source: &str, special_tokens: Map<String, Json>) -> Result<Self, ModelError> {
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|error| refused(&file, &error))?);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_fuel(Some(FUEL));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function(
-            "raise_exception",
-            |message: String| -> Result<Value, Error> {
-                Err(Error::new(ErrorKind::InvalidOperation, message))
-            },
-        );
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
         environment.add_function("strftime_now", |format: &str| {
-            let now = SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |time| time.as_secs());
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
             strftime(format, now).map_err(|directive| {
-                Error::new(
-                    ErrorKind::InvalidOperation,
-                    format!("strftime_now does not know `{directive}`"),
-                )
+                Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know `{directive}`"))
             })
         });
         environment.add_filter("tojson", tojson);
         environment
             .add_template_owned(TEMPLATE, without_generation_tags(source))
             .map_err(|error| refused(&file, &error))?;
-        Ok(Self {
-            file,
-            environment,
-            special_tokens,
-        })
+        Ok(Self { file, environment, special_tokens })
     }
 }
 
 const TEMPLATE: &str = "chat";
 
-/// Steps a template may take: hours of conversation, but not for ever.
-const FUEL: u64 = 100_000_000;
+/// Steps a template may take: tens of thousands of messages, but not for ever.
+const FUEL: u64 = 10_000_000;
 
-const SPECIAL_TOKENS: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-];
+const SPECIAL_TOKENS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// Special tokens are strings, or objects that describe an added token.
 fn special_tokens(fields: &Fields<'_>) -> Result<Map<String, Json>, ModelError> {
@@ -199,9 +165,7 @@ fn special_tokens(fields: &Fields<'_>) -> Result<Map<String, Json>, ModelError> 
             Some(Json::Object(token)) => match token.get("content") {
                 Some(Json::String(text)) => text,
                 _ => {
-                    return Err(
-                        fields.wrong(name, "a string, or an object with a string `content`")
-                    );
+                    return Err(fields.wrong(name, "a string, or an object with a string `content`"));
                 }
             },
             Some(_) => {
@@ -222,12 +186,9 @@ fn default_template<'a>(fields: &Fields<'a>) -> Result<Option<&'a str>, ModelErr
         Some(Json::Array(templates)) => templates,
         Some(_) => return Err(fields.wrong(field, expected)),
     };
-    let named = templates.iter().map(|template| {
-        Some((
-            template.get("name")?.as_str()?,
-            template.get("template")?.as_str()?,
-        ))
-    });
+    let named = templates
+        .iter()
+        .map(|template| Some((template.get("name")?.as_str()?, template.get("template")?.as_str()?)));
     let named: Option<Vec<_>> = named.collect();
     let found = named.and_then(|named| named.into_iter().find(|(name, _)| *name == "default"));
     match found {
@@ -246,8 +207,7 @@ fn without_generation_tags(source: &str) -> String {
         rest = tag;
         let Some(end) = tag.find("%}") else { break };
         let inside = &tag[..end];
-        let word =
-            inside.trim_matches(|char: char| char.is_whitespace() || char == '-' || char == '+');
+        let word = inside.trim_matches(|char: char| char.is_whitespace() || char == '-' || char == '+');
         let replacement = match word {
             "generation" => "if true",
             "endgeneration" => "endif",
@@ -262,9 +222,8 @@ fn without_generation_tags(source: &str) -> String {
 
 /// `json.dumps` of Python, with the arguments that transformers passes through.
 fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
-    let refused = |error: serde_json::Error| {
-        Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"))
-    };
+    let refused =
+        |error: serde_json::Error| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"));
     let indent: Option<usize> = kwargs.get("indent")?;
     let sort_keys: Option<bool> = kwargs.get("sort_keys")?;
     let ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?;
@@ -285,22 +244,14 @@ fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
             .chars()
             .map(|char| match char {
                 char if char.is_ascii() => char.to_string(),
-                char => char
-                    .encode_utf16(&mut units)
-                    .iter()
-                    .map(|unit| format!("\\u{unit:04x}"))
-                    .collect(),
+                char => char.encode_utf16(&mut units).iter().map(|unit| format!("\\u{unit:04x}")).collect(),
             })
             .collect();
     }
     Ok(Value::from_safe_string(text))
 }
 
-fn write_json<T: Serialize>(
-    value: &T,
-    indent: Option<usize>,
-    out: &mut Vec<u8>,
-) -> serde_json::Result<()> {
+fn write_json<T: Serialize>(value: &T, indent: Option<usize>, out: &mut Vec<u8>) -> serde_json::Result<()> {
     match indent {
         Some(spaces) => {
             let spaces = " ".repeat(spaces.min(64));
@@ -331,10 +282,7 @@ impl serde_json::ser::Formatter for Spaced {
         writer.write_all(if first { b"" } else { b", " })
     }
 
-    fn begin_object_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-    ) -> std::io::Result<()> {
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
         writer.write_all(b": ")
     }
 }
@@ -355,15 +303,7 @@ fn strftime(format: &str, seconds: u64) -> Result<String, String> {
         "November",
         "December",
     ];
-    const DAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ];
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     let days = seconds / 86_400;
     let weekday = DAYS[(days % 7) as usize];
     let (year, month, day, day_of_year) = date(days);
@@ -384,11 +324,7 @@ fn strftime(format: &str, seconds: u64) -> Result<String, String> {
             directive = chars.next().unwrap_or(' ');
         }
         let padded = |number: u64, width: usize| {
-            if bare {
-                number.to_string()
-            } else {
-                format!("{number:0width$}")
-            }
+            if bare { number.to_string() } else { format!("{number:0width$}") }
         };
         out.push_str(&match directive {
             'Y' => year.to_string(),
@@ -420,27 +356,14 @@ fn strftime(format: &str, seconds: u64) -> Result<String, String> {
 /// Year, month from 0, day from 1 and day of the year from 1, of a day counted from 1970-01-01.
 fn date(days: u64) -> (u64, usize, u64, u64) {
     let (mut year, mut day) = (1970, days);
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     while day >= 365 + u64::from(leap(year)) {
         day -= 365 + u64::from(leap(year));
         year += 1;
     }
     let day_of_year = day + 1;
     let mut month = 0;
-    for length in [
-        31,
-        28 + u64::from(leap(year)),
-        31,
-        30,
-        31,
-        30,
-        31,
-        31,
-        30,
-        31,
-        30,
-        31,
-    ] {
+    for length in [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
         if day < length {
             break;
         }
@@ -462,11 +385,7 @@ fn refused(file: &Path, error: &Error) -> ModelError {
         reason.push_str(&format!(": {cause}"));
         source = cause.source();
     }
-    ModelError::ChatTemplate {
-        file: file.to_path_buf(),
-        line: error.line(),
-        reason,
-    }
+    ModelError::ChatTemplate { file: file.to_path_buf(), line: error.line(), reason }
 }
 
 #[cfg(test)]
@@ -478,22 +397,10 @@ mod tests {
         // 2024-02-29 13:05:09 UTC, a Thursday.
         let at = |format| strftime(format, 1_709_211_909);
         assert_eq!(at("%d %b %Y").as_deref(), Ok("29 Feb 2024"));
-        assert_eq!(
-            at("%A, %B %-d, %y; %j").as_deref(),
-            Ok("Thursday, February 29, 24; 060")
-        );
-        assert_eq!(
-            at("%H:%M:%S %I %p %F %T %e%%").as_deref(),
-            Ok("13:05:09 01 PM 2024-02-29 13:05:09 29%")
-        );
-        assert_eq!(
-            strftime("%F %a", 951_782_400).as_deref(),
-            Ok("2000-02-29 Tue")
-        );
-        assert_eq!(
-            strftime("%F %j", 4_102_444_799).as_deref(),
-            Ok("2099-12-31 365")
-        );
+        assert_eq!(at("%A, %B %-d, %y; %j").as_deref(), Ok("Thursday, February 29, 24; 060"));
+        assert_eq!(at("%H:%M:%S %I %p %F %T %e%%").as_deref(), Ok("13:05:09 01 PM 2024-02-29 13:05:09 29%"));
+        assert_eq!(strftime("%F %a", 951_782_400).as_deref(), Ok("2000-02-29 Tue"));
+        assert_eq!(strftime("%F %j", 4_102_444_799).as_deref(), Ok("2099-12-31 365"));
         assert_eq!(at("%Q"), Err("%Q".to_owned()));
         assert_eq!(at("%"), Err("% ".to_owned()));
     }

@@ -232,7 +232,7 @@ fn head_dim(fields: &Fields<'_>, hidden_size: usize, query_heads: usize) -> Resu
             Err(fields.wrong("head_dim", &format!("even and at most {MAX_HEAD_DIM}")))
         }
         Some(head_dim) => Ok(head_dim),
-        None if hidden_size % query_heads != 0 => Err(fields.wrong(
+        None if !hidden_size.is_multiple_of(query_heads) => Err(fields.wrong(
             "hidden_size",
             &format!("a multiple of num_attention_heads = {query_heads} where head_dim is absent"),
         )),
@@ -260,7 +260,7 @@ fn kv_heads(
         None if architecture == Architecture::Mistral && !fields.has(field) => MISTRAL_KV_HEADS,
         None => query_heads,
     };
-    if query_heads % kv_heads != 0 {
+    if !query_heads.is_multiple_of(kv_heads) {
         return Err(fields.wrong(field, &format!("a divisor of num_attention_heads = {query_heads}")));
     }
     let ratio = query_heads / kv_heads;

@@ -57,11 +57,11 @@ impl<'a> Fields<'a> {
     }
 
     /// The object under `field`, or none where it is absent, null or empty.
-    pub(super) fn object(&self, field: &'static str) -> Result<Option<Fields<'a>>, ModelError> {
+    pub(super) fn object(&self, field: &'static str) -> Result<Option<Self>, ModelError> {
         match self.get(field) {
             None => Ok(None),
             Some(Value::Object(map)) if map.is_empty() => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Fields { file: self.file, inside: field, map })),
+            Some(Value::Object(map)) => Ok(Some(Self { file: self.file, inside: field, map })),
             Some(_) => Err(self.wrong(field, "an object or null")),
         }
     }

@@ -21,43 +21,32 @@ impl Tokenizer {
     /// # Errors
     /// The file is missing or not a tokenizer, or has a token with an id of `vocab_size` or more.
     pub fn from_file(file: &Path, vocab_size: usize) -> Result<Self, ModelError> {
-        let text = json::read(
-            file,
-            "text needs the model's tokenizer; without one, give token ids",
-        )?;
-        let refused = |reason: String| ModelError::Tokenizer {
-            file: file.to_path_buf(),
-            reason,
-        };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&text)
-            .map_err(|error| refused(format!("not a tokenizer that can be read: {error}")))?;
-        inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|error| refused(error.to_string()))?;
+        let text = json::read(file, "text needs the model's tokenizer; without one, give token ids")?;
+        let refused = |reason: String| ModelError::Tokenizer { file: file.to_path_buf(), reason };
+        // The tokenizers crate panics on some malformed files, most of which are not JSON to begin with.
+        serde_json::from_slice::<serde::de::IgnoredAny>(&text)
+            .map_err(|source| ModelError::Json { file: file.to_path_buf(), source })?;
+        let inner = without_panic(|| {
+            let mut inner = tokenizers::Tokenizer::from_bytes(&text)?;
+            inner.with_padding(None);
+            inner.with_truncation(None)?;
+            Ok(inner)
+        });
+        let inner = inner.map_err(|reason| refused(format!("not a tokenizer that can be read: {reason}")))?;
 
         let highest = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
         let Some((token, id)) = highest else {
             return Err(refused("the vocabulary is empty".to_owned()));
         };
         if id as usize >= vocab_size {
-            return Err(ModelError::Vocabulary {
-                file: file.to_path_buf(),
-                token,
-                id,
-                vocab_size,
-            });
+            return Err(ModelError::Vocabulary { file: file.to_path_buf(), token, id, vocab_size });
         }
         let special = inner
             .get_added_tokens_decoder()
             .into_iter()
             .filter_map(|(id, token)| token.special.then_some(id))
             .collect();
-        Ok(Self {
-            file: file.to_path_buf(),
-            inner,
-            special,
-        })
+        Ok(Self { file: file.to_path_buf(), inner, special })
     }
 
     /// Token ids of `text`. Names of special tokens in the text become those tokens.
@@ -68,10 +57,8 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError::Tokenizer`] where the tokenizer has no way to write the text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ModelError> {
-        let encoding = self
-            .inner
-            .encode_fast(text, add_special_tokens)
-            .map_err(|error| self.refused(error))?;
+        let encoding = without_panic(|| self.inner.encode_fast(text, add_special_tokens));
+        let encoding = encoding.map_err(|reason| self.refused(reason))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -81,9 +68,7 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError::Tokenizer`] where the decoder refuses the tokens.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, ModelError> {
-        self.inner
-            .decode(ids, skip_special_tokens)
-            .map_err(|error| self.refused(error))
+        without_panic(|| self.inner.decode(ids, skip_special_tokens)).map_err(|reason| self.refused(reason))
     }
 
     /// The id of a token by its spelling in the vocabulary, such as `<|eot_id|>`.
@@ -103,20 +88,11 @@ impl Tokenizer {
 
     /// Decodes an answer token by token.
     pub fn stream(&self, skip_special_tokens: bool) -> TextStream<'_> {
-        TextStream {
-            tokenizer: self,
-            skip_special_tokens,
-            ids: Vec::new(),
-            shown: 0,
-            context: String::new(),
-        }
+        TextStream { tokenizer: self, skip_special_tokens, ids: Vec::new(), shown: 0, context: String::new() }
     }
 
-    fn refused(&self, error: tokenizers::Error) -> ModelError {
-        ModelError::Tokenizer {
-            file: self.file.clone(),
-            reason: error.to_string(),
-        }
+    fn refused(&self, reason: String) -> ModelError {
+        ModelError::Tokenizer { file: self.file.clone(), reason }
     }
 }
 
@@ -155,8 +131,7 @@ impl TextStream<'_> {
         self.ids.push(id);
         let text = self.tokenizer.decode(&self.ids, self.skip_special_tokens)?;
         // U+FFFD at the end is a character whose bytes are still to come, unless it goes on for long.
-        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.ids.len() - self.shown < MOST_PENDING
-        {
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.ids.len() - self.shown < MOST_PENDING {
             return Ok(String::new());
         }
         let piece = self.beyond_context(&text);
@@ -177,11 +152,21 @@ impl TextStream<'_> {
 
     fn beyond_context(&self, text: &str) -> String {
         // Some decoders rewrite earlier text (spaces before punctuation); then only the rest is new.
-        let same = text
-            .chars()
-            .zip(self.context.chars())
-            .take_while(|(a, b)| a == b);
+        let same = text.chars().zip(self.context.chars()).take_while(|(a, b)| a == b);
         text[same.map(|(char, _)| char.len_utf8()).sum()..].to_owned()
+    }
+}
+
+/// Turns a panic of the tokenizers crate, which expects its files to be well made, into an error. The
+/// tokenizer is only read in there, so nothing half-changed is left behind.
+fn without_panic<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(panic) => Err(match (panic.downcast_ref::<String>(), panic.downcast_ref::<&str>()) {
+            (Some(text), _) => text.clone(),
+            (None, Some(text)) => (*text).to_owned(),
+            (None, None) => "the tokenizer failed".to_owned(),
+        }),
     }
 }
 

@@ -42,6 +42,9 @@ MAX_POSITIONS = 8192
 
 # The layer whose attention starts with hand-set heads (see `set_structured_start`).
 STRUCTURED_LAYER = 2
+EMBEDDING_STD = 0.05
+CONSTANT_COORDINATE = 0  # of the embedding: it starts with the same value for every word
+CONSTANT_VALUE = 0.25
 
 
 # ---------------------------------------------------------------------------------------------
@@ -101,6 +104,13 @@ class Dialect:
 # Loss classes of a token, as a target.
 PREDICTABLE, RANDOM, ANSWER = 0, 1, 2
 
+# How dense training sequences are.
+TOKENS_PER_NEEDLE = 32  # at the least
+MOST_NEEDLES = 24
+ONE_NEEDLE_SHARE = 0.1  # of sequences
+QUESTION_SHARE = 0.45  # of the tokens, at the most
+MOST_QUESTIONS = 20
+
 
 def training_sequence(dialect, rng, stage, length):
     """One dense training example: `length` tokens, their positions and their loss classes.
@@ -109,9 +119,9 @@ def training_sequence(dialect, rng, stage, length):
     """
     end = dialect.ids(dialect.answer_end)
     hard = rng.random() < stage.hard_share
-    most = max(1, min(24, length // stage.tokens_per_needle))
+    most = max(1, min(MOST_NEEDLES, length // TOKENS_PER_NEEDLE))
     # One needle now and then: otherwise the model never sees that case.
-    needles = 1 if rng.random() < 0.1 else rng.randint((most + 1) // 2, most)
+    needles = 1 if rng.random() < ONE_NEEDLE_SHARE else rng.randint((most + 1) // 2, most)
     facts = [(key, dialect.value(rng)) for key in dialect.keys(rng, needles, hard)]
 
     def needle_tokens(template, key, value):
@@ -137,8 +147,8 @@ def training_sequence(dialect, rng, stage, length):
         answer = dialect.ids(" ".join(value)) + end
         questions.append((ids + answer, classes + [ANSWER] * len(answer)))
     rng.shuffle(questions)
-    fit = max(1, min(20, int(0.45 * length) // len(questions[0][0])))
-    questions = questions[:fit]
+    room = int(QUESTION_SHARE * length)
+    questions = questions[: max(1, min(MOST_QUESTIONS, room // len(questions[0][0])))]
 
     # Fill up with filler. The last filler sentence is cut so that the length is exact.
     room = length - 1 - sum(len(s[0]) for s in needle_sentences + questions)
@@ -173,14 +183,13 @@ def training_sequence(dialect, rng, stage, length):
 
 @dataclass
 class Stage:
-    """A stretch of the curriculum. `shapes`: (length, sequences per process), used in turn."""
+    """A stretch of the curriculum."""
 
-    until: float
-    shapes: list
-    span_from: int
-    span_to: int
-    hard_share: float
-    tokens_per_needle: int
+    until: float  # step
+    shapes: list  # (length, sequences per process), used in turn
+    span_from: int  # positions a sequence spans, drawn from here ...
+    span_to: int  # ... to here; 0: no jumps
+    hard_share: float  # of sequences with hard keys
 
 
 MIXED = [(256, 8), (128, 16), (256, 8), (512, 4), (256, 8), (1024, 2)]
@@ -188,11 +197,11 @@ MIXED = [(256, 8), (128, 16), (256, 8), (512, 4), (256, 8), (1024, 2)]
 
 def curriculum(steps, decay_steps):
     return [
-        Stage(200, [(64, 24)], 0, 0, 0.0, 32),
-        Stage(300, [(128, 16)], 1024, 1024, 0.3, 32),
-        Stage(420, [(128, 16)], 4096, 4096, 0.3, 32),
-        Stage(steps - decay_steps, MIXED, 512, 6000, 0.6, 32),
-        Stage(math.inf, MIXED + [(2048, 1)], 512, 6000, 0.6, 32),
+        Stage(200, [(64, 24)], 0, 0, 0.0),
+        Stage(300, [(128, 16)], 1024, 1024, 0.3),
+        Stage(420, [(128, 16)], 4096, 4096, 0.3),
+        Stage(steps - decay_steps, MIXED, 512, 6000, 0.6),
+        Stage(math.inf, MIXED + [(2048, 1)], 512, 6000, 0.6),
     ]
 
 
@@ -338,11 +347,6 @@ def initial_weights(seed):
     weights["model.norm.weight"] = torch.full((HIDDEN,), 0.4)
     set_structured_start(weights, generator)
     return {name: w.requires_grad_() for name, w in weights.items()}
-
-
-EMBEDDING_STD = 0.05
-CONSTANT_COORDINATE = 0  # of the embedding: the same value for every word
-CONSTANT_VALUE = 0.25
 
 
 def set_structured_start(weights, generator):
@@ -703,7 +707,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the start and of all data")
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps")
     parser.add_argument("--decay-steps", type=int, default=330, help="of these, at falling rate")
-    parser.add_argument("--processes", type=int, default=2, help="data-parallel, at equal batch each")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel, one batch each")
     parser.add_argument("--threads", type=int, default=2, help="of all processes together")
     parser.add_argument("--port", type=int, default=29517, help="local port the processes meet at")
     parser.add_argument("--checkpoints", help="folder for a checkpoint every 200 steps")

@@ -1,94 +1,98 @@
 //! Loops over rows that must run at the width of the machine. They are plain Rust; `pulp` compiles
 //! each for every instruction set it knows and picks one at run time.
 
-use pulp::Arch;
+// The macro makes a struct of the arguments, so it wants their lifetimes spelled out.
+#![allow(clippy::needless_lifetimes)]
+
+use pulp::{Arch, Simd};
 
 /// One step of a running softmax over a row of scores: `scores` become `2^(score·scale − max)`, where
 /// `max` is the larger of `running_max` and the row's own. Returns that maximum and the sum.
-pub(super) fn softmax_step(scores: &mut [f32], scale: f32, running_max: f32) -> (f32, f32) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let max = (max(scores) * scale).max(running_max);
-            // A row of −∞ has no finite reference; its weights are 0 whatever it is.
-            let reference = if max == f32::NEG_INFINITY { 0.0 } else { max };
-            let mut sums = [0.0; LANES];
-            let (blocks, rest) = scores.as_chunks_mut::<LANES>();
-            for block in blocks {
-                for (score, sum) in block.iter_mut().zip(&mut sums) {
-                    *score = exp2(*score * scale - reference);
-                    *sum += *score;
-                }
-            }
-            let mut sum: f32 = sums.iter().sum();
-            for score in rest {
-                *score = exp2(*score * scale - reference);
-                sum += *score;
-            }
-            (max, sum)
-        },
-    )
+#[pulp::with_simd(softmax_step = Arch::new())]
+#[inline(always)]
+pub(super) fn softmax_step_with<'a, S: Simd>(
+    _: S,
+    scores: &'a mut [f32],
+    scale: f32,
+    running_max: f32,
+) -> (f32, f32) {
+    let max = (max(scores) * scale).max(running_max);
+    // A row of −∞ has no finite reference; its weights are 0 whatever it is.
+    let reference = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    let mut sums = [0.0; LANES];
+    let (blocks, rest) = scores.as_chunks_mut::<LANES>();
+    for block in blocks {
+        for (score, sum) in block.iter_mut().zip(&mut sums) {
+            *score = exp2(*score * scale - reference);
+            *sum += *score;
+        }
+    }
+    let mut sum: f32 = sums.iter().sum();
+    for score in rest {
+        *score = exp2(*score * scale - reference);
+        sum += *score;
+    }
+    (max, sum)
 }
 
 /// `values *= factor`.
-pub(super) fn scale(values: &mut [f32], factor: f32) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || values.iter_mut().for_each(|value| *value *= factor),
-    );
+#[pulp::with_simd(scale = Arch::new())]
+#[inline(always)]
+pub(super) fn scale_with<'a, S: Simd>(_: S, values: &'a mut [f32], factor: f32) {
+    for value in values {
+        *value *= factor;
+    }
 }
 
 /// `sums += values · factor`.
-pub(super) fn add_scaled(sums: &mut [f32], values: &[f32], factor: f32) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value * factor),
-    );
+#[pulp::with_simd(add_scaled = Arch::new())]
+#[inline(always)]
+pub(super) fn add_scaled_with<'a, S: Simd>(_: S, sums: &'a mut [f32], values: &'a [f32], factor: f32) {
+    for (sum, value) in sums.iter_mut().zip(values) {
+        *sum += value * factor;
+    }
 }
 
 /// `gate = silu(gate) · up`.
-pub(super) fn swiglu(gate: &mut [f32], up: &[f32]) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for (gate, up) in gate.iter_mut().zip(up) {
-                *gate = *gate / (1.0 + exp2(*gate * -std::f32::consts::LOG2_E)) * up;
-            }
-        },
-    );
+#[pulp::with_simd(swiglu = Arch::new())]
+#[inline(always)]
+pub(super) fn swiglu_with<'a, S: Simd>(_: S, gate: &'a mut [f32], up: &'a [f32]) {
+    for (gate, up) in gate.iter_mut().zip(up) {
+        *gate = *gate / (1.0 + exp2(*gate * -std::f32::consts::LOG2_E)) * up;
+    }
 }
 
 /// `out = x / sqrt(mean(x²) + epsilon) · weight`.
-pub(super) fn rms_norm(out: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let mut sums = [0.0; LANES];
-            let (blocks, rest) = x.as_chunks::<LANES>();
-            for block in blocks {
-                for (value, sum) in block.iter().zip(&mut sums) {
-                    *sum += value * value;
-                }
-            }
-            let squares = sums.iter().sum::<f32>() + rest.iter().map(|value| value * value).sum::<f32>();
-            let factor = 1.0 / (squares / x.len() as f32 + epsilon).sqrt();
-            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * factor * weight;
-            }
-        },
-    );
+#[pulp::with_simd(rms_norm = Arch::new())]
+#[inline(always)]
+pub(super) fn rms_norm_with<'a, S: Simd>(
+    _: S,
+    out: &'a mut [f32],
+    x: &'a [f32],
+    weight: &'a [f32],
+    epsilon: f32,
+) {
+    let mut sums = [0.0; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for (value, sum) in block.iter().zip(&mut sums) {
+            *sum += value * value;
+        }
+    }
+    let squares = sums.iter().sum::<f32>() + rest.iter().map(|value| value * value).sum::<f32>();
+    let factor = 1.0 / (squares / x.len() as f32 + epsilon).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * factor * weight;
+    }
 }
 
 /// bf16 in little-endian bytes to f32: the upper half of its bits.
-pub(super) fn widen_bf16(narrow: &[[u8; 2]], wide: &mut [f32]) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for (wide, narrow) in wide.iter_mut().zip(narrow) {
-                *wide = f32::from_bits(u32::from(u16::from_le_bytes(*narrow)) << 16);
-            }
-        },
-    );
+#[pulp::with_simd(widen_bf16 = Arch::new())]
+#[inline(always)]
+pub(super) fn widen_bf16_with<'a, S: Simd>(_: S, narrow: &'a [[u8; 2]], wide: &'a mut [f32]) {
+    for (wide, narrow) in wide.iter_mut().zip(narrow) {
+        *wide = f32::from_bits(u32::from(u16::from_le_bytes(*narrow)) << 16);
+    }
 }
 
 /// Turns the pairs (i, i + half) of one head by the angles whose cosines and sines are given.

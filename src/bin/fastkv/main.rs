@@ -1,1 +1,47 @@
-fn main() {}
+//! The program `fastkv`: long prompts with a compressed KV cache, from the command line.
+
+mod answer;
+mod compare;
+mod device;
+mod exit;
+mod generate;
+mod info;
+mod inspect;
+mod input;
+mod interrupt;
+mod loading;
+mod options;
+mod output;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Long prompts with a compressed KV cache: FastKV and its relatives for Llama models.
+#[derive(Parser)]
+#[command(name = "fastkv", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Generate(generate::Arguments),
+    Compare(compare::Arguments),
+    Inspect(inspect::Arguments),
+    Info(info::Arguments),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let cancel = interrupt::on_ctrl_c();
+    let result = match &cli.command {
+        Command::Generate(arguments) => generate::run(arguments, &cancel),
+        Command::Compare(arguments) => compare::run(arguments, &cancel),
+        Command::Inspect(arguments) => inspect::run(arguments, &cancel),
+        Command::Info(arguments) => info::run(arguments),
+    };
+    exit::code(result, &cancel)
+}

@@ -1,0 +1,22 @@
+# The jobs people run by hand; everything else is plain cargo.
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: ## compress a long prompt with the model that ships here, on the GPU where there is one
+	tools/setup-toolchain --if-gpu
+	tools/demo
+
+test: ## compile every kernel and run every test; GPU tests show as ignored where there is no GPU
+	tools/setup-toolchain
+	cargo check --no-default-features
+	FASTKV_CUDA=require cargo test --features bindgen
+
+bench: ## measure on this machine
+	cargo bench
+
+clean: ## remove build outputs and the downloaded toolchain
+	cargo clean
+	rm -rf .toolchain

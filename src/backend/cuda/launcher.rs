@@ -1,0 +1,370 @@
+//! [`Device`] on the CUDA driver.
+
+use std::{
+    ffi::{CString, c_void},
+    mem::MaybeUninit,
+    ptr,
+    sync::Arc,
+};
+
+use cudarc::driver::{result, sys};
+
+use super::probe::{self, Unavailable};
+use crate::kernels::{Device, Error, Kernel, Launch, images};
+
+/// One stream of one GPU, with every kernel loaded.
+///
+/// It works in the device's primary context, the one that PyTorch, candle and the CUDA runtime use: their
+/// device addresses and streams are valid here. The calling thread's current context is left as found.
+#[derive(Clone, Debug)]
+pub struct CudaLauncher {
+    loaded: Arc<Loaded>,
+    stream: sys::CUstream,
+}
+
+// SAFETY: the driver's handles may be used from any thread; every method makes the context current first.
+unsafe impl Send for CudaLauncher {}
+// SAFETY: as above; the driver serialises calls on a stream.
+unsafe impl Sync for CudaLauncher {}
+
+impl CudaLauncher {
+    /// Opens a device with a stream of its own and loads the kernels.
+    ///
+    /// # Errors
+    /// [`Unavailable`] says what is missing, and what would help.
+    pub fn new(ordinal: u32) -> Result<Self, Unavailable> {
+        let built_by = images::nvcc_version().ok_or(Unavailable::NoKernels)?;
+        let driver = probe::devices()?;
+        let needs = (built_by.0, 0).max(OLDEST_DRIVER);
+        if driver.cuda_version < needs {
+            return Err(Unavailable::DriverTooOld { driver: driver.cuda_version, needs });
+        }
+        let count = driver.devices.len() as u32;
+        let info =
+            driver.devices.get(ordinal as usize).ok_or(Unavailable::NoSuchDevice { ordinal, count })?;
+
+        let mut device = 0;
+        // SAFETY: `device` outlives the call; the driver is initialised, as the probe found.
+        check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal as i32) })?;
+        let mut context = ptr::null_mut();
+        // SAFETY: a device that exists; `Loaded` releases what is retained here.
+        check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
+        let mut loaded = Loaded {
+            device,
+            context,
+            stream: ptr::null_mut(),
+            modules: Vec::new(),
+            functions: Vec::new(),
+            compute_capability: info.compute_capability,
+            multiprocessors: info.multiprocessors,
+        };
+        loaded.load()?;
+        Ok(Self { stream: loaded.stream, loaded: Arc::new(loaded) })
+    }
+
+    /// The same device on a stream of the caller's, a `CUstream` or `cudaStream_t` (null is the default
+    /// stream).
+    ///
+    /// # Safety
+    /// `stream` belongs to the primary context of this device and outlives what is returned.
+    pub unsafe fn on_stream(&self, stream: *mut c_void) -> Self {
+        Self { loaded: Arc::clone(&self.loaded), stream: stream.cast() }
+    }
+
+    /// The stream that work is queued on, a `CUstream`.
+    pub fn stream(&self) -> *mut c_void {
+        self.stream.cast()
+    }
+
+    /// Calls the driver with the device's context current.
+    fn call(&self, operation: &'static str, f: impl FnOnce() -> sys::CUresult) -> Result<(), Error> {
+        let _current = self.loaded.enter()?;
+        check(operation, f()).map_err(Failure::into)
+    }
+}
+
+impl Device for CudaLauncher {
+    type Event = CudaEvent;
+
+    fn alloc(&self, bytes: usize) -> Result<u64, Error> {
+        let mut address = 0;
+        // SAFETY: `address` outlives the call. The driver refuses 0 bytes.
+        self.call("cuMemAllocAsync", || unsafe {
+            sys::cuMemAllocAsync(&mut address, bytes.max(1), self.stream)
+        })?;
+        Ok(address)
+    }
+
+    unsafe fn free(&self, address: u64) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        self.call("cuMemFreeAsync", || unsafe { sys::cuMemFreeAsync(address, self.stream) })
+    }
+
+    unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: `from` is readable for its length, the caller vouches for `to`, and the wait below ends
+        // the driver's use of `from` even where that memory is pinned.
+        self.call("cuMemcpyHtoDAsync", || unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.stream)
+        })?;
+        self.synchronize()
+    }
+
+    unsafe fn download(&self, to: &mut [u8], from: u64) -> Result<(), Error> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: `to` is writable for its length until the wait below is over, the caller vouches for `from`.
+        self.call("cuMemcpyDtoHAsync", || unsafe {
+            sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), self.stream)
+        })?;
+        self.synchronize()
+    }
+
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        self.call("cuMemcpyDtoDAsync", || unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
+    }
+
+    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        self.call("cuMemsetD8Async", || unsafe { sys::cuMemsetD8Async(to, value, bytes, self.stream) })
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        let function = self.loaded.functions[launch.kernel as usize];
+        let function = function.ok_or(Error::Missing(launch.kernel.entry()))?;
+        if launch.shared_bytes > SHARED_BYTES_UNASKED {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = launch.shared_bytes as i32;
+            // SAFETY: a function of a loaded module.
+            self.call("cuFuncSetAttribute", || unsafe {
+                sys::cuFuncSetAttribute(function.0, attribute, bytes)
+            })?;
+        }
+        let mut attributes = [cluster_attribute(launch.cluster)];
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.block[0],
+            blockDimY: launch.block[1],
+            blockDimZ: launch.block[2],
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: if launch.cluster == [1, 1, 1] { 0 } else { 1 },
+        };
+        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: every kernel takes one parameter, the struct whose bytes these are; the driver copies them
+        // before it returns, and reads nothing else of what is borrowed here afterwards.
+        self.call("cuLaunchKernelEx", || unsafe {
+            sys::cuLaunchKernelEx(&config, function.0, params.as_mut_ptr(), ptr::null_mut())
+        })
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        // SAFETY: the stream is alive: ours, or the caller's by the promise of `on_stream`.
+        self.call("cuStreamSynchronize", || unsafe { sys::cuStreamSynchronize(self.stream) })
+    }
+
+    fn record(&self) -> Result<CudaEvent, Error> {
+        let mut event = ptr::null_mut();
+        // SAFETY: `event` outlives the call; flags of 0 keep the time.
+        self.call("cuEventCreate", || unsafe { sys::cuEventCreate(&mut event, 0) })?;
+        let event = CudaEvent { event, loaded: Arc::clone(&self.loaded) };
+        // SAFETY: both handles are alive.
+        self.call("cuEventRecord", || unsafe { sys::cuEventRecord(event.event, self.stream) })?;
+        Ok(event)
+    }
+
+    fn elapsed_ms(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f32, Error> {
+        // SAFETY: the event is alive.
+        self.call("cuEventSynchronize", || unsafe { sys::cuEventSynchronize(to.event) })?;
+        let _current = self.loaded.enter()?;
+        // SAFETY: both events are alive and recorded; this picks the symbol that the driver has.
+        unsafe { result::event::elapsed(from.event, to.event) }
+            .map_err(|error| Error::Driver { operation: "cuEventElapsedTime", code: error.0 as u32 })
+    }
+
+    fn compute_capability(&self) -> (u32, u32) {
+        self.loaded.compute_capability
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        self.loaded.multiprocessors
+    }
+}
+
+/// A point in the time of a stream.
+#[derive(Debug)]
+pub struct CudaEvent {
+    event: sys::CUevent,
+    loaded: Arc<Loaded>,
+}
+
+// SAFETY: as for `CudaLauncher`.
+unsafe impl Send for CudaEvent {}
+// SAFETY: as for `CudaLauncher`.
+unsafe impl Sync for CudaEvent {}
+
+impl Drop for CudaEvent {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.loaded.enter() {
+            // SAFETY: nobody else has the handle. A failure leaves nothing to do.
+            let _ = unsafe { sys::cuEventDestroy_v2(self.event) };
+        }
+    }
+}
+
+/// Below it some driver functions that cudarc calls are missing, and it panics.
+const OLDEST_DRIVER: (u32, u32) = (12, 8);
+/// Dynamic shared memory that a kernel may have without asking.
+const SHARED_BYTES_UNASKED: u32 = 48 << 10;
+
+#[derive(Debug)]
+struct Loaded {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    modules: Vec<sys::CUmodule>,
+    /// By `Kernel as usize`; none where the image has no code for this chip.
+    functions: Vec<Option<Function>>,
+    compute_capability: (u32, u32),
+    multiprocessors: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Function(sys::CUfunction);
+
+// SAFETY: driver handles, usable from any thread with the context current; written only before sharing.
+unsafe impl Send for Loaded {}
+// SAFETY: as above.
+unsafe impl Sync for Loaded {}
+
+impl Loaded {
+    /// Fills in the stream, the modules and the functions. What it leaves half done, `drop` undoes.
+    fn load(&mut self) -> Result<(), Unavailable> {
+        let context = self.context;
+        let _current = Current::enter(context)?;
+        let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: `stream` outlives the call.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut self.stream, non_blocking) })?;
+        self.functions = vec![None; Kernel::ALL.len()];
+        for image in images::images() {
+            let mut module = ptr::null_mut();
+            // SAFETY: a complete fatbin, in static memory.
+            let loading = unsafe { sys::cuModuleLoadData(&mut module, image.fatbin.as_ptr().cast()) };
+            match check("cuModuleLoadData", loading) {
+                Ok(()) => self.modules.push(module),
+                // A Hopper image on another chip: the portable kernels do its work.
+                Err(Failure { code: 209, .. }) if image.name.starts_with("sm90_") => continue,
+                Err(Failure { code: 209, .. }) => {
+                    return Err(Unavailable::NoImage { compute_capability: self.compute_capability });
+                }
+                Err(failure) => return Err(failure.into()),
+            }
+            for kernel in Kernel::ALL.iter().filter(|kernel| kernel.image() == image.name) {
+                let name = CString::new(kernel.entry()).expect("the names of kernels hold no zero");
+                let mut function = ptr::null_mut();
+                // SAFETY: a module just loaded and a C string; both outlive the call.
+                let found = unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) };
+                check("cuModuleGetFunction", found)?;
+                self.functions[*kernel as usize] = Some(Function(function));
+            }
+        }
+        Ok(())
+    }
+
+    fn enter(&self) -> Result<Current, Error> {
+        Current::enter(self.context).map_err(Failure::into)
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        // Failures leave nothing to do: the process is ending, or the context is lost already.
+        if let Ok(_current) = Current::enter(self.context) {
+            for module in &self.modules {
+                // SAFETY: nothing can launch from it any more.
+                let _ = unsafe { sys::cuModuleUnload(*module) };
+            }
+            if !self.stream.is_null() {
+                // SAFETY: ours; the driver lets queued work finish first.
+                let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+            }
+        }
+        // SAFETY: retained once, in `CudaLauncher::new`.
+        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+    }
+}
+
+/// Keeps a context current on this thread, and puts back what was.
+struct Current {
+    pushed: bool,
+}
+
+impl Current {
+    fn enter(context: sys::CUcontext) -> Result<Self, Failure> {
+        let mut current = ptr::null_mut();
+        // SAFETY: `current` outlives the call.
+        check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&mut current) })?;
+        if current == context {
+            return Ok(Self { pushed: false });
+        }
+        // SAFETY: a context that `Loaded` retains.
+        check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(context) })?;
+        Ok(Self { pushed: true })
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        if self.pushed {
+            let mut popped = ptr::null_mut();
+            // SAFETY: undoes the push on this same thread: the guard is neither cloned nor sent.
+            let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut popped) };
+        }
+    }
+}
+
+/// A driver function that failed, before it becomes one of the two public errors.
+struct Failure {
+    operation: &'static str,
+    code: u32,
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        Self::Driver { operation: failure.operation, code: failure.code }
+    }
+}
+
+impl From<Failure> for Unavailable {
+    fn from(failure: Failure) -> Self {
+        Self::Failed { operation: failure.operation, code: failure.code }
+    }
+}
+
+fn check(operation: &'static str, result: sys::CUresult) -> Result<(), Failure> {
+    match result as u32 {
+        0 => Ok(()),
+        code => Err(Failure { operation, code }),
+    }
+}
+
+fn cluster_attribute([x, y, z]: [u32; 3]) -> sys::CUlaunchAttribute {
+    // SAFETY: plain integers and a union of such: all zeros is a value of it.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { MaybeUninit::zeroed().assume_init() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
+    attribute
+}

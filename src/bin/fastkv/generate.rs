@@ -1,0 +1,126 @@
+//! `fastkv generate`.
+
+use std::path::Path;
+
+use anyhow::Result;
+use clap::Args;
+use fastkv::backend::Backend;
+use fastkv::engine::{Bytes, Cancel, Engine, FinishReason, Progress};
+use fastkv::model::ModelDir;
+use fastkv::policy::{ModelShape, Plan};
+use serde::Serialize;
+
+use crate::answer::{Answer, Task};
+use crate::input::PromptOptions;
+use crate::loading::ModelOptions;
+use crate::options::{AnswerOptions, PolicyName, PolicyOptions};
+use crate::{output, progress};
+
+/// Answer a prompt.
+///
+/// The answer goes to stdout as it comes, figures go to stderr.
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    prompt: PromptOptions,
+    #[command(flatten)]
+    model: ModelOptions,
+    /// What to keep of the prompt
+    #[arg(long, value_enum, default_value_t = PolicyName::Fastkv, help_heading = "Policy options")]
+    policy: PolicyName,
+    #[command(flatten)]
+    policy_options: PolicyOptions,
+    #[command(flatten)]
+    answer: AnswerOptions,
+    /// Print one JSON object when done, and nothing else
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    model: &'a Path,
+    device: &'a str,
+    device_reason: &'a str,
+    policy: String,
+    prompt_tokens: usize,
+    question_tokens: usize,
+    kv_full_bytes: usize,
+    #[serde(flatten)]
+    answer: &'a Answer,
+    plan: &'a Plan,
+}
+
+pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
+    let policy = arguments.policy_options.policy(arguments.policy)?;
+    arguments.answer.sampling()?;
+    let model = ModelDir::open(&arguments.model.model)?;
+    let prompt = arguments.prompt.read(&model, arguments.answer.question.as_deref())?;
+    let plan = policy.plan(ModelShape::from(&model.config), prompt.ids.len())?;
+    let task = Task::new(&model, &prompt, &arguments.answer, arguments.policy_options.exact_shortcuts(), cancel)?;
+    let more_tokens = prompt.question.len() + arguments.answer.max_tokens;
+    let loaded = arguments.model.load(&model, [&plan], more_tokens, arguments.json, cancel)?;
+
+    let answer = answer(&task, &loaded.engine, &plan, arguments.json)?;
+    let kv_full_bytes = full_bytes(&plan, &loaded.engine);
+    if arguments.json {
+        output::print(&output::json(&Report {
+            model: &model.path,
+            device: &loaded.device,
+            device_reason: &loaded.device_reason,
+            policy: arguments.policy.text(),
+            prompt_tokens: prompt.ids.len(),
+            question_tokens: prompt.question.len(),
+            kv_full_bytes,
+            answer: &answer,
+            plan: &plan,
+        })?)
+    } else {
+        eprintln!("{}", figures(&answer, prompt.ids.len(), kv_full_bytes));
+        Ok(())
+    }
+}
+
+/// Bytes of keys and values of the whole prompt.
+pub(crate) fn full_bytes<B: Backend>(plan: &Plan, engine: &Engine<B>) -> usize {
+    plan.prompt_tokens * plan.shape.kv_elements() * plan.shape.layers * engine.backend().kv_element_bytes()
+}
+
+fn answer<B: Backend>(task: &Task<'_>, engine: &Engine<B>, plan: &Plan, quiet: bool) -> Result<Answer> {
+    let bar = progress::bar(quiet, 1, "reading the prompt");
+    let report = |progress: Progress| {
+        bar.set_length(progress.total as u64);
+        bar.set_position(progress.done as u64);
+    };
+    let mut show = |piece: &str| {
+        bar.finish_and_clear();
+        if quiet { Ok(()) } else { output::print(piece.as_bytes()) }
+    };
+    let answer = task.run(engine, plan, &report, &mut show)?;
+    show("\n")?;
+    Ok(answer)
+}
+
+/// The figures in a line.
+fn figures(answer: &Answer, prompt_tokens: usize, kv_full_bytes: usize) -> String {
+    let finish = match answer.finish {
+        FinishReason::Stop => "stopped by itself",
+        FinishReason::MaxTokens => "stopped at --max-tokens",
+        FinishReason::ContextFull => "the model's context is full",
+        FinishReason::Cancelled => "cancelled",
+    };
+    let mut parts = vec![format!("{prompt_tokens} tokens read, {} written", answer.tokens.len())];
+    if let Some(seconds) = answer.ttft_s {
+        parts.push(format!("TTFT {seconds:.3} s"));
+    }
+    if let Some(rate) = answer.decode_tokens_per_s {
+        parts.push(format!("{rate:.1} tokens/s"));
+    }
+    if let (Some(kept), Some(peak)) = (answer.kv_kept_bytes, answer.kv_peak_bytes) {
+        let [kept, full, peak] = [kept, kv_full_bytes, peak].map(|bytes| Bytes(bytes as u64));
+        parts.push(format!("KV cache {kept} of {full}, peak {peak}"));
+    }
+    parts.push(finish.to_owned());
+    parts.join("; ")
+}

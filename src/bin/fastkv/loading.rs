@@ -1,0 +1,157 @@
+//! From the path of a model to an engine that is ready to read.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use fastkv::backend::Backend;
+use fastkv::backend::cpu::CpuBackend;
+use fastkv::engine::{Cancel, Engine, MemoryEstimate, MemoryOptions};
+use fastkv::model::ModelDir;
+use fastkv::policy::Plan;
+
+use crate::device::{self, Device};
+use crate::progress;
+
+/// The model and the machine.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model and machine")]
+pub(crate) struct ModelOptions {
+    /// Directory of a Llama or Mistral model as Hugging Face publishes it
+    #[arg(long, value_name = "DIR", env = "FASTKV_MODEL")]
+    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) machine: MachineOptions,
+}
+
+/// The machine.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model and machine")]
+pub(crate) struct MachineOptions {
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    device: Device,
+    /// Worker threads of the CPU [default: one for each core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Memory to stay within, such as 8GiB [default: what the machine has free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    memory_limit: Option<u64>,
+}
+
+/// An engine and what it runs on.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) engine: Engine<CpuBackend>,
+    /// The device in words.
+    pub(crate) device: String,
+    /// Why this device.
+    pub(crate) device_reason: String,
+}
+
+impl ModelOptions {
+    /// Loads the model, once it is clear that the plans fit into memory with as many tokens behind
+    /// the prompt, and that the weights are numbers.
+    pub(crate) fn load<'a>(
+        &self,
+        model: &ModelDir,
+        plans: impl IntoIterator<Item = &'a Plan>,
+        more_tokens: usize,
+        hide_progress: bool,
+        cancel: &Cancel,
+    ) -> Result<Loaded> {
+        let (backend, device_reason) = self.machine.backend()?;
+        for plan in plans {
+            estimate(model, plan, more_tokens, &backend).check(self.machine.available_memory())?;
+        }
+        check_weights(model, backend.threads(), hide_progress, cancel)?;
+        let device = backend.name();
+        Ok(Loaded { engine: Engine::load(backend, model)?, device, device_reason })
+    }
+}
+
+impl MachineOptions {
+    /// The backend, and why that one.
+    pub(crate) fn backend(&self) -> Result<(CpuBackend, String)> {
+        device::backend(self.device, self.threads.map(usize::from))
+    }
+
+    /// Bytes of memory that a run may take: what is free, within the limits of a container.
+    pub(crate) fn available_memory(&self) -> u64 {
+        if let Some(limit) = self.memory_limit {
+            return limit;
+        }
+        // A machine that does not say is not held to be full.
+        let Ok(mut system) = sysinfo::System::new() else { return u64::MAX };
+        system.refresh_memory();
+        // Not its free memory: that leaves out the file cache, which gives way.
+        let container = system.cgroup_limits().map(|limits| limits.total_memory.saturating_sub(limits.rss));
+        system.available_memory().min(container.unwrap_or(u64::MAX))
+    }
+}
+
+/// What a plan will take.
+pub(crate) fn estimate(
+    model: &ModelDir,
+    plan: &Plan,
+    more_tokens: usize,
+    backend: &impl Backend,
+) -> MemoryEstimate {
+    let options = MemoryOptions {
+        weight_bytes: model.weights.total_bytes(),
+        chunk_rows: backend.chunk_rows(),
+        kv_element_bytes: backend.kv_element_bytes(),
+        more_tokens,
+    };
+    MemoryEstimate::new(&model.config, plan, &options)
+}
+
+fn check_weights(model: &ModelDir, threads: usize, hide_progress: bool, cancel: &Cancel) -> Result<()> {
+    let bar = progress::bar(hide_progress, model.weights.total_bytes(), "reading weights");
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+    let report = |done, _| {
+        bar.set_position(done);
+        if cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let checked = pool.install(|| model.weights.check_finite(report));
+    bar.finish_and_clear();
+    Ok(checked?)
+}
+
+/// A size such as `8GiB`, `500 MB`, `2g` (GiB) or a number of bytes.
+fn bytes(text: &str) -> Result<u64, String> {
+    let wrong = || "give a size such as 8GiB, 500MB or a number of bytes".to_owned();
+    let digits = text.find(|char: char| !(char.is_ascii_digit() || char == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "t" | "tib" => 1 << 40,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        _ => return Err(wrong()),
+    };
+    Ok((number * factor as f64) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!(bytes("8GiB"), Ok(8 << 30));
+        assert_eq!(bytes("0.5 g"), Ok(1 << 29));
+        assert_eq!(bytes("500MB"), Ok(500_000_000));
+        assert_eq!(bytes("4096"), Ok(4096));
+        for wrong in ["", "GiB", "8 bananas", "-1", "1.2.3"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Options of policies and of answers, shared by the subcommands.
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use fastkv::engine::{Sampler, Sampling};
+use fastkv::policy::{Budget, FastKv, Policy, PoolingKind, Random, Saliency, SnapKv, StreamingLlm};
+
+use crate::exit::Usage;
+
+/// The policies by name; `fastkv-constant` is the preset of the first paper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PolicyName {
+    /// Keep everything.
+    Full,
+    /// FastKV with budgets in proportion to the prompt: retention 0.1, propagation 0.2.
+    Fastkv,
+    /// FastKV with constant budgets: retention 512, propagation 2048.
+    FastkvConstant,
+    /// SnapKV: every layer reads the whole prompt, the cache is chosen per GQA group.
+    Snapkv,
+    /// StreamingLLM: the first tokens and the last ones.
+    Streamingllm,
+    /// A uniform choice beside the window: the control.
+    Random,
+}
+
+impl PolicyName {
+    /// As the command line spells it.
+    pub(crate) fn text(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+/// What a policy can be told. One that it does not have is an error.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Policy options")]
+pub(crate) struct PolicyOptions {
+    /// Tokens each layer keeps of the prompt for a kv head: a rate in (0, 1] with a point (0.1), or a
+    /// number of tokens (512)
+    #[arg(long, value_name = "RATE|TOKENS", value_parser = budget, allow_hyphen_values = true)]
+    retention: Option<Budget>,
+    /// fastkv: tokens that go on past the TSP layer, a rate or a number of tokens
+    #[arg(long, value_name = "RATE|TOKENS", value_parser = budget, allow_hyphen_values = true)]
+    propagation: Option<Budget>,
+    /// fastkv, snapkv: queries at the end of the prompt that score the rest; random: tokens kept there
+    #[arg(long, value_name = "TOKENS")]
+    window: Option<usize>,
+    /// fastkv, snapkv: how scores are pooled along the prompt
+    #[arg(long, value_enum)]
+    pooling: Option<Pooling>,
+    /// fastkv, snapkv: width of the pooling kernel, odd
+    #[arg(long, value_name = "WIDTH")]
+    kernel: Option<usize>,
+    /// fastkv: the last layer that reads the whole prompt, 0-based [default: half depth]
+    #[arg(long, value_name = "LAYER")]
+    tsp_layer: Option<usize>,
+    /// streamingllm: tokens kept at the start
+    #[arg(long, value_name = "TOKENS")]
+    sinks: Option<usize>,
+    /// random: seed of the choice
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Run every layer as published: do not skip work that cannot change the answer
+    #[arg(long)]
+    no_shortcuts: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Pooling {
+    Max,
+    Average,
+}
+
+impl PolicyOptions {
+    /// Whether rows that cannot change the logits may be left out, whatever the policy.
+    pub(crate) fn exact_shortcuts(&self) -> bool {
+        !self.no_shortcuts
+    }
+
+    /// The policy with these options.
+    pub(crate) fn policy(&self, name: PolicyName) -> Result<Policy> {
+        self.policies(&[name]).map(|mut policies| policies.remove(0))
+    }
+
+    /// Several policies; each takes the options it has, and one that none of them has is an error.
+    pub(crate) fn policies(&self, names: &[PolicyName]) -> Result<Vec<Policy>> {
+        let applied = names.iter().map(|name| self.apply(*name));
+        let (policies, unused): (Vec<Policy>, Vec<Self>) = applied.unzip();
+        let nobodys = |option: &&'static str| unused.iter().all(|unused| unused.given().contains(option));
+        match self.given().into_iter().find(nobodys) {
+            None => Ok(policies),
+            Some(option) => {
+                let has = |name: &PolicyName| format!("{} has {}", name.text(), Self::options_of(*name));
+                let has: Vec<String> = names.iter().map(has).collect();
+                Err(Usage(format!("--{option} is not an option here: {}", has.join("; "))).into())
+            }
+        }
+    }
+
+    /// The policy, and the options it has no use for.
+    fn apply(&self, name: PolicyName) -> (Policy, Self) {
+        let mut left = self.clone();
+        let policy = match name {
+            PolicyName::Full => Policy::Full,
+            PolicyName::Fastkv => Policy::FastKv(left.take_fastkv(FastKv::proportional())),
+            PolicyName::FastkvConstant => Policy::FastKv(left.take_fastkv(FastKv::constant())),
+            PolicyName::Snapkv => {
+                let mut options = SnapKv::default();
+                left.take_saliency(&mut options.saliency);
+                take(&mut left.retention, &mut options.retention);
+                Policy::SnapKv(options)
+            }
+            PolicyName::Streamingllm => {
+                let mut options = StreamingLlm::default();
+                take(&mut left.retention, &mut options.retention);
+                take(&mut left.sinks, &mut options.sinks);
+                Policy::StreamingLlm(options)
+            }
+            PolicyName::Random => {
+                let mut options = Random::default();
+                take(&mut left.retention, &mut options.retention);
+                take(&mut left.window, &mut options.window);
+                take(&mut left.seed, &mut options.seed);
+                Policy::Random(options)
+            }
+        };
+        (policy, left)
+    }
+
+    fn take_fastkv(&mut self, mut options: FastKv) -> FastKv {
+        self.take_saliency(&mut options.saliency);
+        take(&mut self.retention, &mut options.retention);
+        take(&mut self.propagation, &mut options.propagation);
+        options.tsp_layer = self.tsp_layer.take().or(options.tsp_layer);
+        options
+    }
+
+    fn take_saliency(&mut self, saliency: &mut Saliency) {
+        take(&mut self.window, &mut saliency.window);
+        take(&mut self.kernel, &mut saliency.pooling.kernel);
+        if let Some(pooling) = self.pooling.take() {
+            saliency.pooling.kind = match pooling {
+                Pooling::Max => PoolingKind::Max,
+                Pooling::Average => PoolingKind::Average,
+            };
+        }
+    }
+
+    /// Names of the options that were given.
+    fn given(&self) -> Vec<&'static str> {
+        let given = [
+            ("retention", self.retention.is_some()),
+            ("propagation", self.propagation.is_some()),
+            ("window", self.window.is_some()),
+            ("pooling", self.pooling.is_some()),
+            ("kernel", self.kernel.is_some()),
+            ("tsp-layer", self.tsp_layer.is_some()),
+            ("sinks", self.sinks.is_some()),
+            ("seed", self.seed.is_some()),
+        ];
+        given.into_iter().filter_map(|(name, given)| given.then_some(name)).collect()
+    }
+
+    /// The options that a policy takes out of all there are.
+    fn options_of(name: PolicyName) -> String {
+        let all = Self {
+            retention: Some(Budget::Tokens(0)),
+            propagation: Some(Budget::Tokens(0)),
+            window: Some(0),
+            pooling: Some(Pooling::Max),
+            kernel: Some(0),
+            tsp_layer: Some(0),
+            sinks: Some(0),
+            seed: Some(0),
+            no_shortcuts: false,
+        };
+        let unused = all.apply(name).1.given();
+        let used = all.given().into_iter().filter(|option| !unused.contains(option));
+        let used: Vec<String> = used.map(|option| format!("--{option}")).collect();
+        if used.is_empty() { "no options".to_owned() } else { used.join(", ") }
+    }
+}
+
+fn take<T>(option: &mut Option<T>, field: &mut T) {
+    if let Some(value) = option.take() {
+        *field = value;
+    }
+}
+
+/// A whole number is tokens, any other number a rate; its range is the policy's to check.
+fn budget(text: &str) -> Result<Budget, String> {
+    let tokens = text.parse().map(Budget::Tokens).ok();
+    tokens.or_else(|| text.parse().map(Budget::Rate).ok()).ok_or_else(|| {
+        "give a share of the prompt as a rate above 0 and at most 1, written with a point (0.1), \
+         or a number of tokens (512)"
+            .to_owned()
+    })
+}
+
+/// How an answer is generated.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Answer")]
+pub(crate) struct AnswerOptions {
+    /// Compress the prompt alone, then read this question behind it and answer
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) question: Option<String>,
+    /// Tokens of the answer at most
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    /// Softmax temperature; 0 takes the most likely token
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    temperature: f32,
+    /// Draw from the most likely tokens whose probabilities reach this sum
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    top_p: f32,
+    /// Seed of the draws
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    sampling_seed: u64,
+    /// Also end the answer at this text or token id, which is left out; may be repeated
+    #[arg(long, value_name = "TEXT|ID")]
+    pub(crate) stop: Vec<String>,
+}
+
+impl AnswerOptions {
+    /// The sampling parameters, checked.
+    pub(crate) fn sampling(&self) -> Result<Sampling> {
+        let Self { temperature, top_p, sampling_seed: seed, .. } = *self;
+        let sampling = Sampling { temperature, top_p, seed };
+        Sampler::new(sampling)?;
+        Ok(sampling)
+    }
+}

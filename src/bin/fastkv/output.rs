@@ -1,0 +1,74 @@
+//! Files that come out whole or not at all.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+/// A file to be written when the work is done.
+#[derive(Debug)]
+pub(crate) struct Output {
+    path: PathBuf,
+    /// Beside the file, so that a rename moves it into place; none for pipes and devices.
+    temporary: Option<PathBuf>,
+}
+
+impl Output {
+    /// Finds out now whether the file can be written.
+    pub(crate) fn prepare(path: &Path) -> Result<Self> {
+        let unwritable = || format!("{} cannot be written", path.display());
+        let temporary = match fs::metadata(path) {
+            Ok(found) if found.is_dir() => bail!("{} cannot be written: it is a directory", path.display()),
+            Ok(found) if !found.is_file() => None,
+            found => {
+                if found.is_ok() {
+                    File::options().append(true).open(path).with_context(unwritable)?;
+                }
+                let name = path.file_name().with_context(unwritable)?.to_string_lossy();
+                let temporary = path.with_file_name(format!(".{name}.{}", std::process::id()));
+                File::create_new(&temporary).with_context(unwritable)?;
+                fs::remove_file(&temporary).with_context(unwritable)?;
+                Some(temporary)
+            }
+        };
+        Ok(Self { path: path.to_path_buf(), temporary })
+    }
+
+    /// [`prepare`](Self::prepare) for an option that may not be given.
+    pub(crate) fn prepare_if(path: Option<&PathBuf>) -> Result<Option<Self>> {
+        path.map(|path| Self::prepare(path)).transpose()
+    }
+
+    /// Writes it.
+    pub(crate) fn write(&self, contents: &[u8]) -> Result<()> {
+        let unwritable = || format!("{} cannot be written", self.path.display());
+        let Some(temporary) = &self.temporary else {
+            return fs::write(&self.path, contents).with_context(unwritable);
+        };
+        let written = File::create(temporary)
+            .and_then(|mut file| {
+                file.write_all(contents)?;
+                file.sync_all()
+            })
+            .and_then(|()| fs::rename(temporary, &self.path));
+        if written.is_err() {
+            let _ = fs::remove_file(temporary);
+        }
+        written.with_context(unwritable)
+    }
+}
+
+/// A value as JSON with a line break behind it.
+pub(crate) fn json(value: &impl serde::Serialize) -> Result<Vec<u8>> {
+    let mut text = serde_json::to_vec(value)?;
+    text.push(b'\n');
+    Ok(text)
+}
+
+/// Writes to stdout; a closed pipe is an error here, not a panic.
+pub(crate) fn print(contents: &[u8]) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(contents)?;
+    Ok(stdout.flush()?)
+}

@@ -1,0 +1,199 @@
+//! The memory a prompt needs, told before anything is loaded.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::EngineError;
+use crate::model::LlamaConfig;
+use crate::policy::{Plan, Propagate};
+
+/// What a run needs besides its plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryOptions {
+    /// Bytes of the weights as the backend holds them.
+    pub weight_bytes: u64,
+    /// [`Backend::chunk_rows`](crate::backend::Backend::chunk_rows).
+    pub chunk_rows: usize,
+    /// [`Backend::kv_element_bytes`](crate::backend::Backend::kv_element_bytes).
+    pub kv_element_bytes: usize,
+    /// Tokens that will follow the prompt: a question and the answer.
+    pub more_tokens: usize,
+}
+
+/// Bytes that reading a prompt and answering it take, each an upper bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryEstimate {
+    /// The weights.
+    #[serde(rename = "weights_bytes")]
+    pub weights: u64,
+    /// Keys and values that stay, with those of the tokens that follow.
+    #[serde(rename = "kv_kept_bytes")]
+    pub kv_kept: u64,
+    /// The most keys and values alive at once.
+    #[serde(rename = "kv_peak_bytes")]
+    pub kv_peak: u64,
+    /// The residual stream, scores, and the temporaries of one chunk of rows, f32.
+    #[serde(rename = "activations_bytes")]
+    pub activations: u64,
+}
+
+impl MemoryEstimate {
+    /// What running this plan on a model of this configuration takes.
+    pub fn new(config: &LlamaConfig, plan: &Plan, options: &MemoryOptions) -> Self {
+        let element = options.kv_element_bytes;
+        let token = (plan.shape.kv_elements() * element * plan.layers.len()) as u64;
+        let more = options.more_tokens as u64 * token;
+        Self {
+            weights: options.weight_bytes,
+            kv_kept: plan.kept_kv_bytes(element) as u64 + more,
+            kv_peak: plan.peak_kv_bytes(element) as u64 + more,
+            activations: activations(config, plan, options.chunk_rows) * size_of::<f32>() as u64,
+        }
+    }
+
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.weights + self.kv_peak + self.activations
+    }
+
+    /// Whether that many bytes are enough.
+    ///
+    /// # Errors
+    /// [`EngineError::TooLarge`] where they are not.
+    pub fn check(&self, available: u64) -> Result<(), EngineError> {
+        if self.total() <= available {
+            Ok(())
+        } else {
+            Err(EngineError::TooLarge { needed: *self, available })
+        }
+    }
+}
+
+impl fmt::Display for MemoryEstimate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} = weights {} + KV cache {} + activations {}",
+            Bytes(self.total()),
+            Bytes(self.weights),
+            Bytes(self.kv_peak),
+            Bytes(self.activations)
+        )
+    }
+}
+
+/// A number of bytes for people, such as `1.50 GiB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+        if self.0 < 1024 {
+            return f.pad(&format!("{} B", self.0));
+        }
+        let mut value = self.0 as f64 / 1024.0;
+        let mut unit = 0;
+        // What two decimals would round up to 1024 belongs to the next unit.
+        while value >= 1023.995 && unit + 1 < UNITS.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        f.pad(&format!("{value:.2} {}", UNITS[unit]))
+    }
+}
+
+/// Most f32 elements that are neither weights nor keys and values.
+fn activations(config: &LlamaConfig, plan: &Plan, chunk_rows: usize) -> u64 {
+    let hidden = config.hidden_size as u64;
+    let queries = (config.query_heads * config.head_dim) as u64;
+    let keys = (config.kv_heads * config.head_dim) as u64;
+    let rows = plan.prompt_tokens as u64;
+    let chunk = rows.min(chunk_rows as u64);
+
+    // Cosines and sines of half a head, and where tokens are selected the narrowed copy beside the stream.
+    let selected = plan.layers.iter().filter_map(|layer| layer.propagate);
+    let selected = selected.map(|Propagate { count, .. }| count as u64).max().unwrap_or(1);
+    let stream = (rows + selected) * (hidden + config.head_dim as u64);
+    // The normed rows and the queries live through a chunk; beside them attention has its output twice,
+    // in tiles and in rows, and the MLP its input, gate, up and output behind the projected attention.
+    let attention = (2 * queries).max(2 * keys);
+    let mlp = queries + 3 * hidden + 2 * config.intermediate_size as u64;
+    let temporaries = chunk * (hidden + queries + attention.max(mlp));
+    // A key's probability for every query head, and pooled for every kv head and their sum.
+    let scores = match plan.layers.iter().any(|layer| layer.saliency().is_some()) {
+        true => rows * (config.query_heads + config.kv_heads + 1) as u64,
+        false => 0,
+    };
+    stream + temporaries + scores + config.vocab_size as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{FastKv, ModelShape, Policy};
+
+    fn llama_8b() -> LlamaConfig {
+        LlamaConfig::from_json(
+            r#"{"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+                "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+                "max_position_embeddings": 131072}"#,
+        )
+        .expect("valid")
+    }
+
+    fn estimate(policy: &Policy, more_tokens: usize) -> MemoryEstimate {
+        let config = llama_8b();
+        let shape = ModelShape { layers: 32, query_heads: 32, kv_heads: 8, head_dim: 128 };
+        let plan = policy.plan(shape, 100_000).expect("valid");
+        let options =
+            MemoryOptions { weight_bytes: 16 << 30, chunk_rows: 1024, kv_element_bytes: 2, more_tokens };
+        MemoryEstimate::new(&config, &plan, &options)
+    }
+
+    #[test]
+    fn full_context_keeps_every_key_and_value() {
+        let full = estimate(&Policy::Full, 0);
+        // 32 layers of K and V of 8 heads of 128 elements of 2 bytes.
+        assert_eq!(full.kv_kept, 100_000 * 32 * 2 * 8 * 128 * 2);
+        assert_eq!(full.kv_peak, full.kv_kept);
+        assert_eq!(estimate(&Policy::Full, 10).kv_peak, full.kv_peak + 10 * 32 * 2 * 8 * 128 * 2);
+        // The residual stream alone.
+        assert!(full.activations >= 100_000 * 4096 * 4);
+        assert!(full.activations < 3 * 100_000 * 4096 * 4);
+        assert_eq!(full.total(), full.weights + full.kv_peak + full.activations);
+    }
+
+    #[test]
+    fn compression_shrinks_the_cache() {
+        let full = estimate(&Policy::Full, 0);
+        let fastkv = estimate(&Policy::FastKv(FastKv::proportional()), 0);
+        assert!(fastkv.kv_kept <= full.kv_kept / 10 + 1);
+        assert!(fastkv.kv_peak < full.kv_peak / 5, "one layer in full at a time");
+    }
+
+    #[test]
+    fn too_large_is_told_with_the_figures() {
+        let full = estimate(&Policy::Full, 0);
+        assert!(full.check(full.total()).is_ok());
+        let error = full.check(8 << 30).expect_err("too large").to_string();
+        for figure in ["16.00 GiB", "12.21 GiB", "8.00 GiB"] {
+            assert!(error.contains(figure), "{figure} in {error}");
+        }
+    }
+
+    #[test]
+    fn bytes_are_written_for_people() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.00 KiB"),
+            (1024 * 1024 - 1, "1.00 MiB"),
+            (3 << 29, "1.50 GiB"),
+            (5 << 50, "5120.00 TiB"),
+        ] {
+            assert_eq!(Bytes(bytes).to_string(), text);
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The compiled kernels inside this library: one image per source file under `kernels/`.
+
+/// A compiled source file.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Image {
+    /// Name of the source file without `.cu`.
+    pub name: &'static str,
+    /// Architectures with machine code of their own, as `sm_90`; newer chips compile the PTX inside.
+    pub archs: &'static [&'static str],
+    /// What the driver loads.
+    pub fatbin: &'static [u8],
+}
+
+/// Every image, sorted by name; none where the library was built without nvcc.
+pub fn images() -> &'static [Image] {
+    IMAGES
+}
+
+/// Whether there are kernels in this build.
+pub fn built() -> bool {
+    !IMAGES.is_empty()
+}
+
+/// Release of the nvcc that compiled them, as `(13, 0)`.
+pub fn nvcc_version() -> Option<(u32, u32)> {
+    NVCC
+}
+
+/// The PTX of an image's first architecture, for those who read or interpret it. A program that never
+/// asks does not carry it.
+pub fn ptx(image: &str) -> Option<&'static str> {
+    PTX.iter().find(|(name, _)| *name == image).map(|(_, text)| *text)
+}
+
+#[cfg(fastkv_kernels)]
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+#[cfg(not(fastkv_kernels))]
+const NVCC: Option<(u32, u32)> = None;
+#[cfg(not(fastkv_kernels))]
+static IMAGES: &[Image] = &[];
+#[cfg(not(fastkv_kernels))]
+static PTX: &[(&str, &str)] = &[];
+
+/// Puts the bytes of an image where a driver that reads words finds them aligned.
+#[cfg(fastkv_kernels)]
+#[repr(C, align(16))]
+struct Aligned<T>(T);

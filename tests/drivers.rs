@@ -1,0 +1,266 @@
+//! The drivers without a GPU: what they launch, what they refuse, and that their grids move every row
+//! once, on a model of a device.
+
+mod support;
+
+use fastkv::{
+    abi::{GatherKvParams, GatherRowsParams, Kept, Rows},
+    kernels::{DType, Kernel, gather, images},
+};
+use proptest::prelude::*;
+use support::{
+    gather::{self as cases, Case},
+    model::{Model, Recorded},
+};
+
+#[test]
+fn gather_kv_edges() {
+    for case in cases::edges() {
+        cases::check_kv(&Model::default(), &case).unwrap_or_else(|error| panic!("{error}\n{case:?}"));
+    }
+}
+
+#[test]
+fn gather_rows_edges() {
+    for case in cases::edges().iter().filter(|case| case.heads == 1) {
+        cases::check_rows(&Model::default(), case).unwrap_or_else(|error| panic!("{error}\n{case:?}"));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn gather_kv_random(seed: u64, heads in 1_usize..9) {
+        let case = Case::random(seed, heads);
+        cases::check_kv(&Model::default(), &case).map_err(TestCaseError::fail)?;
+    }
+
+    #[test]
+    fn gather_rows_random(seed: u64) {
+        let case = Case::random(seed, 1);
+        cases::check_rows(&Model::default(), &case).map_err(TestCaseError::fail)?;
+    }
+
+    /// The rows that a grid reaches: every one of a list, whatever its length, and no more blocks than
+    /// there is work for.
+    #[test]
+    fn grids_cover_long_lists(capacity in 1_i32..i32::MAX, width in prop::sample::select(vec![8_u32, 64, 80, 128, 512])) {
+        let recorder = Model::recorder();
+        let work = gather::GatherKv {
+            kept: Kept { capacity, out_rows: i64::from(capacity) * 8, ..kv().kept },
+            k_out: 1 << 50,
+            v_out: 1 << 60,
+            head_dim: width,
+            k: Rows::token_major(4096, 1000, 8, width),
+            v: Rows::token_major(4096, 1000, 8, width),
+            ..kv()
+        };
+        // SAFETY: the recorder touches no memory.
+        unsafe { gather::gather_kv(&recorder, &work) }.unwrap();
+        let Recorded { grid, block, params, .. } = last(&recorder);
+        let params: GatherKvParams = bytemuck::pod_read_unaligned(&params);
+        let tile = (block[0] >> params.lane_shift) * 4;
+        prop_assert_eq!(grid, [8, (capacity as u32).div_ceil(tile).min(65_535), 2]);
+        prop_assert!(params.row_bytes as u32 == width * 2);
+        prop_assert!(params.lane_shift <= 5 && 16 << params.lane_shift >= params.row_bytes.min(512));
+    }
+}
+
+#[test]
+fn gather_kv_fills_its_params() {
+    let recorder = Model::recorder();
+    // SAFETY: the recorder touches no memory.
+    unsafe { gather::gather_kv(&recorder, &kv()) }.unwrap();
+    let Recorded { kernel, grid, block, params } = last(&recorder);
+    assert_eq!((kernel, grid, block), (Kernel::GatherKv, [8, 4, 2], [128, 1, 1]));
+    let expected = GatherKvParams {
+        kept: kv().kept,
+        k: Rows { base: 4096, sequence_stride: 1_024_000, head_stride: 128, token_stride: 1024 },
+        v: Rows { base: 4096, sequence_stride: 1_024_000, head_stride: 128, token_stride: 1024 },
+        k_out: 1 << 50,
+        v_out: 1 << 51,
+        row_bytes: 256,
+        element_bytes: 2,
+        lane_shift: 4,
+        reserved: 0,
+    };
+    assert_eq!(bytemuck::pod_read_unaligned::<GatherKvParams>(&params), expected);
+}
+
+#[test]
+fn gather_rows_fills_its_params() {
+    let recorder = Model::recorder();
+    // SAFETY: the recorder touches no memory.
+    unsafe { gather::gather_rows(&recorder, &rows()) }.unwrap();
+    let Recorded { kernel, grid, block, params } = last(&recorder);
+    assert_eq!((kernel, grid, block), (Kernel::GatherRows, [100, 1, 1], [128, 1, 1]));
+    let params: GatherRowsParams = bytemuck::pod_read_unaligned(&params);
+    assert_eq!((params.row_bytes, params.element_bytes, params.out), (8192, 2, 1 << 50));
+    assert_eq!(params.rows.token_stride, 4096);
+}
+
+#[test]
+fn nothing_to_move_launches_nothing() {
+    let recorder = Model::recorder();
+    let zero = |change: fn(&mut Kept)| {
+        let mut kept = Kept { indices: 0, ..kv().kept };
+        change(&mut kept);
+        // SAFETY: the recorder touches no memory.
+        unsafe { gather::gather_kv(&recorder, &gather::GatherKv { kept, k_out: 0, v_out: 0, ..kv() }) }
+    };
+    zero(|kept| kept.capacity = 0).unwrap();
+    zero(|kept| kept.sequences = 0).unwrap();
+    zero(|kept| kept.tokens = 0).unwrap();
+    zero(|kept| kept.out_rows = 0).unwrap();
+    zero(|kept| kept.heads = 0).unwrap();
+    assert!(recorder.launches().is_empty());
+}
+
+#[test]
+fn gather_kv_refuses() {
+    let refuses = |change: fn(&mut gather::GatherKv), message: &str| {
+        let recorder = Model::recorder();
+        let mut work = kv();
+        change(&mut work);
+        // SAFETY: the recorder touches no memory.
+        let error = unsafe { gather::gather_kv(&recorder, &work) }.expect_err(message);
+        assert_eq!(error.to_string(), message);
+        assert!(recorder.launches().is_empty(), "{message}");
+    };
+    refuses(|w| w.head_dim = 100, "head_dim is 100; it must be a multiple of 8 from 8 to 536870912 for BF16");
+    refuses(|w| w.head_dim = 0, "head_dim is 0; it must be a multiple of 8 from 8 to 536870912 for BF16");
+    refuses(
+        |w| (w.head_dim, w.dtype) = (u32::MAX - 3, DType::F32),
+        "head_dim is 4294967292; it must be a multiple of 4 from 4 to 268435456 for F32",
+    );
+    refuses(|w| w.kept.heads = -1, "kept.heads is -1; it must be 0 or more");
+    refuses(|w| w.kept.capacity = i32::MIN, "kept.capacity is -2147483648; it must be 0 or more");
+    refuses(|w| w.kept.out_rows = -1, "kept.out_rows is -1; it must be 0 or more");
+    refuses(
+        |w| (w.kept.sequences, w.kept.heads) = (1 << 20, 1 << 20),
+        "kept.sequences * kept.heads is 1099511627776; it must be at most 2147483647",
+    );
+    refuses(|w| w.kept.indices = 0, "kept.indices is 0x0; it must be a device address, a multiple of 4");
+    refuses(|w| w.kept.starts = 4, "kept.starts is 0x4; it must be a device address, a multiple of 8");
+    refuses(|w| w.kept.lengths = 6, "kept.lengths is 0x6; it must be a device address, a multiple of 4");
+    refuses(|w| w.kept.index_head_stride = -100, "kept.index_head_stride is -100; it must be 0 or more");
+    refuses(
+        |w| w.kept.index_head_stride = i64::MAX,
+        "kept.indices is 0x1000; it must be 64563604257983430749 elements of 4 bytes below 2^63",
+    );
+    refuses(
+        |w| w.kept.out_rows = 799,
+        "kept.out_rows is 799; it must be sequences * heads * capacity = 800 or more where starts is absent",
+    );
+    refuses(|w| w.k.base = 0, "k is 0x0; it must be a device address, a multiple of 16");
+    refuses(|w| w.v.base = 4104, "v is 0x1008; it must be a device address, a multiple of 16");
+    refuses(
+        |w| w.v.head_stride = 100,
+        "v.head_stride is 100; it must be 0 or a positive multiple of 8 for BF16 (16 bytes)",
+    );
+    refuses(
+        |w| w.k.token_stride = -1024,
+        "k.token_stride is -1024; it must be 0 or a positive multiple of 8 for BF16 (16 bytes)",
+    );
+    refuses(|w| w.k.token_stride = 64, "k.token_stride is 64; it must be 128 or more: rows must not overlap");
+    refuses(
+        |w| w.k.token_stride = i64::MAX - 7,
+        "k is 0x1000; it must be 9214148664817921025224 elements of 2 bytes below 2^63",
+    );
+    refuses(
+        |w| w.kept.cu_seqlens = 4096,
+        "k.sequence_stride is 1024000; it must be 0 where cu_seqlens packs the sequences along the token axis",
+    );
+    refuses(|w| w.k_out = 0, "k_out is 0x0; it must be a device address, a multiple of 16");
+    refuses(|w| w.v_out = 4096, "v_out is 0x1000..0x33000; it must be apart from k, 0x1000..0x1f5000");
+    refuses(
+        |w| w.v_out = w.k_out,
+        "v_out is 0x4000000000000..0x4000000032000; it must be apart from k_out, \
+         0x4000000000000..0x4000000032000",
+    );
+    refuses(
+        |w| w.v_out = (i64::MAX - 4095) as u64,
+        "v_out is 0x7ffffffffffff000; it must be 204800 elements of 1 bytes below 2^63",
+    );
+}
+
+#[test]
+fn gather_rows_refuses() {
+    let refuses = |change: fn(&mut gather::GatherRows), message: &str| {
+        let recorder = Model::recorder();
+        let mut work = rows();
+        change(&mut work);
+        // SAFETY: the recorder touches no memory.
+        let error = unsafe { gather::gather_rows(&recorder, &work) }.expect_err(message);
+        assert_eq!(error.to_string(), message);
+        assert!(recorder.launches().is_empty(), "{message}");
+    };
+    refuses(|w| w.width = 4, "width is 4; it must be a multiple of 8 from 8 to 536870912 for BF16");
+    refuses(|w| w.kept.heads = 8, "kept.heads is 8; it must be 1: hidden states have no heads");
+    refuses(|w| w.kept.sequences = 65_536, "kept.sequences is 65536; it must be at most 65535");
+    refuses(|w| w.out = w.rows.base, "out is 0x1000..0xc9000; it must be apart from rows, 0x1000..0x7d1000");
+}
+
+/// A failure of the device reaches the caller as it is.
+#[test]
+fn device_errors_pass() {
+    let recorder = Model::failing();
+    // SAFETY: the recorder touches no memory.
+    let error = unsafe { gather::gather_kv(&recorder, &kv()) }.unwrap_err();
+    assert_eq!(error.to_string(), "cuLaunchKernelEx failed: CUDA error 719 (LAUNCH_FAILED)");
+}
+
+/// Every kernel that a driver can name is in an image, on every architecture.
+#[test]
+#[cfg_attr(not(fastkv_kernels), ignore = "built without nvcc")]
+fn images_hold_every_kernel() {
+    assert!(images::built() && images::nvcc_version().is_some());
+    for (number, kernel) in Kernel::ALL.iter().enumerate() {
+        assert_eq!(*kernel as usize, number);
+        let image = images::images().iter().find(|image| image.name == kernel.image()).expect("an image");
+        let ptx = images::ptx(kernel.image()).expect("PTX");
+        assert!(ptx.contains(&format!(".entry {}(", kernel.entry())), "{}", kernel.entry());
+        // A fatbin begins with this word.
+        assert_eq!(image.fatbin[..4], 0xBA55_ED50_u32.to_le_bytes());
+        assert!((image.fatbin.as_ptr() as usize).is_multiple_of(16));
+        assert!(!image.archs.is_empty());
+    }
+}
+
+/// A layer of Llama 3.1 8B, 1000 tokens, 100 kept.
+fn kv() -> gather::GatherKv {
+    gather::GatherKv {
+        kept: Kept {
+            indices: 4096,
+            index_sequence_stride: 800,
+            index_head_stride: 100,
+            out_rows: 800,
+            sequences: 1,
+            heads: 8,
+            tokens: 1000,
+            capacity: 100,
+            ..Kept::default()
+        },
+        k: Rows::token_major(4096, 1000, 8, 128),
+        v: Rows::token_major(4096, 1000, 8, 128),
+        k_out: 1 << 50,
+        v_out: 1 << 51,
+        head_dim: 128,
+        dtype: DType::BF16,
+    }
+}
+
+fn rows() -> gather::GatherRows {
+    gather::GatherRows {
+        kept: Kept { heads: 1, out_rows: 100, ..kv().kept },
+        rows: Rows::token_major(4096, 1000, 1, 4096),
+        out: 1 << 50,
+        width: 4096,
+        dtype: DType::BF16,
+    }
+}
+
+fn last(recorder: &Model) -> Recorded {
+    recorder.launches().pop().expect("a launch")
+}
