@@ -2,5 +2,6 @@
 //! Each test program uses its share of this.
 #![allow(dead_code)]
 
+pub(crate) mod emulator;
 pub(crate) mod gather;
 pub(crate) mod model;

@@ -1,0 +1,580 @@
+//! Loads, stores, atomics and fences, with all that is checked about them.
+
+use std::sync::{Arc, PoisonError};
+
+use super::{Cta, lanes};
+use crate::{
+    clock::{Clock, Conflict, Stamp},
+    error::{Hazard, Stop},
+    isa::{Address, AtomicUpdate, Op, Operand, Order, Space, Type},
+    memory::Byte,
+    number::Lanes,
+};
+
+/// Generic addresses of shared, local and param space lie in windows of this size.
+pub(super) const WINDOW: u64 = 1 << 56;
+pub(super) const SHARED_WINDOW: u64 = 1 << 56;
+pub(super) const LOCAL_WINDOW: u64 = 2 << 56;
+pub(super) const PARAM_WINDOW: u64 = 3 << 56;
+
+/// Where an access goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Number of the allocation, and where in it.
+    Global(usize, u64),
+    Shared(u32),
+    /// Where in the local memory of the lane.
+    Local(usize),
+    Param(usize),
+}
+
+/// An access of one lane: `bytes` are all that it touches.
+#[derive(Clone, Copy, Debug)]
+struct Access {
+    lane: usize,
+    address: u64,
+    bytes: u32,
+}
+
+impl Access {
+    fn stop(self, hazard: Hazard, message: String) -> Stop {
+        Stop::new(hazard, self.lane as u32, message)
+    }
+}
+
+impl Cta<'_> {
+    pub(super) fn memory_op(&mut self, w: usize, active: u32, op: &Op) -> Result<(), Stop> {
+        match op {
+            Op::Load { space, ty, order, constant, d, address } => {
+                let addresses = self.addresses(w, *address);
+                let bytes = ty.bytes() * d.len() as u32;
+                let space = if *space == Space::Const { Space::Global } else { *space };
+                self.count_access(space, &addresses, active, bytes);
+                for lane in lanes(active) {
+                    let access = Access { lane, address: addresses[lane], bytes };
+                    self.load(w, space, access, *ty, *order, *constant, d)?;
+                }
+                Ok(())
+            }
+            Op::Store { space, ty, order, address, a } => {
+                let addresses = self.addresses(w, *address);
+                let bytes = ty.bytes() * a.len() as u32;
+                self.count_access(*space, &addresses, active, bytes);
+                for lane in lanes(active) {
+                    let access = Access { lane, address: addresses[lane], bytes };
+                    self.store(w, *space, access, *ty, *order, a)?;
+                }
+                Ok(())
+            }
+            Op::Atomic { space, ty, order, update, d, address, b } => {
+                let addresses = self.addresses(w, *address);
+                let b = self.value(w, *b);
+                let compared = match update {
+                    AtomicUpdate::CompareSwap(compared) => self.value(w, *compared),
+                    AtomicUpdate::Apply(_) => [0; 32],
+                };
+                self.count_access(*space, &addresses, active, ty.bytes());
+                for lane in lanes(active) {
+                    let access = Access { lane, address: addresses[lane], bytes: ty.bytes() };
+                    let old = self.atomic(w, *space, access, *order, *update, b[lane], compared[lane])?;
+                    if let Some(d) = d {
+                        self.warps[w].registers[*d as usize][lane] = old;
+                    }
+                }
+                Ok(())
+            }
+            Op::Fence => {
+                for lane in lanes(active) {
+                    self.fence(w, lane);
+                }
+                Ok(())
+            }
+            other => unreachable!("{other:?} is not a memory access"),
+        }
+    }
+
+    pub(super) fn addresses(&self, w: usize, address: Address) -> Lanes {
+        let base = self.value(w, address.base);
+        base.map(|base| base.wrapping_add_signed(address.offset))
+    }
+
+    fn count_access(&mut self, space: Space, addresses: &Lanes, active: u32, bytes: u32) {
+        let first = addresses[active.trailing_zeros() as usize & 31];
+        match space {
+            Space::Shared => self.counters.shared_request(addresses, active, bytes),
+            Space::Generic if first & !(WINDOW - 1) == SHARED_WINDOW => {
+                self.counters.shared_request(addresses, active, bytes);
+            }
+            Space::Global => self.counters.global_request(addresses, active, bytes),
+            Space::Generic if first < WINDOW => self.counters.global_request(addresses, active, bytes),
+            _ => {}
+        }
+    }
+
+    /// Finds where an access goes and checks that it may.
+    fn resolve(&self, space: Space, access: Access) -> Result<Place, Stop> {
+        let Access { address, bytes, .. } = access;
+        if !address.is_multiple_of(u64::from(bytes)) {
+            let message = format!("{bytes} bytes at {address:#x}, which is not a multiple of {bytes}");
+            return Err(access.stop(Hazard::Misaligned, message));
+        }
+        let (space, offset) = match space {
+            Space::Generic => match address & !(WINDOW - 1) {
+                SHARED_WINDOW => (Space::Shared, address - SHARED_WINDOW),
+                LOCAL_WINDOW => (Space::Local, address - LOCAL_WINDOW),
+                PARAM_WINDOW => (Space::Param, address - PARAM_WINDOW),
+                _ => (Space::Global, address),
+            },
+            space => (space, address),
+        };
+        let within = |size: u64, name: &str| {
+            if offset.checked_add(u64::from(bytes)).is_some_and(|end| end <= size) {
+                Ok(())
+            } else {
+                let message = format!("{bytes} bytes at {offset:#x} of {size} bytes of {name} memory");
+                Err(access.stop(Hazard::OutOfBounds, message))
+            }
+        };
+        match space {
+            Space::Shared => {
+                within(self.shared.len().into(), "shared")?;
+                Ok(Place::Shared(offset as u32))
+            }
+            Space::Local => {
+                let size = self.run.kernel.local_bytes;
+                within(size.into(), "local")?;
+                Ok(Place::Local(access.lane * size as usize + offset as usize))
+            }
+            Space::Param => {
+                within(self.run.params.len() as u64, "param")?;
+                Ok(Place::Param(offset as usize))
+            }
+            _ => match self.run.memory.locate(address, bytes.into()) {
+                Ok((allocation, offset)) => Ok(Place::Global(allocation, offset)),
+                Err(message) => Err(access.stop(Hazard::OutOfBounds, message)),
+            },
+        }
+    }
+
+    fn load(
+        &mut self,
+        w: usize,
+        space: Space,
+        access: Access,
+        ty: Type,
+        order: Order,
+        constant: bool,
+        d: &[Option<u32>],
+    ) -> Result<(), Stop> {
+        let place = self.resolve(space, access)?;
+        let size = ty.bytes();
+        let mut values = [0_u64; 4];
+        match place {
+            Place::Global(index, offset) => {
+                let memory = self.run.memory;
+                let allocation = &memory.allocations()[index];
+                for at in 0..d.len() as u32 {
+                    if !allocation.is_initialised(offset + u64::from(at * size), size) {
+                        let base = allocation.address();
+                        let message = format!(
+                            "{size} bytes at {:#x}, byte {} of the allocation at {base:#x}, were never written",
+                            access.address + u64::from(at * size),
+                            offset + u64::from(at * size)
+                        );
+                        return Err(access.stop(Hazard::Uninitialised, message));
+                    }
+                }
+                self.check_global(w, access, index, offset, false, order, constant)?;
+                let _whole = (order != Order::Weak).then(|| allocation.lock());
+                for (at, value) in (0..d.len() as u64).zip(&mut values) {
+                    *value = allocation.load(offset + at * u64::from(size), size);
+                }
+            }
+            Place::Shared(at) => {
+                self.check_shared_read(w, access, at, order)?;
+                for (n, value) in (0..d.len() as u32).zip(&mut values) {
+                    *value = self.shared.load(at + n * size, size);
+                }
+            }
+            Place::Local(at) => {
+                for (n, value) in (0..d.len()).zip(&mut values) {
+                    *value = from_bytes(&self.warps[w].local[at + n * size as usize..][..size as usize]);
+                }
+            }
+            Place::Param(at) => {
+                for (n, value) in (0..d.len()).zip(&mut values) {
+                    *value = from_bytes(&self.run.params[at + n * size as usize..][..size as usize]);
+                }
+            }
+        }
+        if order != Order::Weak {
+            self.hear_at(w, access.lane, place, access.address, order);
+        }
+        for (d, value) in d.iter().zip(values) {
+            if let Some(d) = d {
+                self.warps[w].registers[*d as usize][access.lane] = extend(value, ty);
+            }
+        }
+        Ok(())
+    }
+
+    fn store(
+        &mut self,
+        w: usize,
+        space: Space,
+        access: Access,
+        ty: Type,
+        order: Order,
+        a: &[Operand],
+    ) -> Result<(), Stop> {
+        let place = self.resolve(space, access)?;
+        let (lane, size) = (access.lane, ty.bytes());
+        let mut values = [0_u64; 4];
+        for (value, operand) in values.iter_mut().zip(a) {
+            *value = match operand {
+                Operand::Register(number) => self.warps[w].registers[*number as usize][lane],
+                Operand::Immediate(value) => *value,
+                Operand::Special(_) => self.value(w, *operand)[lane],
+            };
+        }
+        let values = &values[..a.len()];
+        if order != Order::Weak {
+            self.tell_at(w, lane, place, access.address, order, false);
+        }
+        match place {
+            Place::Global(index, offset) => {
+                self.check_global(w, access, index, offset, true, order, false)?;
+                let allocation = &self.run.memory.allocations()[index];
+                let _whole = (order != Order::Weak).then(|| allocation.lock());
+                for (at, value) in (0..).zip(values) {
+                    allocation.store(offset + at * u64::from(size), size, *value);
+                }
+            }
+            Place::Shared(at) => {
+                self.check_shared_write(w, access, at, order)?;
+                for (n, value) in (0..).zip(values) {
+                    self.shared.store(at + n * size, size, *value);
+                }
+            }
+            Place::Local(at) => {
+                for (n, value) in values.iter().enumerate() {
+                    let bytes = value.to_le_bytes();
+                    self.warps[w].local[at + n * size as usize..][..size as usize]
+                        .copy_from_slice(&bytes[..size as usize]);
+                }
+            }
+            Place::Param(_) => {
+                return Err(access.stop(Hazard::OutOfBounds, "parameters cannot be written".into()));
+            }
+        }
+        Ok(())
+    }
+
+    fn atomic(
+        &mut self,
+        w: usize,
+        space: Space,
+        access: Access,
+        order: Order,
+        update: AtomicUpdate,
+        b: u64,
+        compared: u64,
+    ) -> Result<u64, Stop> {
+        let place = self.resolve(space, access)?;
+        let bytes = access.bytes;
+        let mask = if bytes == 8 { u64::MAX } else { (1 << (8 * bytes)) - 1 };
+        let new = |old: u64| match update {
+            AtomicUpdate::Apply(update) => update(old, b) & mask,
+            AtomicUpdate::CompareSwap(_) if old == compared & mask => b & mask,
+            AtomicUpdate::CompareSwap(_) => old,
+        };
+        let old = match place {
+            Place::Global(index, offset) => {
+                let memory = self.run.memory;
+                let allocation = &memory.allocations()[index];
+                if !allocation.is_initialised(offset, bytes) {
+                    let message = format!("{bytes} bytes at {:#x} were never written", access.address);
+                    return Err(access.stop(Hazard::Uninitialised, message));
+                }
+                self.check_global(w, access, index, offset, true, order, false)?;
+                let _whole = allocation.lock();
+                let old = allocation.load(offset, bytes);
+                allocation.store(offset, bytes, new(old));
+                old
+            }
+            Place::Shared(at) => {
+                self.check_shared_state(access, at, true)?;
+                self.check_shared_write(w, access, at, order)?;
+                let old = self.shared.load(at, bytes);
+                self.shared.store(at, bytes, new(old));
+                old
+            }
+            Place::Local(_) | Place::Param(_) => {
+                let message = "an atomic needs global or shared memory".into();
+                return Err(access.stop(Hazard::OutOfBounds, message));
+            }
+        };
+        self.hear_at(w, access.lane, place, access.address, order);
+        self.tell_at(w, access.lane, place, access.address, order, true);
+        Ok(old)
+    }
+
+    fn check_global(
+        &mut self,
+        w: usize,
+        access: Access,
+        index: usize,
+        offset: u64,
+        writes: bool,
+        order: Order,
+        constant: bool,
+    ) -> Result<(), Stop> {
+        let by = self.accessor(w, access.lane, order != Order::Weak);
+        let shadow = self.run.shadow;
+        let checked = if writes {
+            shadow.write(index, offset, access.bytes, &by)
+        } else if constant {
+            // Even an ordered write may not be seen on this path.
+            let mut stale = false;
+            let checked = shadow.visit(index, offset, access.bytes, |cell, mask| {
+                stale |= cell.is_written();
+                cell.read(&by, mask)
+            });
+            if stale && checked.is_ok() {
+                let message = format!(
+                    "{} bytes at {:#x} are read past the coherent caches (.nc), and this launch writes them",
+                    access.bytes, access.address
+                );
+                return Err(access.stop(Hazard::Race, message));
+            }
+            checked
+        } else {
+            shadow.read(index, offset, access.bytes, &by)
+        };
+        checked.map_err(|conflict| self.race(access, "global", writes, conflict))
+    }
+
+    pub(super) fn race_message(&self, what: &str, writes: bool, conflict: Conflict) -> String {
+        let [x, y, _] = self.run.grid;
+        let (cta, thread) = (conflict.other.cta(), conflict.other.thread());
+        let [bx, by, _] = self.run.block;
+        format!(
+            "{} {what} and {} thread [{}, {}, {}] of CTA [{}, {}, {}] are not ordered",
+            if writes { "the write of" } else { "the read of" },
+            if conflict.wrote { "a write by" } else { "a read by" },
+            thread % bx,
+            thread / bx % by,
+            thread / bx / by,
+            cta % x,
+            cta / x % y,
+            cta / x / y,
+        )
+    }
+
+    fn race(&self, access: Access, space: &str, writes: bool, conflict: Conflict) -> Stop {
+        let what = format!("{} bytes at {:#x} in {space} memory", access.bytes, access.address);
+        access.stop(Hazard::Race, self.race_message(&what, writes, conflict))
+    }
+
+    /// That bytes of shared memory are in a state that an access may meet.
+    fn check_shared_state(&self, access: Access, at: u32, reads: bool) -> Result<(), Stop> {
+        match self.shared.unreadable(at, access.bytes) {
+            Some((byte, Byte::Uninitialised)) if reads => {
+                let message = format!("byte {byte:#x} of shared memory was never written");
+                Err(access.stop(Hazard::Uninitialised, message))
+            }
+            Some((byte, Byte::InFlight)) => {
+                let message = format!(
+                    "byte {byte:#x} of shared memory belongs to an asynchronous copy that nobody waited for"
+                );
+                Err(access.stop(Hazard::Async, message))
+            }
+            Some((byte, Byte::Barrier)) => {
+                let message = format!("byte {byte:#x} of shared memory belongs to an mbarrier");
+                Err(access.stop(Hazard::Async, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_shared_read(&mut self, w: usize, access: Access, at: u32, order: Order) -> Result<(), Stop> {
+        self.check_shared_state(access, at, true)?;
+        let stamp = self.stamp(w, access.lane, order != Order::Weak);
+        let by = crate::clock::Accessor { clock: &self.warps[w].clocks[access.lane], stamp };
+        let checked = self.shared.visit(at, access.bytes, |cell, mask| cell.read(&by, mask));
+        checked.map_err(|conflict| self.race(access, "shared", false, conflict))
+    }
+
+    fn check_shared_write(&mut self, w: usize, access: Access, at: u32, order: Order) -> Result<(), Stop> {
+        self.check_shared_state(access, at, false)?;
+        let stamp = self.stamp(w, access.lane, order != Order::Weak);
+        let by = crate::clock::Accessor { clock: &self.warps[w].clocks[access.lane], stamp };
+        let checked = self.shared.visit(at, access.bytes, |cell, mask| cell.write(&by, mask));
+        checked.map_err(|conflict| self.race(access, "shared", true, conflict))
+    }
+
+    /// Reads of a matrix row or the like: aligned bytes of shared memory, all checks made.
+    pub(super) fn read_shared(
+        &mut self,
+        w: usize,
+        lane: usize,
+        address: u64,
+        bytes: u32,
+    ) -> Result<u32, Stop> {
+        let access = Access { lane, address, bytes };
+        match self.resolve(Space::Shared, Access { address: address & !SHARED_WINDOW, ..access })? {
+            Place::Shared(at) => self.check_shared_read(w, access, at, Order::Weak).map(|()| at),
+            other => unreachable!("{other:?} in shared space"),
+        }
+    }
+
+    /// The same for writes.
+    pub(super) fn write_shared(
+        &mut self,
+        w: usize,
+        lane: usize,
+        address: u64,
+        bytes: u32,
+    ) -> Result<u32, Stop> {
+        let access = Access { lane, address, bytes };
+        match self.resolve(Space::Shared, Access { address: address & !SHARED_WINDOW, ..access })? {
+            Place::Shared(at) => self.check_shared_write(w, access, at, Order::Weak).map(|()| at),
+            other => unreachable!("{other:?} in shared space"),
+        }
+    }
+
+    /// Checks a read of device memory, and where it is.
+    pub(super) fn read_global(
+        &mut self,
+        w: usize,
+        lane: usize,
+        address: u64,
+        bytes: u32,
+    ) -> Result<(usize, u64), Stop> {
+        let access = Access { lane, address, bytes };
+        let Place::Global(index, offset) = self.resolve(Space::Global, access)? else {
+            unreachable!("global space is global");
+        };
+        let allocation = &self.run.memory.allocations()[index];
+        if !allocation.is_initialised(offset, bytes) {
+            let message = format!("{bytes} bytes at {address:#x} hold some that were never written");
+            return Err(access.stop(Hazard::Uninitialised, message));
+        }
+        self.check_global(w, access, index, offset, false, Order::Weak, false)?;
+        Ok((index, offset))
+    }
+
+    /// A fence: what the lane did so far is what its next strong write tells, and what its strong
+    /// reads saw told is now heard.
+    fn fence(&mut self, w: usize, lane: usize) {
+        if let Some(rumour) = self.warps[w].rumours[lane].take() {
+            self.hear(w, lane, &rumour);
+        }
+        let told = self.tell(w, lane);
+        self.warps[w].fenced[lane] = Some(told);
+    }
+
+    /// A strong read hears, or will at the next fence, what was told at the address.
+    fn hear_at(&mut self, w: usize, lane: usize, place: Place, address: u64, order: Order) {
+        let heard = match place {
+            Place::Global(..) => {
+                let told = self.run.shadow.told.lock().unwrap_or_else(PoisonError::into_inner);
+                told.get(&address).map(|(cta, clock)| {
+                    if *cta == self.number {
+                        clock.clone()
+                    } else {
+                        let mut mine = Clock::new(self.run.threads());
+                        mine.join_from(self.number, *cta, clock);
+                        Arc::new(mine)
+                    }
+                })
+            }
+            Place::Shared(at) => self.told.get(&at).cloned(),
+            Place::Local(_) | Place::Param(_) => None,
+        };
+        let Some(heard) = heard else {
+            return;
+        };
+        if order.acquires() {
+            self.hear(w, lane, &heard);
+            return;
+        }
+        match &mut self.warps[w].rumours[lane] {
+            Some(known) => Arc::make_mut(known).join(&heard),
+            none => *none = Some(heard),
+        }
+    }
+
+    /// A strong write tells what it releases; a read-modify-write hands on what was told before.
+    fn tell_at(&mut self, w: usize, lane: usize, place: Place, address: u64, order: Order, keeps: bool) {
+        let released =
+            if order.releases() { Some(self.tell(w, lane)) } else { self.warps[w].fenced[lane].clone() };
+        let number = self.number;
+        match place {
+            Place::Global(..) => {
+                let mut told = self.run.shadow.told.lock().unwrap_or_else(PoisonError::into_inner);
+                let before = told.get(&address).filter(|_| keeps).cloned();
+                match (before, released) {
+                    (None, None) => {
+                        told.remove(&address);
+                    }
+                    (None, Some(new)) => {
+                        told.insert(address, (number, new));
+                    }
+                    (Some(_), None) => {}
+                    (Some((cta, old)), Some(new)) => {
+                        let mut both = Clock::clone(&new);
+                        both.join_from(number, cta, &old);
+                        told.insert(address, (number, Arc::new(both)));
+                    }
+                }
+            }
+            Place::Shared(at) => {
+                let before = self.told.get(&at).filter(|_| keeps).cloned();
+                match (before, released) {
+                    (None, None) => {
+                        self.told.remove(&at);
+                    }
+                    (None, Some(new)) => {
+                        self.told.insert(at, new);
+                    }
+                    (Some(_), None) => {}
+                    (Some(old), Some(new)) => {
+                        let mut both = Clock::clone(&new);
+                        both.join(&old);
+                        self.told.insert(at, Arc::new(both));
+                    }
+                }
+            }
+            Place::Local(_) | Place::Param(_) => {}
+        }
+    }
+
+    /// Bytes of shared memory as words, checked before.
+    pub(super) fn shared_word(&self, at: u32) -> u32 {
+        self.shared.load(at, 4) as u32
+    }
+
+    pub(super) fn land(&mut self, at: u32, bytes: u32, by: Stamp) {
+        for cell in &mut self.shared.cells[at as usize / 4..][..bytes as usize / 4] {
+            cell.land(by);
+        }
+        self.shared.states[at as usize..][..bytes as usize].fill(Byte::Written);
+    }
+}
+
+fn from_bytes(bytes: &[u8]) -> u64 {
+    let mut value = [0; 8];
+    value[..bytes.len()].copy_from_slice(bytes);
+    u64::from_le_bytes(value)
+}
+
+/// Signed types fill the register with their sign: it may be wider.
+fn extend(value: u64, ty: Type) -> u64 {
+    match ty {
+        Type::S8 => value as i8 as i64 as u64,
+        Type::S16 => value as i16 as i64 as u64,
+        Type::S32 => value as i32 as i64 as u64,
+        _ => value,
+    }
+}

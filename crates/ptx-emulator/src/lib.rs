@@ -1,0 +1,18 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod alu;
+mod clock;
+mod error;
+mod exec;
+mod isa;
+mod launch;
+mod memory;
+mod number;
+mod parse;
+mod schedule;
+
+pub use error::{Error, Fault, Hazard};
+pub use exec::Counters;
+pub use launch::{Device, Launch};
+pub use schedule::Schedule;

@@ -1,0 +1,655 @@
+//! From an opcode and its operands to an operation. What is not here is not implemented, and an error.
+
+use super::{Argument, Target};
+use crate::{
+    alu,
+    isa::{
+        Address, Approximation, AtomicUpdate, Carry, Guard, MatrixType, Op, Operand, Order, Reduce, Shuffle,
+        Space, Type, Vote,
+    },
+};
+
+type Result<T> = std::result::Result<T, String>;
+type Labels<'a> = dyn Fn(&str) -> Result<u32> + 'a;
+type Tables<'a> = dyn Fn(&str) -> Result<Vec<u32>> + 'a;
+
+const UNKNOWN: &str = "this instruction is not implemented";
+
+/// The operands of one instruction, taken from the left.
+struct Operands<'a> {
+    left: &'a [Argument],
+}
+
+impl<'a> Operands<'a> {
+    fn next(&mut self) -> Result<&'a Argument> {
+        let (first, rest) = self.left.split_first().ok_or("an operand is missing")?;
+        self.left = rest;
+        Ok(first)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.left.is_empty()
+    }
+
+    fn value(&mut self) -> Result<Operand> {
+        value(self.next()?)
+    }
+
+    fn register(&mut self) -> Result<u32> {
+        match self.value()? {
+            Operand::Register(number) => Ok(number),
+            _ => Err("a destination is a register".into()),
+        }
+    }
+
+    fn immediate(&mut self) -> Result<u64> {
+        match self.value()? {
+            Operand::Immediate(number) => Ok(number),
+            _ => Err("this operand is a number".into()),
+        }
+    }
+
+    fn guard(&mut self) -> Result<Guard> {
+        match self.next()? {
+            Argument::Predicate(guard) => Ok(*guard),
+            _ => Err("this operand is a predicate".into()),
+        }
+    }
+
+    fn predicate(&mut self) -> Result<u32> {
+        match self.guard()? {
+            Guard { register, negated: false } => Ok(register),
+            _ => Err("a destination is not negated".into()),
+        }
+    }
+
+    fn address(&mut self) -> Result<Address> {
+        match self.next()? {
+            Argument::Address(address) => Ok(*address),
+            _ => Err("this operand is an address".into()),
+        }
+    }
+
+    /// A vector, or one value where a vector of one is meant.
+    fn values(&mut self) -> Result<Vec<Operand>> {
+        match self.next()? {
+            Argument::Vector(parts) => parts.iter().map(value).collect(),
+            one => Ok(vec![value(one)?]),
+        }
+    }
+
+    fn registers(&mut self) -> Result<Vec<Option<u32>>> {
+        let parts = match self.next()? {
+            Argument::Vector(parts) => parts.as_slice(),
+            one => std::slice::from_ref(one),
+        };
+        let register = |part: &Argument| match part {
+            Argument::Sink => Ok(None),
+            Argument::Value(Operand::Register(number)) => Ok(Some(*number)),
+            _ => Err("a destination is a register".to_string()),
+        };
+        parts.iter().map(register).collect()
+    }
+
+    /// `d` or `d|p`.
+    fn register_and_predicate(&mut self) -> Result<(Option<u32>, Option<u32>)> {
+        match self.next()? {
+            Argument::Pair(first, second) => {
+                let register = match first {
+                    None => None,
+                    Some(Target::Register(register)) => Some(*register),
+                    Some(Target::Predicate(_)) => return Err("a register stands before |".into()),
+                };
+                match second {
+                    None => Ok((register, None)),
+                    Some(Target::Predicate(predicate)) => Ok((register, Some(*predicate))),
+                    Some(Target::Register(_)) => Err("a predicate stands behind |".into()),
+                }
+            }
+            Argument::Value(Operand::Register(number)) => Ok((Some(*number), None)),
+            _ => Err("a destination is a register".into()),
+        }
+    }
+}
+
+fn value(argument: &Argument) -> Result<Operand> {
+    match argument {
+        Argument::Value(value) => Ok(*value),
+        Argument::Label(name) => Err(format!("there is no {name}")),
+        _ => Err("this operand is a register or a number".into()),
+    }
+}
+
+pub(super) fn decode(
+    opcode: &str,
+    arguments: &[Argument],
+    label: &Labels<'_>,
+    table: &Tables<'_>,
+) -> Result<Op> {
+    let words: Vec<&str> = opcode.split('.').collect();
+    let mut operands = Operands { left: arguments };
+    let op = operation(&words, &mut operands, label, table)?;
+    if operands.is_empty() {
+        Ok(op)
+    } else {
+        Err("there are more operands than this instruction takes".into())
+    }
+}
+
+fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &Tables<'_>) -> Result<Op> {
+    let ty = words.last().and_then(|word| Type::parse(word));
+    match words {
+        ["bra"] | ["bra", "uni"] => match o.next()? {
+            Argument::Label(name) => Ok(Op::Branch { target: label(name)? }),
+            _ => Err("a branch goes to a label".into()),
+        },
+        ["brx", "idx"] | ["brx", "idx", "uni"] => {
+            let index = o.value()?;
+            match o.next()? {
+                Argument::Label(name) => Ok(Op::BranchTable { index, targets: table(name)? }),
+                _ => Err("brx goes to a table of labels".into()),
+            }
+        }
+        ["ret" | "exit"] | ["ret", "uni"] => Ok(Op::Exit),
+        ["trap" | "brkpt"] => Ok(Op::Trap),
+        ["nanosleep", "u32"] => o.value().map(|_| Op::Nothing),
+        ["prefetch" | "prefetchu", ..] => o.address().map(|_| Op::Nothing),
+        ["griddepcontrol", "wait" | "launch_dependents"] => Ok(Op::Nothing),
+        ["setmaxnreg", "inc" | "dec", "sync", "aligned", "u32"] => match o.immediate()? {
+            count @ 24..=256 if count % 8 == 0 => Ok(Op::Aligned),
+            _ => Err("a register count is a multiple of 8 from 24 to 256".into()),
+        },
+        ["mov", _] => moves(ty.ok_or(UNKNOWN)?, o),
+        ["cvta", ..] => address_conversion(words, o),
+        ["isspacep", space] => {
+            let space = match *space {
+                "global" => Space::Global,
+                "shared" | "shared::cta" => Space::Shared,
+                "local" => Space::Local,
+                "param" => Space::Param,
+                _ => return Err(UNKNOWN.into()),
+            };
+            Ok(Op::IsSpace { space, p: o.predicate()?, a: o.value()? })
+        }
+        ["cvt", rest @ ..] => {
+            let conversion = alu::conversion(rest).ok_or(UNKNOWN)?;
+            let d = o.register()?;
+            let a = o.value()?;
+            let b = if conversion.packs() { Some(o.value()?) } else { None };
+            Ok(Op::Convert { conversion, d, a, b })
+        }
+        ["setp", rest @ ..] => comparison(rest, o),
+        ["set", operator, middle @ .., to, from] => {
+            let ftz = middle == ["ftz"];
+            let from = Type::parse(from).ok_or(UNKNOWN)?;
+            let apply = alu::comparison(operator, from, ftz).ok_or(UNKNOWN)?;
+            let yes = match (*to, middle) {
+                ("u32" | "s32", [] | ["ftz"]) => 0xffff_ffff,
+                ("f32", [] | ["ftz"]) => u64::from(1.0_f32.to_bits()),
+                _ => return Err(UNKNOWN.into()),
+            };
+            Ok(Op::Set { apply, yes, d: o.register()?, a: o.value()?, b: o.value()? })
+        }
+        ["selp", _] => {
+            let mask = low_bits(ty.ok_or(UNKNOWN)?);
+            Ok(Op::Select { d: o.register()?, a: o.value()?, b: o.value()?, p: o.guard()?, mask })
+        }
+        ["and" | "or" | "xor", "pred"] => {
+            let logic = alu::logic(words[0]).ok_or(UNKNOWN)?;
+            Ok(Op::PredicateLogic { logic, d: o.predicate()?, a: o.guard()?, b: o.guard()? })
+        }
+        ["not", "pred"] => {
+            let (d, a) = (o.predicate()?, o.guard()?);
+            Ok(Op::PredicateMove { d, a: Guard { negated: !a.negated, ..a } })
+        }
+        ["lop3", "b32"] => {
+            let (d, a, b, c) = (o.register()?, o.value()?, o.value()?, o.value()?);
+            Ok(Op::Lop3 { table: o.immediate()? as u8, d, a, b, c })
+        }
+        ["bfi", "b32" | "b64"] => {
+            let bits = if words[1] == "b32" { 32 } else { 64 };
+            let (d, a, b) = (o.register()?, o.value()?, o.value()?);
+            Ok(Op::Insert { bits, d, a, b, position: o.value()?, length: o.value()? })
+        }
+        ["add" | "sub" | "addc" | "subc", "cc", _] | ["addc" | "subc", _] => {
+            let (d, a, b) = (o.register()?, o.value()?, o.value()?);
+            Ok(Op::Carry { carry: carry(words, ty)?, d, a, b })
+        }
+        ["mad" | "madc", half @ ("lo" | "hi"), "cc", _] | ["madc", half @ ("lo" | "hi"), _] => {
+            let (d, a, b, c) = (o.register()?, o.value()?, o.value()?, o.value()?);
+            Ok(Op::MultiplyCarry { carry: carry(words, ty)?, high: *half == "hi", d, a, b, c })
+        }
+        ["ld" | "ldu", rest @ ..] => {
+            let access = access(rest)?;
+            let d = o.registers()?;
+            let address = o.address()?;
+            if d.len() != access.count {
+                return Err("the vector of registers has another size than the access".into());
+            }
+            let (space, ty) = (access.space, access.ty);
+            Ok(Op::Load { space, ty, order: access.order, constant: access.constant, d, address })
+        }
+        ["st", rest @ ..] => {
+            let access = access(rest)?;
+            let address = o.address()?;
+            let a = o.values()?;
+            if a.len() != access.count || access.constant {
+                return Err("the vector of registers has another size than the access".into());
+            }
+            Ok(Op::Store { space: access.space, ty: access.ty, order: access.order, address, a })
+        }
+        ["atom" | "red", rest @ ..] => atomic(words[0] == "atom", rest, o),
+        ["membar", ..] | ["fence", ..] => {
+            let known = matches!(
+                &words[1..],
+                ["cta" | "gl" | "sys"]
+                    | ["sc" | "acq_rel", "cta" | "cluster" | "gpu" | "sys"]
+                    | ["mbarrier_init", "release", "cluster"]
+            );
+            if known { Ok(Op::Fence) } else { Err(UNKNOWN.into()) }
+        }
+        ["bar" | "barrier", rest @ ..] => barrier(words[0] == "bar", rest, o),
+        ["shfl", "sync", mode, "b32"] => {
+            let mode = match *mode {
+                "up" => Shuffle::Up,
+                "down" => Shuffle::Down,
+                "bfly" => Shuffle::Butterfly,
+                "idx" => Shuffle::Index,
+                _ => return Err(UNKNOWN.into()),
+            };
+            let (d, p) = o.register_and_predicate()?;
+            let d = d.ok_or("a destination is a register")?;
+            Ok(Op::Shuffle { mode, d, p, a: o.value()?, b: o.value()?, c: o.value()?, mask: o.value()? })
+        }
+        ["vote", "sync", mode, kind] => {
+            let mode = match (*mode, *kind) {
+                ("all", "pred") => Vote::All,
+                ("any", "pred") => Vote::Any,
+                ("uni", "pred") => Vote::Uniform,
+                ("ballot", "b32") => Vote::Ballot,
+                _ => return Err(UNKNOWN.into()),
+            };
+            let d = if mode == Vote::Ballot { o.register()? } else { o.predicate()? };
+            Ok(Op::Vote { mode, d, a: o.guard()?, mask: o.value()? })
+        }
+        ["activemask", "b32"] => Ok(Op::ActiveMask { d: o.register()? }),
+        ["match", how @ ("any" | "all"), "sync", "b32" | "b64"] => {
+            let (d, p) = o.register_and_predicate()?;
+            let d = d.ok_or("a destination is a register")?;
+            let ty = ty.ok_or(UNKNOWN)?;
+            Ok(Op::Match { all: *how == "all", ty, d, p, a: o.value()?, mask: o.value()? })
+        }
+        ["redux", "sync", name, _] => {
+            let combine = alu::reduction(name, ty.ok_or(UNKNOWN)?).ok_or(UNKNOWN)?;
+            Ok(Op::Redux { combine, d: o.register()?, a: o.value()?, mask: o.value()? })
+        }
+        ["elect", "sync"] => match o.register_and_predicate()? {
+            (d, Some(p)) => Ok(Op::Elect { d, p, mask: o.value()? }),
+            _ => Err("elect writes a register and a predicate".into()),
+        },
+        ["cp", "async", rest @ ..] => copy_async(rest, o),
+        ["ldmatrix", "sync", "aligned", "m8n8", count, rest @ .., "b16"] => {
+            let (count, transposed) = matrices(count, rest)?;
+            let d = o.registers()?.into_iter().collect::<Option<Vec<_>>>().ok_or("no sinks here")?;
+            if d.len() != count as usize {
+                return Err("the vector of registers has another size than the access".into());
+            }
+            Ok(Op::LoadMatrix { count, transposed, d, address: o.address()? })
+        }
+        ["stmatrix", "sync", "aligned", "m8n8", count, rest @ .., "b16"] => {
+            let (count, transposed) = matrices(count, rest)?;
+            let address = o.address()?;
+            let a = o.values()?;
+            if a.len() != count as usize {
+                return Err("the vector of registers has another size than the access".into());
+            }
+            Ok(Op::StoreMatrix { count, transposed, address, a })
+        }
+        ["mma", "sync", "aligned", shape, "row", "col", to, a, b, from] => {
+            let input = match (*a, *b) {
+                ("f16", "f16") => MatrixType::F16,
+                ("bf16", "bf16") => MatrixType::BF16,
+                _ => return Err(UNKNOWN.into()),
+            };
+            let half_result = match (*to, *from) {
+                ("f32", "f32") => false,
+                ("f16", "f16") if input == MatrixType::F16 => true,
+                _ => return Err(UNKNOWN.into()),
+            };
+            let k = match *shape {
+                "m16n8k16" => 16,
+                "m16n8k8" => 8,
+                _ => return Err(UNKNOWN.into()),
+            };
+            let d = o.registers()?.into_iter().collect::<Option<Vec<_>>>().ok_or("no sinks here")?;
+            let (a, b, c) = (o.values()?, o.values()?, o.values()?);
+            let results = if half_result { 2 } else { 4 };
+            if [d.len(), a.len(), b.len(), c.len()] != [results, k as usize / 4, k as usize / 8, results] {
+                return Err("a fragment has another number of registers".into());
+            }
+            Ok(Op::MultiplyMatrix { input, half_result, k, d, a, b, c })
+        }
+        ["mbarrier", rest @ ..] => mbarrier(rest, o),
+        _ => arithmetic(words, o),
+    }
+}
+
+fn moves(ty: Type, o: &mut Operands<'_>) -> Result<Op> {
+    if ty == Type::Pred {
+        let d = o.predicate()?;
+        return match o.next()? {
+            Argument::Predicate(a) => Ok(Op::PredicateMove { d, a: *a }),
+            Argument::Value(Operand::Immediate(value)) => Ok(Op::PredicateSet { d, value: *value & 1 == 1 }),
+            _ => Err("a predicate takes a predicate".into()),
+        };
+    }
+    let bits = ty.bytes() * 8;
+    if let Some(Argument::Vector(_)) = o.left.first() {
+        let parts = o.registers()?;
+        let bits = bits / parts.len() as u32;
+        return Ok(Op::Unpack { parts, a: o.value()?, bits });
+    }
+    let d = o.register()?;
+    if let Some(Argument::Vector(_)) = o.left.first() {
+        let parts = o.values()?;
+        let bits = bits / parts.len() as u32;
+        return Ok(Op::Pack { d, parts, bits });
+    }
+    let apply = alu::one(&["mov", ["b8", "b16", "b32", "b64"][ty.bytes().trailing_zeros() as usize]]);
+    Ok(Op::Unary { apply: apply.ok_or(UNKNOWN)?, d, a: o.value()? })
+}
+
+/// Generic addresses of global memory are those of global space; the other spaces lie in windows.
+fn address_conversion(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
+    let (to_space, space) = match &words[1..] {
+        ["to", space, "u64"] => (true, *space),
+        [space, "u64"] => (false, *space),
+        _ => return Err(UNKNOWN.into()),
+    };
+    let space = match space {
+        "global" => Space::Global,
+        "const" => Space::Const,
+        "shared" | "shared::cta" => Space::Shared,
+        "local" => Space::Local,
+        "param" => Space::Param,
+        _ => return Err(UNKNOWN.into()),
+    };
+    Ok(Op::ConvertAddress { space, to_space, d: o.register()?, a: o.value()? })
+}
+
+fn comparison(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
+    let [operator, middle @ .., ty] = words else { return Err(UNKNOWN.into()) };
+    let ty = Type::parse(ty).ok_or(UNKNOWN)?;
+    let ftz = middle.contains(&"ftz");
+    let logic: Vec<&&str> = middle.iter().filter(|word| **word != "ftz").collect();
+    let apply = alu::comparison(operator, ty, ftz).ok_or(UNKNOWN)?;
+    let (p, q) = match o.next()? {
+        Argument::Predicate(Guard { register, negated: false }) => (Some(*register), None),
+        Argument::Pair(p, q) => {
+            let predicate = |target: &Option<Target>| match target {
+                None => Ok(None),
+                Some(Target::Predicate(number)) => Ok(Some(*number)),
+                Some(Target::Register(_)) => Err("a comparison writes predicates".to_string()),
+            };
+            (predicate(p)?, predicate(q)?)
+        }
+        _ => return Err("a comparison writes a predicate".into()),
+    };
+    let (a, b) = (o.value()?, o.value()?);
+    let with = match logic.as_slice() {
+        [] => None,
+        [word] => Some((alu::logic(word).ok_or(UNKNOWN)?, o.guard()?)),
+        _ => return Err(UNKNOWN.into()),
+    };
+    Ok(Op::Compare { apply, p, q, a, b, with })
+}
+
+fn carry(words: &[&str], ty: Option<Type>) -> Result<Carry> {
+    let ty =
+        ty.filter(|ty| matches!(ty, Type::U32 | Type::S32 | Type::B32 | Type::U64 | Type::S64 | Type::B64));
+    Ok(Carry {
+        subtract: words[0].starts_with("sub"),
+        reads: words[0].ends_with('c'),
+        writes: words.contains(&"cc"),
+        bits: ty.ok_or(UNKNOWN)?.bytes() * 8,
+    })
+}
+
+/// The words behind `ld` or `st`.
+struct Access {
+    space: Space,
+    ty: Type,
+    order: Order,
+    constant: bool,
+    count: usize,
+}
+
+fn access(words: &[&str]) -> Result<Access> {
+    let mut found =
+        Access { space: Space::Generic, ty: Type::B32, order: Order::Weak, constant: false, count: 1 };
+    let (ty, middle) = words.split_last().ok_or(UNKNOWN)?;
+    found.ty = Type::parse(ty).filter(|ty| *ty != Type::Pred && *ty != Type::B128).ok_or(UNKNOWN)?;
+    for word in middle {
+        match *word {
+            "global" => found.space = Space::Global,
+            "shared" | "shared::cta" => found.space = Space::Shared,
+            "local" => found.space = Space::Local,
+            "const" => found.space = Space::Const,
+            "param" | "param::entry" => found.space = Space::Param,
+            "volatile" | "relaxed" | "mmio" => found.order = Order::Relaxed,
+            "acquire" => found.order = Order::Acquire,
+            "release" => found.order = Order::Release,
+            "nc" => found.constant = true,
+            "v2" => found.count = 2,
+            "v4" => found.count = 4,
+            // Scopes: any two threads of a launch are taken to be in each other's.
+            "weak" | "cta" | "cluster" | "gpu" | "sys" => {}
+            // Where caches keep it shows in time alone.
+            "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" => {}
+            hint if hint.starts_with("L1::") || hint.starts_with("L2::") && hint != "L2::cache_hint" => {}
+            _ => return Err(UNKNOWN.into()),
+        }
+    }
+    Ok(found)
+}
+
+fn atomic(returns: bool, words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
+    let (ty, middle) = words.split_last().ok_or(UNKNOWN)?;
+    let ty = Type::parse(ty).ok_or(UNKNOWN)?;
+    let mut space = Space::Generic;
+    let mut order = Order::Relaxed;
+    let mut name = None;
+    for word in middle {
+        match *word {
+            "global" => space = Space::Global,
+            "shared" | "shared::cta" => space = Space::Shared,
+            "relaxed" => order = Order::Relaxed,
+            "acquire" => order = Order::Acquire,
+            "release" => order = Order::Release,
+            "acq_rel" => order = Order::AcquireRelease,
+            "cta" | "cluster" | "gpu" | "sys" => {}
+            word if name.is_none() => name = Some(word),
+            _ => return Err(UNKNOWN.into()),
+        }
+    }
+    let name = name.ok_or(UNKNOWN)?;
+    let d = if returns { o.registers()?.first().copied().flatten() } else { None };
+    let address = o.address()?;
+    let b = o.value()?;
+    let update = if name == "cas" && matches!(ty, Type::B16 | Type::B32 | Type::B64) {
+        let new = o.value()?;
+        return Ok(Op::Atomic { space, ty, order, update: AtomicUpdate::CompareSwap(b), d, address, b: new });
+    } else {
+        alu::atomic(name, ty).ok_or(UNKNOWN)?
+    };
+    Ok(Op::Atomic { space, ty, order, update: AtomicUpdate::Apply(update), d, address, b })
+}
+
+/// `bar.*` is aligned, `barrier.*` where it says so.
+fn barrier(always_aligned: bool, words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
+    let words: Vec<&str> = words.iter().copied().filter(|word| *word != "cta").collect();
+    let aligned = always_aligned || words.contains(&"aligned");
+    let words: Vec<&str> = words.into_iter().filter(|word| *word != "aligned").collect();
+    match words.as_slice() {
+        ["warp", "sync"] => Ok(Op::WarpSync { mask: o.value()? }),
+        ["sync"] => {
+            let id = o.value()?;
+            let threads = if o.is_empty() { None } else { Some(o.value()?) };
+            Ok(Op::Barrier { waits: true, aligned, id, threads, reduce: None })
+        }
+        ["arrive"] => {
+            let (id, threads) = (o.value()?, Some(o.value()?));
+            Ok(Op::Barrier { waits: false, aligned, id, threads, reduce: None })
+        }
+        ["red", how, _] => {
+            let how = match *how {
+                "popc" => Reduce::Count,
+                "and" => Reduce::And,
+                "or" => Reduce::Or,
+                _ => return Err(UNKNOWN.into()),
+            };
+            let d = if how == Reduce::Count { o.register()? } else { o.predicate()? };
+            let id = o.value()?;
+            let threads = if o.left.len() > 1 { Some(o.value()?) } else { None };
+            Ok(Op::Barrier { waits: true, aligned, id, threads, reduce: Some((how, d, o.guard()?)) })
+        }
+        _ => Err(UNKNOWN.into()),
+    }
+}
+
+fn matrices(count: &str, rest: &[&str]) -> Result<(u32, bool)> {
+    let count = match count {
+        "x1" => 1,
+        "x2" => 2,
+        "x4" => 4,
+        _ => return Err(UNKNOWN.into()),
+    };
+    match rest {
+        ["shared" | "shared::cta"] => Ok((count, false)),
+        ["trans", "shared" | "shared::cta"] => Ok((count, true)),
+        _ => Err(UNKNOWN.into()),
+    }
+}
+
+fn copy_async(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
+    match words {
+        ["commit_group"] => Ok(Op::CommitGroup),
+        ["wait_group"] => Ok(Op::WaitGroup { pending: Some(o.immediate()? as u32) }),
+        ["wait_all"] => Ok(Op::WaitGroup { pending: None }),
+        ["mbarrier", "arrive", "b64"] | ["mbarrier", "arrive", "shared" | "shared::cta", "b64"] => {
+            Ok(Op::BarrierCopies { address: o.address()?, counted: true })
+        }
+        ["mbarrier", "arrive", "noinc", "b64"]
+        | ["mbarrier", "arrive", "noinc", "shared" | "shared::cta", "b64"] => {
+            Ok(Op::BarrierCopies { address: o.address()?, counted: false })
+        }
+        ["ca" | "cg", "shared" | "shared::cta", "global", hints @ ..]
+            if hints.iter().all(|hint| hint.starts_with("L2::") && *hint != "L2::cache_hint") =>
+        {
+            let (to, from) = (o.address()?, o.address()?);
+            let bytes = o.immediate()?;
+            if !(bytes == 16 || matches!(bytes, 4 | 8) && words[0] == "ca") {
+                return Err("cp.async copies 4, 8 or 16 bytes, and .cg only 16".into());
+            }
+            let (mut size, mut ignore) = (None, None);
+            match o.left.first() {
+                Some(Argument::Predicate(_)) => ignore = Some(o.guard()?),
+                Some(_) => size = Some(o.value()?),
+                None => {}
+            }
+            Ok(Op::CopyAsync { bytes: bytes as u32, to, from, size, ignore })
+        }
+        _ => Err(UNKNOWN.into()),
+    }
+}
+
+fn mbarrier(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
+    // The space of the barrier, and orders and scopes that are the defaults.
+    let kept = |word: &&&str| {
+        !matches!(**word, "shared" | "shared::cta" | "b64" | "release" | "acquire" | "cta" | "relaxed")
+    };
+    let is_shared = words.iter().any(|word| matches!(*word, "shared" | "shared::cta"));
+    let names: Vec<&str> = words.iter().filter(kept).copied().collect();
+    if !is_shared || words.contains(&"relaxed") {
+        return Err(UNKNOWN.into());
+    }
+    match names.as_slice() {
+        ["init"] => Ok(Op::BarrierInit { address: o.address()?, count: o.value()? }),
+        ["inval"] => Ok(Op::BarrierInvalidate { address: o.address()? }),
+        ["expect_tx"] => Ok(Op::BarrierExpect { address: o.address()?, bytes: o.value()? }),
+        ["complete_tx"] => Ok(Op::BarrierComplete { address: o.address()?, bytes: o.value()? }),
+        ["arrive" | "arrive_drop", rest @ ..] => {
+            let drop = names[0] == "arrive_drop";
+            let state = o.registers()?.first().copied().flatten();
+            let address = o.address()?;
+            let (complete, expect) = match rest {
+                [] => (true, None),
+                ["noComplete"] => (false, None),
+                ["expect_tx"] => (true, Some(o.value()?)),
+                _ => return Err(UNKNOWN.into()),
+            };
+            let count = if o.is_empty() || expect.is_some() { Operand::Immediate(1) } else { o.value()? };
+            Ok(Op::BarrierArrive { address, state, count, expect, drop, complete })
+        }
+        ["test_wait" | "try_wait", rest @ ..] => {
+            let parity = match rest {
+                [] => false,
+                ["parity"] => true,
+                _ => return Err(UNKNOWN.into()),
+            };
+            let blocks = names[0] == "try_wait";
+            let p = o.predicate()?;
+            let (address, phase) = (o.address()?, o.value()?);
+            if blocks && !o.is_empty() {
+                o.value()?;
+            }
+            Ok(Op::BarrierTest { address, p, phase, parity, blocks })
+        }
+        _ => Err(UNKNOWN.into()),
+    }
+}
+
+/// What has values in and a value out.
+fn arithmetic(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
+    let [name, middle @ .., last] = words else { return Err(UNKNOWN.into()) };
+    let ftz = middle.contains(&"ftz");
+    let approximate = middle.first() == Some(&"approx")
+        && *last == "f32"
+        && (middle.len() == 1 || ftz && middle.len() == 2);
+    let function = match *name {
+        "ex2" => Some(Approximation::Ex2),
+        "lg2" => Some(Approximation::Lg2),
+        "rcp" => Some(Approximation::Reciprocal),
+        "rsqrt" => Some(Approximation::ReciprocalRoot),
+        "sqrt" => Some(Approximation::Root),
+        "sin" => Some(Approximation::Sin),
+        "cos" => Some(Approximation::Cos),
+        "tanh" => Some(Approximation::Tanh),
+        _ => None,
+    };
+    if let (Some(function), true) = (function, approximate) {
+        return Ok(Op::Approximate { function, flush: ftz, d: o.register()?, a: o.value()? });
+    }
+    if *name == "div" && *last == "f32" && matches!(middle, ["approx" | "full"] | ["approx" | "full", "ftz"])
+    {
+        return Ok(Op::Divide { flush: ftz, d: o.register()?, a: o.value()?, b: o.value()? });
+    }
+    if let Some(apply) = alu::one(words) {
+        return Ok(Op::Unary { apply, d: o.register()?, a: o.value()? });
+    }
+    if let Some(apply) = alu::two(words) {
+        return Ok(Op::Binary { apply, d: o.register()?, a: o.value()?, b: o.value()? });
+    }
+    if let Some(apply) = alu::three(words) {
+        return Ok(Op::Ternary { apply, d: o.register()?, a: o.value()?, b: o.value()?, c: o.value()? });
+    }
+    Err(UNKNOWN.into())
+}
+
+fn low_bits(ty: Type) -> u64 {
+    match ty.bytes() {
+        2 => 0xffff,
+        4 => 0xffff_ffff,
+        _ => u64::MAX,
+    }
+}
