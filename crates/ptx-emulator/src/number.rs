@@ -180,9 +180,9 @@ pub(crate) fn flush(value: f32) -> f32 {
     if value.is_subnormal() { 0.0_f32.copysign(value) } else { value }
 }
 
-/// `[0, 1]`, and NaN is 0.
+/// `[0, 1]`; NaN and -0 are 0.
 pub(crate) fn saturate(value: f64) -> f64 {
-    if value >= 0.0 { value.min(1.0) } else { 0.0 }
+    if value > 0.0 { value.min(1.0) } else { 0.0 }
 }
 
 #[cfg(test)]

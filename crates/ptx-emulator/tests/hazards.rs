@@ -313,8 +313,8 @@ fn other_spaces() {
         bench.run("local_array", 1, 32).unwrap();
         let expected = |thread: u32| -> u32 {
             let mut values = [0; 16];
-            (0..16).for_each(|i| values[i * 5 & 15] = i as u32 * thread);
-            (0..16).map(|i| values[i + 3 & 15] * i as u32).sum()
+            (0..16).for_each(|i| values[(i * 5) & 15] = i as u32 * thread);
+            (0..16).map(|i| values[(i + 3) & 15] * i as u32).sum()
         };
         assert_eq!(bench.words(0), (0..32).map(expected).collect::<Vec<u32>>());
 

@@ -52,12 +52,13 @@ macro_rules! variants {
 macro_rules! directed {
     ($make:ident, $s:expr, |$($x:ident),+| $body:expr) => {{
         macro_rules! toward {
-            ($mode:expr) => {
+            ($mode:expr) => {{
+                const MODE: Rounding = $mode;
                 variants!($make, $s, |$($x),+| {
                     $(let $x = f64::from($x);)+
-                    f32::from_bits(F32.encode($body, $mode) as u32)
+                    f32::from_bits(F32.encode($body, MODE) as u32)
                 })
-            };
+            }};
         }
         match $s.rounding {
             Some(Rounding::Zero) => Some(toward!(Rounding::Zero)),
@@ -107,8 +108,8 @@ pub(super) fn two(words: &[&str]) -> Option<Binary> {
         ("sub", "f32") if nearest(s) => Some(variants!(binary, s, |a, b| a - b)),
         ("mul", "f32") if nearest(s) => Some(variants!(binary, s, |a, b| a * b)),
         ("div", "f32") if s.rounding == Some(Rounding::Nearest) => Some(variants!(binary, s, |a, b| a / b)),
-        ("add", "f32") => directed!(binary, s, |a, b| add_to_odd(a, b)),
-        ("sub", "f32") => directed!(binary, s, |a, b| add_to_odd(a, -b)),
+        ("add", "f32") => directed!(binary, s, |a, b| sum(a, b, MODE)),
+        ("sub", "f32") => directed!(binary, s, |a, b| sum(a, -b, MODE)),
         ("mul", "f32") => directed!(binary, s, |a, b| a * b),
         ("min", "f32") if !s.xorsign => Some(if s.nan {
             variants!(binary, s, |a, b| if a.is_nan() || b.is_nan() { f32::NAN } else { least(a, b) })
@@ -136,10 +137,17 @@ pub(super) fn three(words: &[&str]) -> Option<Ternary> {
     let s = suffixes(middle)?;
     match (*name, *last) {
         ("fma" | "mad", "f32") if nearest(s) => Some(variants!(ternary, s, |a, b, c| a.mul_add(b, c))),
-        ("fma" | "mad", "f32") => directed!(ternary, s, |a, b, c| add_to_odd(a * b, c)),
+        ("fma" | "mad", "f32") => directed!(ternary, s, |a, b, c| sum(a * b, c, MODE)),
         ("fma" | "mad", "f64") if nearest(s) => Some(ternary!(f64, |a, b, c| a.mul_add(b, c))),
         _ => None,
     }
+}
+
+/// A sum that is still to be rounded. One that is exactly 0 is -0 where rounding goes down.
+fn sum(a: f64, b: f64, rounding: Rounding) -> f64 {
+    let sum = add_to_odd(a, b);
+    let both_positive = a.is_sign_positive() && b.is_sign_positive();
+    if sum == 0.0 && rounding == Rounding::Down && !both_positive { -0.0 } else { sum }
 }
 
 /// The lesser number; a NaN loses, and -0 is less than +0.
