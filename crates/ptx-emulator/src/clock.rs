@@ -8,7 +8,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 /// A thread of the launch, an epoch of it, and whether the access may meet other strong ones:
-/// 24 bits of CTA, 10 of thread, 1, 29 of epoch. Zero is nobody.
+/// 23 bits of CTA, 11 of thread, 1, 29 of epoch. Zero is nobody.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Stamp(u64);
 
@@ -16,22 +16,22 @@ impl Stamp {
     pub(crate) const NOBODY: Self = Self(0);
 
     pub(crate) fn new(cta: u32, thread: u32, epoch: u32, strong: bool) -> Self {
-        Self(u64::from(cta) << 40 | u64::from(thread) << 30 | u64::from(strong) << 29 | u64::from(epoch))
+        Self(u64::from(cta) << 41 | u64::from(thread) << 30 | u64::from(strong) << 29 | u64::from(epoch))
     }
 
     pub(crate) const fn cta(self) -> u32 {
-        (self.0 >> 40) as u32
+        (self.0 >> 41) as u32
     }
 
     pub(crate) const fn thread(self) -> u32 {
-        (self.0 >> 30) as u32 & 0x3ff
+        (self.0 >> 30) as u32 & 0x7ff
     }
 
     const fn strong(self) -> bool {
         self.0 >> 29 & 1 == 1
     }
 
-    const fn epoch(self) -> u32 {
+    pub(crate) const fn epoch(self) -> u32 {
         self.0 as u32 & 0x1fff_ffff
     }
 }
@@ -101,7 +101,7 @@ pub(crate) struct Accessor<'a> {
 
 impl Accessor<'_> {
     /// Whether the access of `other` came before this one in every schedule.
-    fn follows(&self, other: Stamp) -> bool {
+    pub(crate) fn follows(&self, other: Stamp) -> bool {
         // Thread and CTA in one comparison.
         if other.0 >> 30 == self.stamp.0 >> 30 || other == Stamp::NOBODY {
             return true;
@@ -170,6 +170,11 @@ impl Cell {
         self.written = mask;
         self.readers = [Stamp::NOBODY; 2];
         Ok(())
+    }
+
+    /// Who wrote here last.
+    pub(crate) fn writer(&self) -> Stamp {
+        self.writer
     }
 
     /// Whether anybody has written here since the launch began.

@@ -481,6 +481,26 @@ pub(crate) enum Op {
         b: Vec<Operand>,
         c: Vec<Operand>,
     },
+    /// `cp.async.bulk`, to shared memory where it `loads`, else from there.
+    Bulk {
+        loads: bool,
+        shared: Address,
+        global: Address,
+        bytes: Operand,
+        barrier: Option<Address>,
+    },
+    BulkTensor {
+        loads: bool,
+        shared: Address,
+        map: Address,
+        coordinates: Vec<Operand>,
+        barrier: Option<Address>,
+    },
+    BulkCommit,
+    BulkWait {
+        pending: u32,
+    },
+    ProxyFence,
     BarrierInit {
         address: Address,
         count: Operand,

@@ -196,8 +196,8 @@ impl Device {
             ));
         }
         let count = |extents: [u32; 3]| extents.into_iter().map(u64::from).product::<u64>();
-        if count(grid) == 0 || count(grid) >= 1 << 24 || grid[1] > 65_535 || grid[2] > 65_535 {
-            return refuse(format!("a grid of {grid:?}; it must have from 1 to 2^24 - 1 CTAs"));
+        if count(grid) == 0 || count(grid) >= 1 << 23 || grid[1] > 65_535 || grid[2] > 65_535 {
+            return refuse(format!("a grid of {grid:?}; it must have from 1 to 2^23 - 1 CTAs"));
         }
         if count(block) == 0 || count(block) > 1024 || block[2] > 64 {
             return refuse(format!("a block of {block:?}; it must have from 1 to 1024 threads"));

@@ -11,8 +11,10 @@ mod memory;
 mod number;
 mod parse;
 mod schedule;
+mod tensor_map;
 
 pub use error::{Error, Fault, Hazard};
 pub use exec::Counters;
 pub use launch::{Device, Launch};
 pub use schedule::Schedule;
+pub use tensor_map::{Swizzle, TensorMap};

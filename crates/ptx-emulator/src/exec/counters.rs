@@ -154,6 +154,8 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::Store { .. }
         | Op::Atomic { .. }
         | Op::CopyAsync { .. }
+        | Op::Bulk { .. }
+        | Op::BulkTensor { .. }
         | Op::LoadMatrix { .. }
         | Op::StoreMatrix { .. } => Class::Memory,
         Op::Fence
@@ -168,6 +170,9 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::Elect { .. }
         | Op::CommitGroup
         | Op::WaitGroup { .. }
+        | Op::BulkCommit
+        | Op::BulkWait { .. }
+        | Op::ProxyFence
         | Op::BarrierInit { .. }
         | Op::BarrierInvalidate { .. }
         | Op::BarrierArrive { .. }

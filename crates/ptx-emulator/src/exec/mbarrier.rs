@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Cta, Flow, Step, Wait, lanes};
 use crate::{
-    clock::Clock,
+    clock::{Clock, Stamp},
     error::{Hazard, Stop},
     isa::Op,
     memory::Byte,
@@ -66,7 +66,7 @@ impl Cta<'_> {
         let addresses = self.addresses(w, *address);
         let mut blocked = 0;
         for lane in lanes(active) {
-            let at = self.phased_at(w, lane, addresses[lane])?;
+            let at = self.phased_at(lane, addresses[lane])?;
             match op {
                 Op::BarrierInit { count, .. } => {
                     let count = self.value(w, *count)[lane] as u32;
@@ -140,8 +140,7 @@ impl Cta<'_> {
     }
 
     /// Where an mbarrier lies, if one can lie there.
-    fn phased_at(&self, w: usize, lane: usize, address: u64) -> Result<u32, Stop> {
-        let _ = w;
+    fn phased_at(&self, lane: usize, address: u64) -> Result<u32, Stop> {
         let at = address & !super::memory::SHARED_WINDOW;
         if !at.is_multiple_of(8) {
             let message = format!("an mbarrier at {at:#x}, which is not a multiple of 8");
@@ -165,7 +164,7 @@ impl Cta<'_> {
         }
         self.write_shared(w, lane, at.into(), 8)?;
         self.shared.states[at as usize..][..8].fill(Byte::Barrier);
-        let silent = Clock::new(self.run.threads());
+        let silent = Clock::new(self.run.clock_size());
         let barrier = Phased {
             expected: count,
             pending: count,
@@ -191,6 +190,31 @@ impl Cta<'_> {
             let message = self.race_message(&format!("the mbarrier at {at:#x}"), false, conflict);
             Stop::new(Hazard::Race, lane as u32, message)
         })
+    }
+
+    /// Where an mbarrier lies that this thread may use.
+    pub(super) fn met(&mut self, w: usize, lane: usize, address: u64) -> Result<u32, Stop> {
+        let at = self.phased_at(lane, address)?;
+        self.meet(w, lane, at)?;
+        Ok(at)
+    }
+
+    /// Bytes of a copy arrive, and with them word of what it wrote.
+    pub(super) fn complete_bytes(
+        &mut self,
+        lane: usize,
+        at: u32,
+        bytes: u32,
+        stamp: Stamp,
+    ) -> Result<(), Stop> {
+        let Some(barrier) = self.phased.get_mut(&at) else {
+            let message = format!("the mbarrier at {at:#x} that a copy arrives at is gone");
+            return Err(Stop::new(Hazard::Arrival, lane as u32, message));
+        };
+        barrier.bytes -= i64::from(bytes);
+        barrier.arriving.set(stamp.thread(), stamp.epoch());
+        self.end_phase(at);
+        Ok(())
     }
 
     /// An mbarrier that was met.

@@ -357,6 +357,12 @@ impl Cta<'_> {
     pub(super) fn race_message(&self, what: &str, writes: bool, conflict: Conflict) -> String {
         let [x, y, _] = self.run.grid;
         let (cta, thread) = (conflict.other.cta(), conflict.other.thread());
+        if thread >= self.run.threads() {
+            let verb = if writes { "the write of" } else { "the read of" };
+            return format!(
+                "{verb} {what} and a bulk copy that this thread has not waited for are not ordered"
+            );
+        }
         let [bx, by, _] = self.run.block;
         format!(
             "{} {what} and {} thread [{}, {}, {}] of CTA [{}, {}, {}] are not ordered",
@@ -464,6 +470,40 @@ impl Cta<'_> {
         Ok((index, offset))
     }
 
+    /// A checked write of device memory.
+    pub(super) fn write_global(
+        &mut self,
+        w: usize,
+        lane: usize,
+        address: u64,
+        bytes: u32,
+        value: u64,
+    ) -> Result<(), Stop> {
+        let access = Access { lane, address, bytes };
+        let Place::Global(index, offset) = self.resolve(Space::Global, access)? else {
+            unreachable!("global space is global");
+        };
+        self.check_global(w, access, index, offset, true, Order::Weak, false)?;
+        self.run.memory.allocations()[index].store(offset, bytes, value);
+        Ok(())
+    }
+
+    /// A byte at a generic address.
+    pub(super) fn generic_byte(&mut self, w: usize, lane: usize, address: u64) -> Result<u8, Stop> {
+        let access = Access { lane, address, bytes: 1 };
+        match self.resolve(Space::Generic, access)? {
+            Place::Param(at) => Ok(self.run.params[at]),
+            Place::Global(..) => {
+                let (index, offset) = self.read_global(w, lane, address, 1)?;
+                Ok(self.run.memory.allocations()[index].load(offset, 1) as u8)
+            }
+            other => Err(access.stop(
+                Hazard::Operand,
+                format!("a tensor map lies in {other:?}, not in param or global memory"),
+            )),
+        }
+    }
+
     /// A fence: what the lane did so far is what its next strong write tells, and what its strong
     /// reads saw told is now heard.
     fn fence(&mut self, w: usize, lane: usize) {
@@ -483,7 +523,7 @@ impl Cta<'_> {
                     if *cta == self.number {
                         clock.clone()
                     } else {
-                        let mut mine = Clock::new(self.run.threads());
+                        let mut mine = Clock::new(self.run.clock_size());
                         mine.join_from(self.number, *cta, clock);
                         Arc::new(mine)
                     }

@@ -5,6 +5,7 @@
 //! instruction that needs other lanes, warps or copies makes its lanes wait where they stand.
 
 mod barrier;
+mod bulk;
 mod copy;
 mod counters;
 mod matrix;
@@ -51,6 +52,11 @@ pub(crate) struct Run<'a> {
 impl Run<'_> {
     fn threads(&self) -> u32 {
         self.block.iter().product()
+    }
+
+    /// Threads and copy engines of a CTA.
+    fn clock_size(&self) -> u32 {
+        self.threads() + bulk::ENGINES
     }
 
     /// Where the launch's own shared memory begins.
@@ -115,6 +121,9 @@ struct Warp {
     /// `cp.async` of each lane: committed groups, oldest first, and the open one.
     groups: Vec<VecDeque<Group>>,
     open: Vec<Group>,
+    /// Bulk stores of each lane: committed groups, oldest first, and the open one.
+    stores: Vec<VecDeque<Vec<Stamp>>>,
+    stores_open: Vec<Vec<Stamp>>,
 }
 
 /// How an instruction ended.
@@ -147,6 +156,11 @@ pub(crate) struct Cta<'a> {
     told: HashMap<u32, Arc<Clock>>,
     /// Arrivals that copies still owe to an mbarrier.
     owed: VecDeque<mbarrier::Owed>,
+    /// Bulk copies under way, and how many there ever were.
+    flights: VecDeque<bulk::Flight>,
+    copies: u32,
+    /// What a proxy fence has handed to the copy engines.
+    proxied: Clock,
     pub(crate) counters: Counters,
     random: Random,
     steps: u64,
@@ -158,7 +172,7 @@ impl<'a> Cta<'a> {
         let [x, y, _] = run.grid;
         let id = [number % x, number / x % y, number / x / y];
         let threads = run.threads();
-        let silent = Arc::new(Clock::new(threads));
+        let silent = Arc::new(Clock::new(run.clock_size()));
         let warps = (0..threads.div_ceil(32)).map(|warp| {
             let lanes = (threads - warp * 32).min(32);
             Warp {
@@ -177,6 +191,8 @@ impl<'a> Cta<'a> {
                 rumours: vec![None; 32],
                 groups: vec![VecDeque::new(); 32],
                 open: vec![Group::default(); 32],
+                stores: vec![VecDeque::new(); 32],
+                stores_open: vec![Vec::new(); 32],
             }
         });
         Self {
@@ -189,6 +205,9 @@ impl<'a> Cta<'a> {
             phased: BTreeMap::new(),
             told: HashMap::new(),
             owed: VecDeque::new(),
+            flights: VecDeque::new(),
+            copies: 0,
+            proxied: Clock::new(run.clock_size()),
             counters: Counters::default(),
             random: Random::new(run.schedule.seed() ^ u64::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15)),
             steps: 0,
@@ -208,11 +227,15 @@ impl<'a> Cta<'a> {
                 if self.warps.iter().all(|warp| warp.live == 0) {
                     return Ok(Progress::Done);
                 }
-                if self.land_owed()? {
+                if self.land_owed()? || self.land_any(None)? {
                     continue;
                 }
                 return Err(self.stuck());
             };
+            if random && !self.flights.is_empty() && self.random.below(4) == 0 {
+                let index = self.random.below(self.flights.len() as u64) as usize;
+                self.land_any(Some(index))?;
+            }
             let budget = if random { 1 + self.random.below(64) as u32 } else { 20_000 };
             self.run_warp(warp, budget, random)?;
             // Eagerly, a warp that can still run has used up its slice: the others come first.
@@ -371,6 +394,11 @@ impl<'a> Cta<'a> {
             Op::CopyAsync { .. } | Op::CommitGroup | Op::WaitGroup { .. } => {
                 self.copy_op(w, active, op).map(|()| Flow::Next)
             }
+            Op::Bulk { .. }
+            | Op::BulkTensor { .. }
+            | Op::BulkCommit
+            | Op::BulkWait { .. }
+            | Op::ProxyFence => self.bulk_op(w, pc, active, op),
             Op::BarrierInit { .. }
             | Op::BarrierInvalidate { .. }
             | Op::BarrierArrive { .. }

@@ -239,6 +239,8 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
             Ok(Op::Store { space: access.space, ty: access.ty, order: access.order, address, a })
         }
         ["atom" | "red", rest @ ..] => atomic(words[0] == "atom", rest, o),
+        ["fence", "proxy", "async"]
+        | ["fence", "proxy", "async", "shared::cta" | "shared::cluster" | "global"] => Ok(Op::ProxyFence),
         ["membar", ..] | ["fence", ..] => {
             let known = matches!(
                 &words[1..],
@@ -533,6 +535,7 @@ fn matrices(count: &str, rest: &[&str]) -> Result<(u32, bool)> {
 
 fn copy_async(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
     match words {
+        ["bulk", rest @ ..] => bulk(rest, o),
         ["commit_group"] => Ok(Op::CommitGroup),
         ["wait_group"] => Ok(Op::WaitGroup { pending: Some(o.immediate()? as u32) }),
         ["wait_all"] => Ok(Op::WaitGroup { pending: None }),
@@ -560,6 +563,60 @@ fn copy_async(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
             Ok(Op::CopyAsync { bytes: bytes as u32, to, from, size, ignore })
         }
         _ => Err(UNKNOWN.into()),
+    }
+}
+
+/// `cp.async.bulk.*`.
+fn bulk(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
+    const BYTES: &str = "mbarrier::complete_tx::bytes";
+    match words {
+        ["commit_group"] => Ok(Op::BulkCommit),
+        // Reading is waited for as if it were the whole store.
+        ["wait_group"] | ["wait_group", "read"] => Ok(Op::BulkWait { pending: o.immediate()? as u32 }),
+        ["shared::cluster" | "shared::cta", "global", BYTES, hint @ ..]
+            if hint.is_empty() || hint == ["L2::cache_hint"] =>
+        {
+            let (shared, global, bytes, barrier) =
+                (o.address()?, o.address()?, o.value()?, Some(o.address()?));
+            if !hint.is_empty() {
+                o.value()?;
+            }
+            Ok(Op::Bulk { loads: true, shared, global, bytes, barrier })
+        }
+        ["global", "shared::cta", "bulk_group"] => {
+            let (global, shared, bytes) = (o.address()?, o.address()?, o.value()?);
+            Ok(Op::Bulk { loads: false, shared, global, bytes, barrier: None })
+        }
+        ["tensor", rank, "shared::cluster" | "shared::cta", "global", rest @ ..]
+            if matches!(
+                rest,
+                [BYTES] | ["tile", BYTES] | [BYTES, "L2::cache_hint"] | ["tile", BYTES, "L2::cache_hint"]
+            ) =>
+        {
+            let shared = o.address()?;
+            let (map, coordinates) = tensor(rank, o)?;
+            let barrier = Some(o.address()?);
+            if rest.ends_with(&["L2::cache_hint"]) {
+                o.value()?;
+            }
+            Ok(Op::BulkTensor { loads: true, shared, map, coordinates, barrier })
+        }
+        ["tensor", rank, "global", "shared::cta", "bulk_group"]
+        | ["tensor", rank, "global", "shared::cta", "tile", "bulk_group"] => {
+            let (map, coordinates) = tensor(rank, o)?;
+            Ok(Op::BulkTensor { loads: false, shared: o.address()?, map, coordinates, barrier: None })
+        }
+        _ => Err(UNKNOWN.into()),
+    }
+}
+
+/// `[map, {x, y}]` with as many coordinates as `2d` says.
+fn tensor(rank: &str, o: &mut Operands<'_>) -> Result<(Address, Vec<Operand>)> {
+    match o.next()? {
+        Argument::Tensor(map, coordinates) if rank == format!("{}d", coordinates.len()) => {
+            Ok((*map, coordinates.iter().map(value).collect::<Result<_>>()?))
+        }
+        _ => Err("this operand is a tensor map with its coordinates".into()),
     }
 }
 

@@ -103,6 +103,8 @@ pub(super) enum Argument {
     Pair(Option<Target>, Option<Target>),
     Address(Address),
     Vector(Vec<Self>),
+    /// `[map, {x, y}]`.
+    Tensor(Address, Vec<Self>),
     Label(String),
     Sink,
 }
@@ -451,7 +453,14 @@ impl<'a> Parser<'a> {
         while self.take(b'+') {
             offset = offset.wrapping_add(self.number()? as i64);
         }
-        Ok(Argument::Address(Address { base, offset }))
+        let address = Address { base, offset };
+        if self.take(b',') {
+            return match self.argument(body)? {
+                Argument::Vector(coordinates) => Ok(Argument::Tensor(address, coordinates)),
+                _ => Err(self.error(token, "coordinates stand in braces")),
+            };
+        }
+        Ok(Argument::Address(address))
     }
 
     fn number(&mut self) -> Result<u64, Error> {

@@ -1,0 +1,185 @@
+//! Copies by engines, with tensor maps. `tests/ptx/hopper.cu` is the source of the PTX.
+
+use ptx_emulator::{Counters, Device, Error, Hazard, Launch, Schedule, Swizzle, TensorMap};
+
+const SCHEDULES: [Schedule; 5] =
+    [Schedule::Eager, Schedule::Delayed, Schedule::Random(1), Schedule::Random(2), Schedule::Random(3)];
+
+fn device(schedule: Schedule) -> Device {
+    let mut device = Device::new();
+    device.set_schedule(schedule);
+    device.load(include_str!("ptx/hopper.ptx")).unwrap();
+    device
+}
+
+fn launch(device: &mut Device, kernel: &str, threads: u32, params: &[u8]) -> Result<Counters, Error> {
+    let launch =
+        Launch { kernel, grid: [1; 3], cluster: [1; 3], block: [threads, 1, 1], shared_bytes: 0, params };
+    device.launch(&launch)
+}
+
+/// A tensor of 40 rows of 100 halves, 208 bytes apart, and its map with boxes of 16 x 64.
+const ROWS: u64 = 40;
+const COLUMNS: u64 = 100;
+const STRIDE: u64 = 208;
+
+fn map(address: u64) -> [u8; 128] {
+    TensorMap {
+        address,
+        element_bytes: 2,
+        sizes: &[COLUMNS, ROWS],
+        strides: &[STRIDE],
+        box_sizes: &[64, 16],
+        swizzle: Swizzle::Bytes128,
+    }
+    .encode()
+    .unwrap()
+}
+
+fn element(row: i64, column: i64) -> u16 {
+    if (0..ROWS as i64).contains(&row) && (0..COLUMNS as i64).contains(&column) {
+        (row * 256 + column + 1) as u16
+    } else {
+        0
+    }
+}
+
+fn tiles(schedule: Schedule, kernel: &str, [x, y, count]: [i32; 3]) -> Result<Vec<u16>, Error> {
+    let mut device = device(schedule);
+    let (tensor, out) = (device.alloc((ROWS * STRIDE) as usize), device.alloc(count as usize * 2048));
+    for row in 0..ROWS {
+        let bytes: Vec<u8> =
+            (0..COLUMNS).flat_map(|column| element(row as i64, column as i64).to_le_bytes()).collect();
+        device.write(tensor + row * STRIDE, &bytes)?;
+    }
+    let numbers: Vec<u8> = [x, y, count].iter().flat_map(|number| number.to_le_bytes()).collect();
+    let params = [&map(tensor)[..], &out.to_le_bytes(), &numbers].concat();
+    launch(&mut device, kernel, 64, &params)?;
+    let bytes = device.read(out, count as usize * 2048)?;
+    Ok(bytes.chunks(2).map(|half| u16::from_le_bytes(half.try_into().unwrap())).collect())
+}
+
+#[test]
+fn loads_tiles_with_zeros_outside() {
+    for schedule in SCHEDULES {
+        for [x, y, count] in [[0, 0, 2], [64, 16, 2], [-5, -3, 1], [90, 39, 1], [200, 0, 1], [0, -16, 4]] {
+            let found =
+                tiles(schedule, "tiles_correct", [x, y, count]).unwrap_or_else(|error| panic!("{error}"));
+            for (n, value) in found.into_iter().enumerate() {
+                let (row, column) = (i64::from(y) + n as i64 / 64, i64::from(x) + n as i64 % 64);
+                assert_eq!(value, element(row, column), "{schedule:?}: row {row}, column {column}");
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn finds(kernel: &str, hazards: &[Hazard], run: impl Fn(Schedule) -> Result<(), Error>) {
+    for schedule in SCHEDULES {
+        match run(schedule) {
+            Err(Error::Fault(fault)) => {
+                assert!(hazards.contains(&fault.hazard), "{kernel} {schedule:?}: {fault}")
+            }
+            other => panic!("{kernel} {schedule:?}: a bug was not found: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn finds_bugs_around_loads() {
+    for (kernel, hazards) in [
+        ("tiles_early", &[Hazard::Race, Hazard::Async, Hazard::Uninitialised] as &[Hazard]),
+        ("tiles_few", &[Hazard::Deadlock, Hazard::Race]),
+        ("tiles_many", &[Hazard::Deadlock]),
+        ("tiles_overwritten", &[Hazard::Race]),
+    ] {
+        finds(kernel, hazards, |schedule| tiles(schedule, kernel, [0, 0, 2]).map(drop));
+    }
+}
+
+fn stores(schedule: Schedule, kernel: &str, x: i32, y: i32) -> Result<Vec<u8>, Error> {
+    let mut device = device(schedule);
+    let tensor = device.alloc((ROWS * STRIDE) as usize);
+    device.fill(tensor, 0xEE, (ROWS * STRIDE) as usize)?;
+    let params = [&map(tensor)[..], &x.to_le_bytes(), &y.to_le_bytes()].concat();
+    launch(&mut device, kernel, 64, &params)?;
+    device.read(tensor, (ROWS * STRIDE) as usize)
+}
+
+#[test]
+fn stores_tiles_and_nothing_outside() {
+    for schedule in SCHEDULES {
+        for [x, y] in [[0, 0], [60, 30], [-8, -4]] {
+            let found = stores(schedule, "stores_correct", x, y).unwrap_or_else(|error| panic!("{error}"));
+            let mut expected = vec![0xEE; (ROWS * STRIDE) as usize];
+            for n in 0..1024_u16 {
+                let (row, column) = (i64::from(y) + i64::from(n) / 64, i64::from(x) + i64::from(n) % 64);
+                if element(row, column) != 0 {
+                    let at = row as usize * STRIDE as usize + column as usize * 2;
+                    expected[at..at + 2].copy_from_slice(&n.to_le_bytes());
+                }
+            }
+            assert_eq!(found, expected, "{schedule:?} {x} {y}");
+        }
+    }
+}
+
+#[test]
+fn finds_bugs_around_stores() {
+    for (kernel, hazards) in [
+        ("stores_unfenced", &[Hazard::Async] as &[Hazard]),
+        ("stores_early", &[Hazard::Race, Hazard::Async, Hazard::Uninitialised]),
+        ("stores_changed", &[Hazard::Race]),
+    ] {
+        finds(kernel, hazards, |schedule| stores(schedule, kernel, 0, 0).map(drop));
+    }
+}
+
+#[test]
+fn moves_rows() {
+    let bytes: Vec<u8> = (0..4096_u32).map(|n| (n * 7 + n / 256) as u8).collect();
+    for schedule in SCHEDULES {
+        for count in [16, 2048, 4096_u32] {
+            let mut device = device(schedule);
+            let (from, to) = (device.alloc(4096), device.alloc(count as usize));
+            device.write(from, &bytes).unwrap();
+            let params = [&from.to_le_bytes()[..], &to.to_le_bytes(), &count.to_le_bytes()].concat();
+            launch(&mut device, "row", 32, &params).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(device.read(to, count as usize).unwrap(), bytes[..count as usize]);
+            // A size that is no multiple of 16, and a source that is too short.
+            for (bad, hazard) in [(24_u32, Hazard::Misaligned), (4112, Hazard::OutOfBounds)] {
+                let params = [&from.to_le_bytes()[..], &to.to_le_bytes(), &bad.to_le_bytes()].concat();
+                match launch(&mut device, "row", 32, &params) {
+                    Err(Error::Fault(fault)) => assert_eq!(fault.hazard, hazard, "{fault}"),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn refuses_maps_that_cuda_refuses() {
+    let good = TensorMap {
+        address: 4096,
+        element_bytes: 2,
+        sizes: &[64, 8],
+        strides: &[128],
+        box_sizes: &[64, 8],
+        swizzle: Swizzle::Bytes128,
+    };
+    good.encode().unwrap();
+    for bad in [
+        TensorMap { address: 4104, ..good },
+        TensorMap { element_bytes: 3, ..good },
+        TensorMap { strides: &[], ..good },
+        TensorMap { strides: &[136], ..good },
+        TensorMap { sizes: &[0, 8], ..good },
+        TensorMap { box_sizes: &[64, 257], ..good },
+        TensorMap { box_sizes: &[128, 8], ..good },
+        TensorMap { box_sizes: &[4, 8], ..good },
+        TensorMap { swizzle: Swizzle::Bytes64, ..good },
+    ] {
+        assert!(matches!(bad.encode(), Err(Error::Request(_))), "{bad:?}");
+    }
+}
