@@ -27,6 +27,11 @@ impl Stamp {
         (self.0 >> 30) as u32 & 0x7ff
     }
 
+    /// Whether both are of one thread of one CTA.
+    const fn is_same_thread(self, other: Self) -> bool {
+        self.0 >> 30 == other.0 >> 30
+    }
+
     const fn strong(self) -> bool {
         self.0 >> 29 & 1 == 1
     }
@@ -151,6 +156,25 @@ impl Cell {
         // A reader that everybody behind this one will have heard of too need not be remembered.
         let slot = usize::from(!by.follows(self.readers[0]));
         self.readers[slot] = by.stamp;
+        self.read[slot] = mask;
+        Ok(())
+    }
+
+    /// Notes that an engine reads for a thread: it may where the thread may, and is who has read.
+    #[inline]
+    pub(crate) fn read_by_engine(
+        &mut self,
+        by: &Accessor<'_>,
+        engine: Stamp,
+        mask: u8,
+    ) -> Result<(), Conflict> {
+        if self.written & mask != 0 && by.races(self.writer) {
+            return Err(Conflict { other: self.writer, wrote: true });
+        }
+        let first = self.readers[0];
+        let replaces = first.is_same_thread(engine) || by.follows(first);
+        let slot = usize::from(!replaces);
+        self.readers[slot] = engine;
         self.read[slot] = mask;
         Ok(())
     }

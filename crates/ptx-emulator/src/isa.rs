@@ -172,6 +172,8 @@ pub(crate) struct Instruction {
     pub(crate) guard: Option<Guard>,
     pub(crate) op: Op,
     pub(crate) class: Class,
+    /// Every register that it names.
+    pub(crate) registers: Vec<u32>,
     pub(crate) line: u32,
     pub(crate) text: String,
 }
@@ -497,6 +499,11 @@ pub(crate) enum Op {
         barrier: Option<Address>,
     },
     BulkCommit,
+    Product(Product),
+    ProductCommit,
+    ProductWait {
+        pending: u32,
+    },
     BulkWait {
         pending: u32,
     },
@@ -541,6 +548,24 @@ pub(crate) enum Op {
 pub(crate) enum MatrixType {
     F16,
     BF16,
+}
+
+/// `wgmma.mma_async` of m64nNk16 with f32 results.
+#[derive(Clone, Debug)]
+pub(crate) struct Product {
+    pub(crate) n: u32,
+    pub(crate) input: MatrixType,
+    pub(crate) d: Vec<u32>,
+    /// A descriptor, or four registers.
+    pub(crate) a: Vec<Operand>,
+    pub(crate) b: Operand,
+    /// Whether the result is added to what `d` holds, as a number or a predicate.
+    pub(crate) accumulate: bool,
+    pub(crate) accumulate_if: Option<Guard>,
+    /// Whether one of the factors is negated.
+    pub(crate) negate: bool,
+    pub(crate) transpose_a: bool,
+    pub(crate) transpose_b: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

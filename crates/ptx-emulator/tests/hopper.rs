@@ -183,3 +183,58 @@ fn refuses_maps_that_cuda_refuses() {
         assert!(matches!(bad.encode(), Err(Error::Request(_))), "{bad:?}");
     }
 }
+
+/// Products of small whole numbers, which are exact in any order.
+fn gemm(schedule: Schedule, kernel: &str, transposed: bool) -> Result<(), Error> {
+    let value = |n: usize, salt: usize| ((n * 7 + n / 64 * 3 + salt) % 13) as i32 - 6;
+    let bytes = |count: usize, salt: usize| -> Vec<u8> {
+        (0..count).flat_map(|n| (((value(n, salt) as f32).to_bits() >> 16) as u16).to_le_bytes()).collect()
+    };
+    let mut device = device(schedule);
+    let (a, b, out) = (device.alloc(64 * 64 * 2), device.alloc(128 * 64 * 2), device.alloc(64 * 128 * 4));
+    device.write(a, &bytes(64 * 64, 1))?;
+    device.write(b, &bytes(128 * 64, 5))?;
+    launch(&mut device, kernel, 128, &[a, b, out].map(u64::to_le_bytes).concat())?;
+    let found = device.read(out, 64 * 128 * 4)?;
+    for (n, found) in found.chunks(4).enumerate() {
+        let (row, column) = (n / 128, n % 128);
+        let expected: i32 = (0..64)
+            .map(|k| {
+                value(row * 64 + k, 1) * value(if transposed { k * 128 + column } else { column * 64 + k }, 5)
+            })
+            .sum();
+        assert_eq!(
+            f32::from_le_bytes(found.try_into().unwrap()),
+            expected as f32,
+            "{kernel} ({row}, {column})"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn multiplies_with_warpgroups() {
+    for schedule in SCHEDULES {
+        for (kernel, transposed) in [
+            ("gemm_shared", false),
+            ("gemm_transposed", true),
+            ("gemm_registers", false),
+            ("gemm_registers_transposed", true),
+        ] {
+            gemm(schedule, kernel, transposed).unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
+        }
+    }
+}
+
+#[test]
+fn finds_bugs_around_products() {
+    for (kernel, hazard) in [
+        ("gemm_unfenced", Hazard::Async),
+        ("gemm_unwaited", Hazard::Async),
+        ("gemm_overwritten", Hazard::Race),
+        ("gemm_one_left", Hazard::Async),
+        ("gemm_three_warps", Hazard::Deadlock),
+    ] {
+        finds(kernel, &[hazard], |schedule| gemm(schedule, kernel, false));
+    }
+}

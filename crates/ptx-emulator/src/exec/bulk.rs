@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Engines of a CTA, each a thread of its own behind those of the launch.
-pub(crate) const ENGINES: u32 = 32;
+pub(crate) const ENGINES: u32 = 40;
 
 /// A copy to shared memory that has been issued and has not arrived.
 #[derive(Debug)]
@@ -200,7 +200,6 @@ impl Cta<'_> {
             let clock = self.warps[w].clocks[lane].clone();
             let issuer = self.stamp(w, lane, false);
             let by = Accessor { clock: &clock, stamp: issuer };
-            let engine = Accessor { clock: &clock, stamp };
             let proxied = Accessor { clock: &self.proxied, stamp };
             let mut unfenced = false;
             let threads = self.run.threads();
@@ -216,8 +215,7 @@ impl Cta<'_> {
                 }
                 let writer = cell.writer();
                 unfenced |= writer.thread() < threads && !proxied.follows(writer);
-                cell.read(&by, mask)?;
-                cell.read(&engine, mask).or(Ok(()))
+                cell.read_by_engine(&by, stamp, mask)
             });
             if let Err(conflict) = checked {
                 let what = format!("a bulk copy of {:#x} in shared memory", piece.shared);

@@ -36,7 +36,7 @@ pub struct Counters {
     pub memory: u64,
     /// Thread instructions: barriers, fences, shuffles, votes.
     pub synchronisation: u64,
-    /// Warp-wide matrix products.
+    /// Matrix products, once for each warp that takes part (a `wgmma` counts four times).
     pub matrix_products: u64,
     /// Requests to shared memory of a warp.
     pub shared_requests: u64,
@@ -171,6 +171,8 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::CommitGroup
         | Op::WaitGroup { .. }
         | Op::BulkCommit
+        | Op::ProductCommit
+        | Op::ProductWait { .. }
         | Op::BulkWait { .. }
         | Op::ProxyFence
         | Op::BarrierInit { .. }
@@ -180,7 +182,7 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::BarrierComplete { .. }
         | Op::BarrierTest { .. }
         | Op::BarrierCopies { .. } => Class::Synchronisation,
-        Op::MultiplyMatrix { .. } => Class::Matrix,
+        Op::MultiplyMatrix { .. } | Op::Product(_) => Class::Matrix,
         _ => Class::Integer,
     }
 }

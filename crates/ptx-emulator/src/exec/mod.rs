@@ -13,6 +13,7 @@ mod mbarrier;
 mod memory;
 mod scalar;
 mod warp;
+mod wgmma;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -95,6 +96,8 @@ enum Wait {
         address: u32,
         parity: u64,
     },
+    /// For the other warps of its warpgroup to issue so many products.
+    Products(u32),
 }
 
 struct Warp {
@@ -124,6 +127,11 @@ struct Warp {
     /// Bulk stores of each lane: committed groups, oldest first, and the open one.
     stores: Vec<VecDeque<Vec<Stamp>>>,
     stores_open: Vec<Vec<Stamp>>,
+    /// Products of the warpgroup that this warp has issued, in all and at each commit not yet waited for.
+    products: u32,
+    product_groups: VecDeque<u32>,
+    /// Registers that unfinished products own, and which product.
+    taken: Vec<(u32, u32)>,
 }
 
 /// How an instruction ended.
@@ -193,6 +201,9 @@ impl<'a> Cta<'a> {
                 open: vec![Group::default(); 32],
                 stores: vec![VecDeque::new(); 32],
                 stores_open: vec![Vec::new(); 32],
+                products: 0,
+                product_groups: VecDeque::new(),
+                taken: Vec::new(),
             }
         });
         Self {
@@ -300,6 +311,10 @@ impl<'a> Cta<'a> {
                 let flow = if active == 0 {
                     Flow::Next
                 } else {
+                    if !self.warps[w].taken.is_empty() && !matches!(instruction.op, Op::Product(_)) {
+                        self.check_taken(w, &instruction.registers)
+                            .map_err(|stop| self.fault(w, pc, stop))?;
+                    }
                     self.execute(w, pc, active, &instruction.op).map_err(|stop| self.fault(w, pc, stop))?
                 };
                 match flow {
@@ -399,6 +414,7 @@ impl<'a> Cta<'a> {
             | Op::BulkCommit
             | Op::BulkWait { .. }
             | Op::ProxyFence => self.bulk_op(w, pc, active, op),
+            Op::Product(_) | Op::ProductCommit | Op::ProductWait { .. } => self.product_op(w, pc, active, op),
             Op::BarrierInit { .. }
             | Op::BarrierInvalidate { .. }
             | Op::BarrierArrive { .. }
@@ -519,6 +535,7 @@ impl<'a> Cta<'a> {
     fn waits_for(&self, wait: Wait) -> String {
         match wait {
             Wait::Nothing | Wait::Lanes(_) => String::new(),
+            Wait::Products(count) => format!(" (for all warps of the warpgroup to issue {count} products)"),
             Wait::Barrier(id) => self.barriers[id as usize].describe(),
             Wait::Phase { address, parity } => {
                 let found = self.phased.get(&address).map_or_else(String::new, Phased::describe);

@@ -4,8 +4,8 @@ use super::{Argument, Target};
 use crate::{
     alu,
     isa::{
-        Address, Approximation, AtomicUpdate, Carry, Guard, MatrixType, Op, Operand, Order, Reduce, Shuffle,
-        Space, Type, Vote,
+        Address, Approximation, AtomicUpdate, Carry, Guard, MatrixType, Op, Operand, Order, Product, Reduce,
+        Shuffle, Space, Type, Vote,
     },
 };
 
@@ -332,6 +332,10 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
             Ok(Op::MultiplyMatrix { input, half_result, k, d, a, b, c })
         }
         ["mbarrier", rest @ ..] => mbarrier(rest, o),
+        ["wgmma", "fence", "sync", "aligned"] => Ok(Op::Aligned),
+        ["wgmma", "commit_group", "sync", "aligned"] => Ok(Op::ProductCommit),
+        ["wgmma", "wait_group", "sync", "aligned"] => Ok(Op::ProductWait { pending: o.immediate()? as u32 }),
+        ["wgmma", "mma_async", "sync", "aligned", shape, "f32", a, b] => product(shape, a, b, o),
         _ => arithmetic(words, o),
     }
 }
@@ -618,6 +622,52 @@ fn tensor(rank: &str, o: &mut Operands<'_>) -> Result<(Address, Vec<Operand>)> {
         }
         _ => Err("this operand is a tensor map with its coordinates".into()),
     }
+}
+
+fn product(shape: &str, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
+    let input = match (a, b) {
+        ("f16", "f16") => MatrixType::F16,
+        ("bf16", "bf16") => MatrixType::BF16,
+        _ => return Err(UNKNOWN.into()),
+    };
+    let n = shape
+        .strip_prefix("m64n")
+        .and_then(|rest| rest.strip_suffix("k16"))
+        .and_then(|n| n.parse::<u32>().ok());
+    let n = n.filter(|n| n.is_multiple_of(8) && (8..=256).contains(n)).ok_or(UNKNOWN)?;
+    let d = o.registers()?.into_iter().collect::<Option<Vec<_>>>().ok_or("no sinks here")?;
+    let a = o.values()?;
+    if d.len() != n as usize / 2 || !matches!(a.len(), 1 | 4) {
+        return Err("a fragment has another number of registers".into());
+    }
+    let b = o.value()?;
+    let (accumulate, accumulate_if) = match o.next()? {
+        Argument::Predicate(guard) => (false, Some(*guard)),
+        Argument::Value(Operand::Immediate(value)) => (*value != 0, None),
+        _ => return Err("scale-d is a predicate or a number".into()),
+    };
+    let mut negate = false;
+    for _ in 0..2 {
+        negate ^= match o.immediate()? as i64 {
+            1 => false,
+            -1 => true,
+            _ => return Err("a scale is 1 or -1".into()),
+        };
+    }
+    let transpose_a = a.len() == 1 && o.immediate()? == 1;
+    let transpose_b = o.immediate()? == 1;
+    Ok(Op::Product(Product {
+        n,
+        input,
+        d,
+        a,
+        b,
+        accumulate,
+        accumulate_if,
+        negate,
+        transpose_a,
+        transpose_b,
+    }))
 }
 
 fn mbarrier(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {

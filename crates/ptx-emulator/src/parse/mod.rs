@@ -674,7 +674,14 @@ fn resolve(body: &Body<'_>) -> Result<Vec<Instruction>, Error> {
             .map_err(|reason| error(statement, reason))?;
         let Statement { guard, line, ref text, .. } = *statement;
         let class = exec::class(&op, statement.opcode);
-        instructions.push(Instruction { guard, op, class, line, text: text.clone() });
+        instructions.push(Instruction {
+            guard,
+            op,
+            class,
+            registers: named(&statement.arguments),
+            line,
+            text: text.clone(),
+        });
     }
     // A kernel may end without `ret`.
     let line = instructions.last().map_or(0, |last| last.line + 1);
@@ -682,10 +689,32 @@ fn resolve(body: &Body<'_>) -> Result<Vec<Instruction>, Error> {
         guard: None,
         op: Op::Exit,
         class: Class::Control,
+        registers: Vec::new(),
         line,
         text: "}".into(),
     });
     Ok(instructions)
+}
+
+/// The registers that operands name.
+fn named(arguments: &[Argument]) -> Vec<u32> {
+    let mut found = Vec::new();
+    for argument in arguments {
+        match argument {
+            Argument::Value(Operand::Register(number))
+            | Argument::Address(Address { base: Operand::Register(number), .. }) => found.push(*number),
+            Argument::Vector(parts) | Argument::Tensor(_, parts) => found.extend(named(parts)),
+            Argument::Pair(first, second) => {
+                let register = |half: &Option<Target>| match half {
+                    Some(Target::Register(register)) => Some(*register),
+                    _ => None,
+                };
+                found.extend([first, second].into_iter().filter_map(register));
+            }
+            _ => {}
+        }
+    }
+    found
 }
 
 fn target(argument: &Argument) -> Option<Option<Target>> {

@@ -97,3 +97,74 @@ KERNEL row(const uint8_t* in, uint8_t* out, uint32_t bytes) {
         asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
 }
+
+// d[64][128] = a[64][64] * b, one warpgroup, four steps of 16. TRANSPOSED: b lies as [64 of k][128] in two
+// halves of 64 columns, else as [128][64 of k]. REGISTERS: a comes in registers. BUG 1 no proxy fence, 2 the
+// result is used before the wait, 3 shared memory is overwritten before the wait, 4 the wait leaves one
+// group, 5 one warp of four never comes.
+__device__ __forceinline__ uint64_t descriptor(uint32_t at, uint32_t leading, uint32_t stride) {
+    return uint64_t(at >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+}
+template <bool TRANSPOSED> __device__ __forceinline__ void product(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, %67;\n}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED));
+}
+template <bool TRANSPOSED> __device__ __forceinline__ void product(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANSPOSED));
+}
+template <bool TRANSPOSED, bool REGISTERS, int BUG> __device__ void gemm(const uint16_t* a, const uint16_t* b, float* out) {
+    __shared__ __align__(1024) uint16_t as[64 * 64], bs[128 * 64];
+    for (int n = threadIdx.x; n < 64 * 64; n += 128) {
+        int row = n / 64, k = n % 64;
+        as[row * 64 + (k / 8 ^ row % 8) * 8 + k % 8] = a[n];
+    }
+    for (int n = threadIdx.x; n < 128 * 64; n += 128) {
+        if (TRANSPOSED) {
+            // Element (k, column) of b.
+            int k = n / 128, column = n % 128;
+            bs[column / 64 * 4096 + k * 64 + (column % 64 / 8 ^ k % 8) * 8 + column % 8] = b[n];
+        } else {
+            int column = n / 64, k = n % 64;
+            bs[column * 64 + (k / 8 ^ column % 8) * 8 + k % 8] = b[n];
+        }
+    }
+    if (BUG != 1) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    if (BUG == 5 && threadIdx.x >= 96) return;
+    int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, first = threadIdx.x % 4 * 2;
+    uint32_t fragments[4][4];
+    for (int step = 0; step < 4; ++step)
+        for (int n = 0; n < 4; ++n)
+            fragments[step][n] = *reinterpret_cast<const uint32_t*>(a + (row + n % 2 * 8) * 64 + step * 16 + first + n / 2 * 8);
+    float d[64];
+    for (int n = 0; n < 64; ++n) d[n] = 0.0f;
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+        uint64_t left = descriptor(shared_address(as) + step * 32, 16, 1024);
+        uint64_t right = TRANSPOSED ? descriptor(shared_address(bs) + step * 2048, 8192, 1024)
+                                    : descriptor(shared_address(bs) + step * 32, 16, 1024);
+        if constexpr (REGISTERS)
+            product<TRANSPOSED>(d, fragments[step], right, step > 0);
+        else
+            product<TRANSPOSED>(d, left, right, step > 0);
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    if (BUG == 3) bs[threadIdx.x] = 0;
+    if (BUG != 2) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(BUG == 4 ? 1 : 0) : "memory");
+    for (int n = 0; n < 64; ++n)
+        out[(row + n / 2 % 2 * 8) * 128 + n / 4 * 8 + first + n % 2] = d[n];
+    if (BUG == 0) bs[threadIdx.x] = 0;
+}
+KERNEL gemm_shared(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 0>(a, b, out); }
+KERNEL gemm_transposed(const uint16_t* a, const uint16_t* b, float* out) { gemm<true, false, 0>(a, b, out); }
+KERNEL gemm_registers(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, true, 0>(a, b, out); }
+KERNEL gemm_registers_transposed(const uint16_t* a, const uint16_t* b, float* out) { gemm<true, true, 0>(a, b, out); }
+KERNEL gemm_unfenced(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 1>(a, b, out); }
+KERNEL gemm_unwaited(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 2>(a, b, out); }
+KERNEL gemm_overwritten(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, true, 3>(a, b, out); }
+KERNEL gemm_one_left(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 4>(a, b, out); }
+KERNEL gemm_three_warps(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 5>(a, b, out); }

@@ -1,0 +1,291 @@
+//! `wgmma`: matrix products of four warps that read shared memory on their own.
+//!
+//! Each warp computes its 16 of the 64 rows when it issues the product. Until it has waited for it, its
+//! registers are taken, and what the product read in shared memory counts as read by an engine that
+//! nobody has heard of; a wait ends only when all four warps have issued what it waits for.
+
+use std::sync::Arc;
+
+use super::{Cta, Flow, Step, Wait, lanes, warp::then};
+use crate::{
+    clock::{Accessor, Stamp},
+    error::{Hazard, Stop},
+    isa::{MatrixType, Op, Operand, Product},
+    memory::Byte,
+    number::{BF16, F16, Lanes},
+};
+
+/// The engine of the first warpgroup; each of up to 8 has its own.
+const FIRST_ENGINE: u32 = 32;
+
+/// Where a matrix in shared memory lies, from the 64 bits that describe it.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    start: u32,
+    leading: u32,
+    stride: u32,
+}
+
+impl Layout {
+    fn decode(bits: u64) -> Result<Self, String> {
+        let field = |at: u32| (bits >> at & 0x3fff) as u32 * 16;
+        let (swizzle, base) = (bits >> 62, bits >> 49 & 7);
+        if swizzle != 1 {
+            return Err(format!(
+                "the descriptor {bits:#018x} asks for swizzle mode {swizzle}; only 1, 128 bytes, is implemented"
+            ));
+        }
+        if base != 0 {
+            return Err(format!("the descriptor {bits:#018x} has base offset {base}; only 0 is implemented"));
+        }
+        Ok(Self { start: field(0), leading: field(16), stride: field(32) })
+    }
+
+    /// Where 8 neighbouring elements begin: along k of row `mn` where k comes first, else along mn.
+    fn chunk(self, k_first: bool, mn: u32, k: u32) -> u32 {
+        let offset = if k_first {
+            mn / 8 * self.stride + mn % 8 * 128 + 2 * k
+        } else {
+            mn / 64 * self.leading + k / 8 * self.stride + k % 8 * 128 + 2 * (mn % 64)
+        };
+        let address = self.start + offset;
+        address ^ ((address >> 7 & 7) << 4)
+    }
+}
+
+impl Cta<'_> {
+    pub(super) fn product_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
+        if !self.rendezvous(w, pc, active, u32::MAX)? {
+            return Ok(Flow::Block(active));
+        }
+        match op {
+            Op::Product(product) => self.product(w, product)?,
+            Op::ProductCommit => {
+                let issued = self.warps[w].products;
+                self.warps[w].product_groups.push_back(issued);
+            }
+            Op::ProductWait { pending } => {
+                let behind = self.warps[w].product_groups.len().saturating_sub(*pending as usize);
+                if behind > 0 {
+                    let needed = self.warps[w].product_groups[behind - 1];
+                    let group = w / 4 * 4..self.warps.len().min(w / 4 * 4 + 4);
+                    if self.warps[group].iter().any(|warp| warp.products < needed) {
+                        // Everybody asks again, so all stand where they came from.
+                        for lane in 0..32 {
+                            self.warps[w].counters[lane] = pc;
+                            self.warps[w].waits[lane] = Wait::Products(needed);
+                        }
+                        self.warps[w].waiting = u32::MAX;
+                        return Ok(Flow::Block(active));
+                    }
+                    self.warps[w].product_groups.drain(..behind);
+                    self.finish_products(w, needed);
+                }
+            }
+            other => unreachable!("{other:?} is not a product of a warpgroup"),
+        }
+        Ok(then(active, u32::MAX))
+    }
+
+    /// What a product has read and written is free again.
+    fn finish_products(&mut self, w: usize, needed: u32) {
+        let engine = self.run.threads() + FIRST_ENGINE + w as u32 / 4;
+        let warp = &mut self.warps[w];
+        warp.taken.retain(|(_, product)| *product > needed);
+        let before = warp.clocks[0].clone();
+        let mut after = before.clone();
+        Arc::make_mut(&mut after).set(engine, needed);
+        for clock in &mut warp.clocks {
+            if Arc::ptr_eq(clock, &before) {
+                *clock = after.clone();
+            } else {
+                Arc::make_mut(clock).set(engine, needed);
+            }
+        }
+    }
+
+    fn product(&mut self, w: usize, product: &Product) -> Result<(), Stop> {
+        let stop = |message: String| Stop::new(Hazard::Operand, 0, message);
+        if self.warps.len() < w / 4 * 4 + 4 {
+            return Err(Stop::new(Hazard::NotConverged, 0, "the warpgroup has fewer than four warps"));
+        }
+        self.warps[w].products += 1;
+        let issued = self.warps[w].products;
+        let n = product.n as usize;
+        let format = match product.input {
+            MatrixType::F16 => F16,
+            MatrixType::BF16 => BF16,
+        };
+        let decode = |bits: u16| format.decode(u64::from(bits));
+        // a[row][k] of this warp's 16 rows, b[k][column].
+        let mut a = [[0.0_f64; 16]; 16];
+        let first_row = w as u32 % 4 * 16;
+        match product.a.as_slice() {
+            [descriptor] => {
+                let bits = self.uniform(w, u32::MAX, *descriptor, "the descriptor of a")?;
+                let layout = Layout::decode(bits).map_err(stop)?;
+                self.read_matrix(w, issued, layout, !product.transpose_a, first_row, 16, |row, k, bits| {
+                    a[row][k] = decode(bits)
+                })?;
+            }
+            registers => {
+                let registers: Vec<Lanes> = registers.iter().map(|operand| self.value(w, *operand)).collect();
+                for lane in 0..32 {
+                    for (at, register) in registers.iter().enumerate() {
+                        let (row, k) = (lane / 4 + at % 2 * 8, lane % 4 * 2 + at / 2 * 8);
+                        a[row][k] = decode(register[lane] as u16);
+                        a[row][k + 1] = decode((register[lane] >> 16) as u16);
+                    }
+                }
+            }
+        }
+        let bits = self.uniform(w, u32::MAX, product.b, "the descriptor of b")?;
+        let layout = Layout::decode(bits).map_err(stop)?;
+        let mut b = vec![[0.0_f64; 256]; 16];
+        self.read_matrix(w, issued, layout, !product.transpose_b, 0, product.n, |column, k, bits| {
+            b[k][column] = decode(bits)
+        })?;
+        let keeps =
+            product.accumulate_if.map_or(product.accumulate, |guard| self.warps[w].guard(guard) == u32::MAX);
+        if let Some(guard) = product.accumulate_if {
+            let bits = self.warps[w].guard(guard);
+            if bits != 0 && bits != u32::MAX {
+                return Err(stop("the predicate for accumulation differs between lanes".into()));
+            }
+        }
+        let sign = if product.negate { -1.0 } else { 1.0 };
+        let mut sums = vec![[0.0_f64; 256]; 16];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            for (a, b) in a[row].iter().zip(&b) {
+                for (sum, b) in sums[..n].iter_mut().zip(&b[..n]) {
+                    *sum += sign * a * b;
+                }
+            }
+        }
+        let warp = &mut self.warps[w];
+        for (at, d) in product.d.iter().enumerate() {
+            let register = &mut warp.registers[*d as usize];
+            for (lane, value) in register.iter_mut().enumerate() {
+                let row = lane / 4 + at / 2 % 2 * 8;
+                let column = at / 4 * 8 + lane % 4 * 2 + at % 2;
+                let before = if keeps { f64::from(f32::from_bits(*value as u32)) } else { 0.0 };
+                let sum = (sums[row][column] + before) as f32;
+                *value = crate::number::Scalar::put(sum);
+            }
+        }
+        let read = product.a.iter().filter_map(|operand| match operand {
+            Operand::Register(number) if product.a.len() > 1 => Some(*number),
+            _ => None,
+        });
+        for register in product.d.iter().copied().chain(read) {
+            if !warp.taken.contains(&(register, issued)) {
+                warp.taken.push((register, issued));
+            }
+        }
+        self.counters.matrix_products += 1;
+        // Who waits for this warp's share asks again.
+        for warp in &mut self.warps[w / 4 * 4..w / 4 * 4 + 4] {
+            for lane in lanes(warp.waiting) {
+                if matches!(warp.waits[lane], Wait::Products(_)) {
+                    warp.waits[lane] = Wait::Nothing;
+                    warp.waiting &= !(1 << lane);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads `count` rows (or columns) from `first` on by 16 elements along k.
+    fn read_matrix(
+        &mut self,
+        w: usize,
+        issued: u32,
+        layout: Layout,
+        k_first: bool,
+        first: u32,
+        count: u32,
+        mut visit: impl FnMut(usize, usize, u16),
+    ) -> Result<(), Stop> {
+        let engine = self.run.threads() + FIRST_ENGINE + w as u32 / 4;
+        let stamp = Stamp::new(self.number, engine, issued, false);
+        let clock = self.warps[w].clocks[0].clone();
+        let issuer = self.stamp(w, 0, false);
+        let (outer, inner) = if k_first { (count, 16) } else { (16, count) };
+        for (o, i) in (0..outer).flat_map(|o| (0..inner).step_by(8).map(move |i| (o, i))) {
+            let (mn, k) = if k_first { (first + o, i) } else { (first + i, o) };
+            let at = layout.chunk(k_first, mn, k);
+            self.check_engine_read(at, &clock, [issuer, stamp])?;
+            for n in 0..8 {
+                let bits = self.shared.load(at + 2 * n, 2) as u16;
+                if k_first {
+                    visit(o as usize, (i + n) as usize, bits);
+                } else {
+                    visit((i + n) as usize, o as usize, bits);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// That an engine may read 16 bytes of shared memory on behalf of a thread.
+    fn check_engine_read(
+        &mut self,
+        at: u32,
+        clock: &crate::clock::Clock,
+        [issuer, engine]: [Stamp; 2],
+    ) -> Result<(), Stop> {
+        if at + 16 > self.shared.len() {
+            let message = format!("16 bytes at {at:#x} of {} bytes of shared memory", self.shared.len());
+            return Err(Stop::new(Hazard::OutOfBounds, 0, message));
+        }
+        match self.shared.unreadable(at, 16) {
+            Some((at, Byte::Uninitialised)) => {
+                return Err(Stop::new(
+                    Hazard::Uninitialised,
+                    0,
+                    format!("byte {at:#x} of shared memory was never written"),
+                ));
+            }
+            Some((at, state)) => {
+                let owner = if state == Byte::Barrier { "an mbarrier" } else { "a copy that is under way" };
+                return Err(Stop::new(
+                    Hazard::Async,
+                    0,
+                    format!("byte {at:#x} of shared memory belongs to {owner}"),
+                ));
+            }
+            None => {}
+        }
+        let threads = self.run.threads();
+        let proxied = Accessor { clock: &self.proxied, stamp: engine };
+        let by = Accessor { clock, stamp: issuer };
+        let mut unfenced = false;
+        let checked = self.shared.visit(at, 16, |cell, mask| {
+            let writer = cell.writer();
+            unfenced |= writer.thread() < threads && !proxied.follows(writer);
+            cell.read_by_engine(&by, engine, mask)
+        });
+        if let Err(conflict) = checked {
+            let message =
+                self.race_message(&format!("16 bytes at {at:#x} in shared memory"), false, conflict);
+            return Err(Stop::new(Hazard::Race, 0, message));
+        }
+        if unfenced {
+            let message = format!(
+                "bytes at {at:#x} of shared memory were written by a thread, and no fence.proxy.async stands between"
+            );
+            return Err(Stop::new(Hazard::Async, 0, message));
+        }
+        Ok(())
+    }
+
+    /// That an instruction leaves registers alone that unfinished products own.
+    pub(super) fn check_taken(&self, w: usize, registers: &[u32]) -> Result<(), Stop> {
+        let taken = &self.warps[w].taken;
+        if registers.iter().any(|register| taken.iter().any(|(owned, _)| owned == register)) {
+            let message = "a register of this instruction belongs to a wgmma that nobody has waited for";
+            return Err(Stop::new(Hazard::Async, 0, message));
+        }
+        Ok(())
+    }
+}
