@@ -306,6 +306,67 @@ fn mbarriers() {
     }
 }
 
+/// A kernel of one CTA with an mbarrier `full` for 32 arrivals, which thread 0 makes.
+fn with_mbarrier(schedule: Schedule, body: &str) -> Result<Counters, Error> {
+    let mut device = Device::new();
+    device.set_schedule(schedule);
+    device.load(&format!(
+        ".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry one() {{\n\
+         .reg .b32 %r<8>; .reg .b64 %state<4>; .reg .pred %p<4>; .shared .align 8 .b64 full; .shared .align 8 .b64 box;\n\
+         mov.u32 %r0, %tid.x; setp.eq.u32 %p0, %r0, 0; @%p0 mbarrier.init.shared::cta.b64 [full], 32;\n{body}\nret;\n}}"
+    ))?;
+    device.launch(&Launch {
+        kernel: "one",
+        grid: [1; 3],
+        cluster: [1; 3],
+        block: [32, 1, 1],
+        shared_bytes: 0,
+        params: &[],
+    })
+}
+
+#[test]
+fn mbarrier_rules() {
+    for schedule in SCHEDULES {
+        for (body, hazard) in [
+            // Correct: a token of the phase, and a count of two from half of the lanes in the next.
+            (
+                "bar.sync 0; mbarrier.arrive.shared::cta.b64 %state0, [full];\nW: mbarrier.test_wait.shared::cta.b64 %p1, [full], %state0; @!%p1 bra W;\n\
+              bar.sync 0; setp.lt.u32 %p2, %r0, 16; @%p2 mbarrier.arrive.shared::cta.b64 %state0, [full], 2;\n\
+              V: mbarrier.try_wait.parity.shared::cta.b64 %p1, [full], 1; @!%p1 bra V;",
+                None,
+            ),
+            // Correct: one leaves, so 31 end the next phase.
+            (
+                "bar.sync 0; @%p0 mbarrier.arrive_drop.shared::cta.b64 %state0, [full]; @!%p0 mbarrier.arrive.shared::cta.b64 %state0, [full];\n\
+              V: mbarrier.try_wait.parity.shared::cta.b64 %p1, [full], 0; @!%p1 bra V;\nbar.sync 0;\n\
+              @!%p0 mbarrier.arrive.shared::cta.b64 %state0, [full];\n\
+              U: mbarrier.try_wait.parity.shared::cta.b64 %p1, [full], 1; @!%p1 bra U;",
+                None,
+            ),
+            ("mbarrier.arrive.shared::cta.b64 %state0, [full];", Some(Hazard::Race)),
+            ("bar.sync 0; ld.shared.u64 %state0, [full];", Some(Hazard::Async)),
+            ("bar.sync 0; mbarrier.arrive.shared::cta.b64 %state0, [full], 33;", Some(Hazard::Arrival)),
+            ("bar.sync 0; mbarrier.arrive.shared::cta.b64 %state0, [box];", Some(Hazard::Uninitialised)),
+            (
+                "bar.sync 0; mbarrier.arrive.noComplete.shared::cta.b64 %state0, [full], 32;",
+                Some(Hazard::Arrival),
+            ),
+            ("bar.sync 0; @%p0 mbarrier.init.shared::cta.b64 [full], 1;", Some(Hazard::Arrival)),
+            (
+                "bar.sync 0; W: mbarrier.try_wait.parity.shared::cta.b64 %p1, [full], 0; @!%p1 bra W;",
+                Some(Hazard::Deadlock),
+            ),
+        ] {
+            match (with_mbarrier(schedule, body), hazard) {
+                (Ok(_), None) => {}
+                (Err(Error::Fault(fault)), Some(hazard)) if fault.hazard == hazard => {}
+                (found, _) => panic!("{schedule:?} {body}: {found:?}"),
+            }
+        }
+    }
+}
+
 #[test]
 fn other_spaces() {
     for schedule in SCHEDULES {

@@ -5,6 +5,8 @@ use ptx_emulator::{Device, Error, Launch};
 
 /// What PTX calls a relation, and what it is.
 type Relation<T> = (&'static str, fn(T, T) -> bool);
+/// What PTX calls an atomic, its width, and what it does.
+type Operation = (&'static str, u32, fn(u64, u64) -> u64);
 /// What PTX calls a function, and what it is.
 type Function<T> = (&'static str, fn(T) -> T);
 
@@ -558,6 +560,85 @@ fn approximations_and_jitter() {
             assert!(found.abs_diff(u64::from(expected.to_bits())) <= 1, "{name} of {}: {}", f(*a), f(found));
         }
     }
+}
+
+/// With jitter results move, by two units at most, and the same way for the same argument and seed.
+#[test]
+fn jitter() {
+    let ptx = ".version 9.0\n.target sm_80\n.address_size 64\n\
+        .visible .entry one(.param .u64 at) { .reg .b64 %a, %n; .reg .b32 %t; .reg .f32 %f;\n\
+        ld.param.u64 %a, [at]; mov.u32 %t, %tid.x; mul.wide.u32 %n, %t, 4; add.u64 %a, %a, %n;\n\
+        ld.global.f32 %f, [%a]; ex2.approx.ftz.f32 %f, %f; st.global.f32 [%a], %f; ret; }";
+    let arguments: Vec<f32> = (0..512).map(|n| n as f32 * 0.11 - 28.0).collect();
+    let run = |seed| {
+        let mut device = Device::new();
+        device.set_jitter(seed);
+        device.load(ptx).unwrap();
+        let at = device.alloc(2048);
+        let bytes: Vec<u8> = arguments.iter().flat_map(|value| value.to_le_bytes()).collect();
+        device.write(at, &bytes).unwrap();
+        let params = at.to_le_bytes();
+        let launch = Launch {
+            kernel: "one",
+            grid: [1; 3],
+            cluster: [1; 3],
+            block: [512, 1, 1],
+            shared_bytes: 0,
+            params: &params,
+        };
+        device.launch(&launch).unwrap();
+        let bytes = device.read(at, 2048).unwrap();
+        bytes.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect::<Vec<u32>>()
+    };
+    let exact = run(None);
+    assert_eq!(exact, run(None));
+    for seed in 0..4 {
+        let moved = run(Some(seed));
+        assert_eq!(moved, run(Some(seed)));
+        let steps: Vec<i64> = moved.iter().zip(&exact).map(|(a, b)| i64::from(*a) - i64::from(*b)).collect();
+        assert!(steps.iter().all(|step| step.abs() <= 2));
+        assert!((-2..=2).all(|step| steps.iter().filter(|found| **found == step).count() > 40), "{steps:?}");
+    }
+    assert_ne!(run(Some(0)), run(Some(1)));
+}
+
+/// Old values and results of each kind of atomic, in both spaces.
+#[test]
+fn atomics() {
+    let arguments = triples(&samples(), &samples()[..40]);
+    let operations: [Operation; 9] = [
+        ("add.u32", 32, |a, b| a.wrapping_add(b)),
+        ("min.s32", 32, |a, b| (a as i32).min(b as i32) as u32 as u64),
+        ("max.u64", 64, |a, b| a.max(b)),
+        ("and.b32", 32, |a, b| a & b),
+        ("or.b64", 64, |a, b| a | b),
+        ("xor.b32", 32, |a, b| a ^ b),
+        ("exch.b64", 64, |_, b| b),
+        ("inc.u32", 32, |a, b| if a >= b { 0 } else { a + 1 }),
+        ("dec.u32", 32, |a, b| if a == 0 || a > b { b } else { a - 1 }),
+    ];
+    for (name, bits, update) in operations {
+        for returns in [true, false] {
+            // The sum of the old value, if it is returned, and the new one.
+            let body = format!(
+                "{{ .shared .align 8 .b64 cells[128]; .reg .b32 %i; .reg .b{bits} %old, %new; mov.u32 %i, %tid.x; mad.lo.u32 %i, %i, 8, cells;\n\
+                 st.shared.b{bits} [%i], %a; mov.b{bits} %old, 0; {}; ld.shared.b{bits} %new, [%i]; add.u{bits} %d, %old, %new; }}",
+                if returns {
+                    format!("atom.shared.{name} %old, [%i], %b")
+                } else {
+                    format!("red.shared.{name} [%i], %b")
+                }
+            );
+            if returns || !name.starts_with("exch") {
+                check([bits; 4], &body, &arguments, |[a, b, _]| {
+                    update(a, b).wrapping_add(if returns { a } else { 0 })
+                });
+            }
+        }
+    }
+    let body = "{ .shared .align 8 .b64 cells[128]; .reg .b32 %i, %old, %new; mov.u32 %i, %tid.x; mad.lo.u32 %i, %i, 8, cells;\n\
+        st.shared.b32 [%i], %a; atom.shared.cas.b32 %old, [%i], %b, %c; ld.shared.b32 %new, [%i]; add.u32 %d, %old, %new; }";
+    check([32; 4], body, &arguments, |[a, b, c]| a.wrapping_add(if a == b { c } else { a }));
 }
 
 #[test]

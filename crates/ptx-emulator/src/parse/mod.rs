@@ -241,10 +241,13 @@ impl<'a> Parser<'a> {
                 "{" => break,
                 ".maxntid" => most_threads = Some(self.extents()?.iter().product()),
                 ".reqntid" => required_threads = Some(self.extents()?),
-                ".minnctapersm" | ".maxnreg" | ".reqnctapercluster" | ".maxclusterrank" => {
+                ".minnctapersm" | ".maxnreg" | ".maxclusterrank" => {
                     self.extents()?;
                 }
-                ".noreturn" | ".explicitcluster" | ".blocksareclusters" => {}
+                ".reqnctapercluster" | ".explicitcluster" | ".blocksareclusters" => {
+                    return Err(self.error(token, "clusters are not implemented"));
+                }
+                ".noreturn" => {}
                 ".pragma" => self.skip_past(b';')?,
                 ";" => return Ok(()),
                 _ => return Err(self.error(token, "not a directive of an entry that is known here")),
