@@ -377,7 +377,8 @@ impl Bins {
                 start += run.len();
             }
             if !path.is_empty() {
-                push(svg, format_args!("<path class=\"{class} k{shade}\" d=\"{path}\"/>\n"));
+                let class = if levels > 1 { format!("{class} k{shade}") } else { class.to_owned() };
+                push(svg, format_args!("<path class=\"{class}\" d=\"{path}\"/>\n"));
             }
         }
     }

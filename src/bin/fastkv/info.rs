@@ -14,7 +14,7 @@ use fastkv::model::{LlamaConfig, ModelDir, ModelError};
 use fastkv::policy::ModelShape;
 use serde::Serialize;
 
-use crate::device;
+use crate::device::{self, Cuda};
 use crate::exit::Usage;
 use crate::loading::{self, MachineOptions};
 use crate::options::{PolicyName, PolicyOptions};
@@ -50,13 +50,6 @@ struct Report<'a> {
     model: Option<Model<'a>>,
     /// For each policy.
     memory: Vec<Memory>,
-}
-
-#[derive(Serialize)]
-struct Cuda {
-    available: bool,
-    reason: String,
-    kernels_built: bool,
 }
 
 #[derive(Serialize)]
@@ -99,11 +92,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         device: backend.name(),
         device_reason,
         cpu_threads: backend.threads(),
-        cuda: Cuda {
-            available: false,
-            reason: device::without_cuda(),
-            kernels_built: cfg!(fastkv_kernels),
-        },
+        cuda: device::cuda(),
         memory_available_bytes: available,
         model: model.as_ref().map(Model::of),
         memory,
@@ -176,9 +165,18 @@ impl<'a> Model<'a> {
 fn readable(report: &Report<'_>) -> Result<String> {
     let mut text = String::new();
     writeln!(text, "fastkv {}", report.version)?;
-    writeln!(text, "device     {} ({})", report.device, report.device_reason)?;
-    writeln!(text, "cuda       {}", report.cuda.reason)?;
-    writeln!(text, "kernels    {}", if report.cuda.kernels_built { "built" } else { "none in this build" })?;
+    writeln!(text, "device     {}", report.device)?;
+    for (index, gpu) in report.cuda.devices.iter().enumerate() {
+        let (major, minor) = gpu.compute_capability;
+        let memory = Bytes(gpu.memory_bytes);
+        writeln!(text, "cuda {index}     {}, compute capability {major}.{minor}, {memory}", gpu.name)?;
+    }
+    writeln!(text, "cuda       not used: {}", report.cuda.reason)?;
+    let kernels = report.cuda.kernels.iter();
+    let kernels: Vec<String> =
+        kernels.map(|image| format!("{} ({})", image.name, image.architectures.join(", "))).collect();
+    let kernels = if kernels.is_empty() { "none in this build".to_owned() } else { kernels.join("; ") };
+    writeln!(text, "kernels    {kernels}")?;
     writeln!(text, "memory     {} available", Bytes(report.memory_available_bytes))?;
     let Some(model) = &report.model else {
         writeln!(text, "model      none given (--model DIR)")?;
