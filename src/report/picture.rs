@@ -138,7 +138,11 @@ impl KeptPicture<'_> {
             format_args!(
                 "<h2>The prompt</h2>\n<p class=\"note\">The darker a token, the more of the {heads} \
                  layers × kv heads kept it; the pointer shows its position.{}</p>\n<div class=\"prompt\">",
-                if propagated.contains(&true) { " Underlined tokens went on past the TSP layer." } else { "" }
+                if propagated.contains(&true) {
+                    " Underlined tokens went on past the TSP layer."
+                } else {
+                    ""
+                }
             ),
         );
         for (position, piece) in pieces.iter().enumerate().take(self.prompt_tokens) {

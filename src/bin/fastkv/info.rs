@@ -70,7 +70,6 @@ struct Model<'a> {
 struct Memory {
     policy: String,
     prompt_tokens: usize,
-    kv_full_bytes: usize,
     #[serde(flatten)]
     estimate: MemoryEstimate,
     total_bytes: u64,
@@ -126,7 +125,6 @@ fn memory(
         Ok(Memory {
             policy: name.text(),
             prompt_tokens: tokens,
-            kv_full_bytes: tokens * shape.kv_elements() * shape.layers * backend.kv_element_bytes(),
             estimate,
             total_bytes: estimate.total(),
             fits: estimate.check(available).is_ok(),
@@ -223,8 +221,8 @@ fn memory_table(rows: &[Memory]) -> Table {
         "fits",
     ]);
     for row in rows {
-        let MemoryEstimate { weights, kv_kept, kv_peak, activations, .. } = row.estimate;
-        let bytes = [weights, row.kv_full_bytes as u64, kv_kept, kv_peak, activations, row.total_bytes];
+        let MemoryEstimate { weights, kv_full, kv_kept, kv_peak, activations, .. } = row.estimate;
+        let bytes = [weights, kv_full, kv_kept, kv_peak, activations, row.total_bytes];
         let bytes = bytes.map(|bytes| Bytes(bytes).to_string());
         let fits = if row.fits { "yes" } else { "no" };
         let cells: Vec<String> =

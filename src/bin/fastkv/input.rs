@@ -116,7 +116,8 @@ impl PromptOptions {
             }
         };
         // Editors and `echo` end a file with a line break that nobody meant.
-        let text = text.strip_suffix('\n').map(|text| text.strip_suffix('\r').unwrap_or(text)).unwrap_or(&text);
+        let text =
+            text.strip_suffix('\n').map(|text| text.strip_suffix('\r').unwrap_or(text)).unwrap_or(&text);
         Ok(text.to_owned())
     }
 }
