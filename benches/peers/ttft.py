@@ -78,7 +78,7 @@ def fastkv_once(options, ids):
         command += ["--policy", "full", "--max-tokens", "1", "--threads", str(options.threads), "--json"]
         output = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
     report = json.loads(output)
-    return report["tokens"][0], report["ttft_seconds"]
+    return report["tokens"][0], report["ttft_s"]
 
 
 if __name__ == "__main__":

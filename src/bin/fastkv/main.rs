@@ -3,6 +3,7 @@
 mod answer;
 mod compare;
 mod device;
+mod eval;
 mod exit;
 mod generate;
 mod info;
@@ -13,6 +14,7 @@ mod loading;
 mod options;
 mod output;
 mod progress;
+mod prompt;
 
 use std::process::ExitCode;
 
@@ -32,6 +34,8 @@ enum Command {
     Compare(compare::Arguments),
     Inspect(inspect::Arguments),
     Info(info::Arguments),
+    Prompt(prompt::Arguments),
+    Eval(eval::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +46,8 @@ fn main() -> ExitCode {
         Command::Compare(arguments) => compare::run(arguments, &cancel),
         Command::Inspect(arguments) => inspect::run(arguments, &cancel),
         Command::Info(arguments) => info::run(arguments),
+        Command::Prompt(arguments) => prompt::run(arguments),
+        Command::Eval(arguments) => eval::run(arguments, &cancel),
     };
     exit::code(result, &cancel)
 }

@@ -1,0 +1,235 @@
+//! `fastkv eval`.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use comfy_table::Table;
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use fastkv::backend::Backend;
+use fastkv::engine::{Cancel, Control, Engine, EngineError, GenerationOptions, PrefillOptions};
+use fastkv::eval::{Dialect, NeedlePrompt, NeedleTask, is_exact};
+use fastkv::model::{ModelDir, Tokenizer};
+use fastkv::policy::{ModelShape, Policy};
+use serde::Serialize;
+
+use crate::loading::ModelOptions;
+use crate::options::{PolicyName, PolicyOptions};
+use crate::{output, progress};
+
+/// Measure how often each policy answers needle prompts exactly.
+///
+/// The prompts are made from a seed in the sentences of the model's `dialect.json`. Every policy answers
+/// the same ones.
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Tasks of the dialect
+    #[arg(long, value_delimiter = ',', num_args = 1.., default_values = ["single", "multikey"])]
+    tasks: Vec<String>,
+    /// Tokens of a prompt and its answer at most
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    tokens: usize,
+    /// Prompts of each task
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+    /// Seed of the prompts
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    prompt_seed: u64,
+    /// Compress the context before the question is known, then read the question
+    #[arg(long)]
+    query_agnostic: bool,
+    /// The policies; each takes those of the policy options that it has
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        num_args = 1..,
+        default_values_t = [PolicyName::Full, PolicyName::Fastkv, PolicyName::Snapkv, PolicyName::Streamingllm, PolicyName::Random],
+        help_heading = "Policy options"
+    )]
+    policies: Vec<PolicyName>,
+    #[command(flatten)]
+    policy_options: PolicyOptions,
+    /// Print one JSON object instead of the table
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    model: &'a Path,
+    device: &'a str,
+    tokens: usize,
+    prompt_seed: u64,
+    query_agnostic: bool,
+    /// Whether Ctrl-C left prompts out.
+    cancelled: bool,
+    policies: Vec<Row>,
+}
+
+#[derive(Serialize)]
+struct Row {
+    policy: String,
+    options: Policy,
+    tasks: Vec<Score>,
+}
+
+/// Answers to the prompts of a task.
+#[derive(Clone, Debug, Serialize)]
+struct Score {
+    task: String,
+    samples: u32,
+    /// Answers that were exactly right.
+    exact: u32,
+}
+
+/// Tokens that an answer may take; those of the dialect are shorter.
+const ANSWER_TOKENS: usize = 8;
+
+pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
+    let policies = arguments.policy_options.policies(&arguments.policies)?;
+    let model = ModelDir::open(&arguments.model.model)?;
+    let dialect = Dialect::from_directory(&model.path)?;
+    let tasks = arguments.tasks.iter().map(|name| dialect.task(name)).collect::<Result<Vec<_>, _>>()?;
+    let shape = ModelShape::from(&model.config);
+    let plans =
+        policies.iter().map(|policy| policy.plan(shape, arguments.tokens)).collect::<Result<Vec<_>, _>>()?;
+    let (backend, _) = arguments.model.machine.backend()?;
+    let device = backend.name();
+    let engine = arguments.model.load(&model, backend, &plans, ANSWER_TOKENS, arguments.json, cancel)?;
+
+    let examinee = Examinee {
+        engine: &engine,
+        tokenizer: model.tokenizer()?,
+        generation: GenerationOptions {
+            max_tokens: ANSWER_TOKENS,
+            stop_tokens: model.generation.stop_tokens.clone(),
+            ..Default::default()
+        },
+        prefill: PrefillOptions {
+            exact_shortcuts: arguments.policy_options.exact_shortcuts(),
+            slack: ANSWER_TOKENS,
+            ..Default::default()
+        },
+        query_agnostic: arguments.query_agnostic,
+        cancel,
+    };
+    let report = Report {
+        model: &model.path,
+        device: &device,
+        tokens: arguments.tokens,
+        prompt_seed: arguments.prompt_seed,
+        query_agnostic: arguments.query_agnostic,
+        policies: examine(&examinee, &dialect, &tasks, &policies, arguments)?,
+        cancelled: cancel.is_cancelled(),
+    };
+    output::print(&if arguments.json { output::json(&report)? } else { readable(&report).into_bytes() })
+}
+
+fn examine<B: Backend>(
+    examinee: &Examinee<'_, B>,
+    dialect: &Dialect,
+    tasks: &[NeedleTask],
+    policies: &[Policy],
+    arguments: &Arguments,
+) -> Result<Vec<Row>> {
+    let score = |task: &String| Score { task: task.clone(), samples: 0, exact: 0 };
+    let mut rows: Vec<Row> = arguments
+        .policies
+        .iter()
+        .zip(policies)
+        .map(|(name, policy)| Row {
+            policy: name.text(),
+            options: policy.clone(),
+            tasks: arguments.tasks.iter().map(score).collect(),
+        })
+        .collect();
+    let answers = u64::from(arguments.samples) * (tasks.len() * policies.len()) as u64;
+    let bar = progress::bar(arguments.json, answers, "answering");
+    for (index, task) in tasks.iter().enumerate() {
+        bar.set_message(arguments.tasks[index].clone());
+        for sample in 0..arguments.samples {
+            let seed = arguments.prompt_seed.wrapping_mul(1 << 32).wrapping_add(u64::from(sample));
+            let room = arguments.tokens.saturating_sub(ANSWER_TOKENS + 1);
+            let prompt = NeedlePrompt::generate(dialect, *task, room, seed)?;
+            for (row, policy) in rows.iter_mut().zip(policies) {
+                let Some(answer) = examinee.answer(&prompt, policy)? else {
+                    bar.finish_and_clear();
+                    return Ok(rows);
+                };
+                let score = &mut row.tasks[index];
+                score.samples += 1;
+                score.exact += u32::from(is_exact(&answer, &prompt.answer));
+                bar.inc(1);
+            }
+        }
+    }
+    bar.finish_and_clear();
+    Ok(rows)
+}
+
+/// Who answers, and how.
+struct Examinee<'a, B: Backend> {
+    engine: &'a Engine<B>,
+    tokenizer: Tokenizer,
+    generation: GenerationOptions,
+    prefill: PrefillOptions,
+    query_agnostic: bool,
+    cancel: &'a Cancel,
+}
+
+impl<B: Backend> Examinee<'_, B> {
+    /// The answer under a policy; `None` after Ctrl-C.
+    fn answer(&self, prompt: &NeedlePrompt, policy: &Policy) -> Result<Option<String>> {
+        let (text, question) = if self.query_agnostic {
+            (prompt.context.clone(), self.encode(&prompt.question, false)?)
+        } else {
+            (prompt.text(), Vec::new())
+        };
+        let ids = self.encode(&text, true)?;
+        let plan = policy.plan(self.engine.shape(), ids.len())?;
+        let control = Control { cancel: Some(self.cancel), progress: None };
+        let answered = self.engine.prefill(&ids, &plan, &self.prefill, &control).and_then(|mut prefill| {
+            let logits = if question.is_empty() {
+                prefill.logits
+            } else {
+                self.engine.append(&mut prefill.cache, &question, &control)?
+            };
+            self.engine.generate(&mut prefill.cache, logits, &self.generation, &control, |_| ())
+        });
+        match answered {
+            Err(EngineError::Cancelled) => Ok(None),
+            _ if self.cancel.is_cancelled() => Ok(None),
+            answered => Ok(Some(self.tokenizer.decode(&answered?.tokens, true)?)),
+        }
+    }
+
+    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let ids = self.tokenizer.encode(text, special)?;
+        if let Some(unknown) = self.tokenizer.token_id("<unk>")
+            && ids.contains(&unknown)
+        {
+            bail!("the tokenizer does not know every word of the dialect: they belong to different models");
+        }
+        Ok(ids)
+    }
+}
+
+fn readable(report: &Report<'_>) -> String {
+    let mut table = Table::new();
+    let tasks = report.policies.first().map_or(&[][..], |row| &row.tasks);
+    let header = tasks.iter().map(|score| format!("{} (n = {})", score.task, score.samples));
+    table.load_style(UTF8_FULL_CONDENSED).set_header(["policy".to_owned()].into_iter().chain(header));
+    for row in &report.policies {
+        let share =
+            |score: &Score| format!("{:.0} %", 100.0 * f64::from(score.exact) / f64::from(score.samples));
+        table.add_row([row.policy.clone()].into_iter().chain(row.tasks.iter().map(share)));
+    }
+    let setting =
+        if report.query_agnostic { "compressed before the question" } else { "question in the prompt" };
+    let cut = if report.cancelled { "cancelled: what was measured by then\n" } else { "" };
+    format!("exact answers at {} tokens, {setting}, on {}\n{table}\n{cut}", report.tokens, report.device)
+}
