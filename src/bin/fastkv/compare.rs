@@ -192,19 +192,19 @@ fn rows<'a>(
     let answers: Vec<Option<Answer>> = runs.iter().map(|runs| summary(runs)).collect();
     let full = names.iter().position(|name| *name == PolicyName::Full);
     let full = full.and_then(|index| answers[index].clone());
-    let row = |(((name, plan), runs), answer): (((&PolicyName, &'a Plan), &Vec<Answer>), Option<Answer>)| {
-        let answer = answer?;
+    let row = |index: usize| {
+        let answer = answers[index].clone()?;
         Some(Row {
-            policy: name.text(),
-            runs: runs.len(),
+            policy: names[index].text(),
+            runs: runs[index].len(),
             ttft_speedup: full.as_ref().and_then(|full| Some(full.ttft_s? / answer.ttft_s?)),
             kv_kept_share: answer.kv_kept_bytes.map(|bytes| bytes as f64 / kv_full_bytes as f64),
             agreement: full.as_ref().and_then(|full| Agreement::of(&answer, full)),
             answer,
-            plan,
+            plan: &plans[index],
         })
     };
-    names.iter().zip(plans).zip(runs).zip(answers).filter_map(row).collect()
+    (0..names.len()).filter_map(row).collect()
 }
 
 /// The first answer with the median times of all runs.
