@@ -178,10 +178,10 @@ impl Budget {
         match self {
             Self::Rate(rate) => {
                 check_rate(option, rate)?;
-                Ok(share(prompt_tokens, rate).max(reserved + 1))
+                Ok(share(prompt_tokens, rate).max(reserved.saturating_add(1)))
             }
             Self::Tokens(value) if value <= reserved => {
-                Err(PolicyError::Budget { option, value, reserved, reason, least: reserved + 1 })
+                Err(PolicyError::Budget { option, value, reserved, reason, least: reserved.saturating_add(1) })
             }
             Self::Tokens(value) => Ok(value),
         }

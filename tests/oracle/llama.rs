@@ -1,0 +1,417 @@
+//! A Llama forward from raw weights, FastKV's prefill by its nine steps with nothing left out, and
+//! decoding over the compacted cache.
+
+use std::collections::HashMap;
+use std::f64::consts::PI;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::checkpoint::{self, Stored};
+use super::plan::{Keep, Layer as Rules};
+use super::{
+    Matrix, Pool, attend, linear, margin, pool, rms_norm, rope, sum_lists, swiglu, top, window_scores,
+};
+
+/// A model's numbers.
+pub(crate) struct Model {
+    embedding: Matrix,
+    layers: Vec<Layer>,
+    norm: Vec<f64>,
+    lm_head: Matrix,
+    epsilon: f64,
+    query_heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    rope: Rope,
+}
+
+struct Layer {
+    input_norm: Vec<f64>,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    post_attention_norm: Vec<f64>,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+struct Linear {
+    weight: Matrix,
+    bias: Option<Vec<f64>>,
+}
+
+/// How positions become angles.
+pub(crate) struct Rope {
+    pub(crate) theta: f64,
+    pub(crate) scaling: Scaling,
+}
+
+pub(crate) enum Scaling {
+    None,
+    Linear { factor: f64 },
+    Dynamic { factor: f64, trained: f64 },
+    Llama3 { factor: f64, low: f64, high: f64, trained: f64 },
+}
+
+/// How tokens are scored.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Observation {
+    pub(crate) window: usize,
+    pub(crate) kind: Pool,
+    pub(crate) kernel: usize,
+}
+
+/// One cached token of one kv head.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) position: usize,
+    key: Vec<f64>,
+    value: Vec<f64>,
+}
+
+/// What a prefill did in one layer.
+#[derive(Debug)]
+pub(crate) struct LayerRun {
+    /// Original positions of the tokens it read.
+    pub(crate) read: Vec<usize>,
+    /// Its cache, for each kv head.
+    pub(crate) cache: Vec<Vec<Entry>>,
+    /// Original positions that go on, where not all do.
+    pub(crate) hands_on: Option<Vec<usize>>,
+    /// Share of the window's attention on kept tokens, for each kv head.
+    pub(crate) mass: Vec<f64>,
+    /// How near its choices were; see [`margin`].
+    pub(crate) margin: f64,
+}
+
+/// A sequence.
+pub(crate) struct Sequence<'a> {
+    model: &'a Model,
+    pub(crate) tokens: usize,
+    pub(crate) layers: Vec<LayerRun>,
+    pub(crate) logits: Vec<f64>,
+}
+
+impl Rope {
+    /// `theta^(−2i/d)`, stretched; a float32 buffer in every implementation, so rounded once.
+    pub(crate) fn inverse_frequencies(&self, head_dim: usize, sequence_length: usize) -> Vec<f64> {
+        let d = head_dim as f64;
+        let mut theta = self.theta;
+        if let Scaling::Dynamic { factor, trained } = self.scaling
+            && sequence_length as f64 > trained
+        {
+            let stretch = factor * sequence_length as f64 / trained - (factor - 1.0);
+            theta *= stretch.powf(d / (d - 2.0));
+        }
+        let mut frequencies = Vec::new();
+        for i in 0..head_dim / 2 {
+            let plain = theta.powf(-2.0 * i as f64 / d);
+            let stretched = match self.scaling {
+                Scaling::None | Scaling::Dynamic { .. } => plain,
+                Scaling::Linear { factor } => plain / factor,
+                Scaling::Llama3 { factor, low, high, trained } => {
+                    let wavelength = 2.0 * PI / plain;
+                    if wavelength > trained / low {
+                        plain / factor
+                    } else if wavelength < trained / high {
+                        plain
+                    } else {
+                        let smooth = (trained / wavelength - low) / (high - low);
+                        (1.0 - smooth) * plain / factor + smooth * plain
+                    }
+                }
+            };
+            frequencies.push(f64::from(stretched as f32));
+        }
+        frequencies
+    }
+
+    fn read(config: &Value) -> Self {
+        let parameters = [&config["rope_scaling"], &config["rope_parameters"]];
+        let parameters = parameters.into_iter().find(|value| value.is_object()).unwrap_or(&Value::Null);
+        let number = |field: &str| parameters[field].as_f64();
+        let theta = number("rope_theta").or(config["rope_theta"].as_f64()).unwrap_or(10_000.0);
+        let trained = config["max_position_embeddings"].as_f64().expect("a context");
+        let kind = parameters["rope_type"].as_str().or(parameters["type"].as_str()).unwrap_or("default");
+        let factor = || number("factor").expect("a factor");
+        let scaling = match kind {
+            "default" => Scaling::None,
+            "linear" => Scaling::Linear { factor: factor() },
+            "dynamic" => Scaling::Dynamic { factor: factor(), trained },
+            "llama3" => Scaling::Llama3 {
+                factor: factor(),
+                low: number("low_freq_factor").expect("a factor"),
+                high: number("high_freq_factor").expect("a factor"),
+                trained: number("original_max_position_embeddings").expect("a context"),
+            },
+            other => panic!("rope type {other}"),
+        };
+        Self { theta, scaling }
+    }
+}
+
+impl Linear {
+    fn read(tensors: &HashMap<String, Stored>, module: &str) -> Self {
+        let bias = tensors.get(&format!("{module}.bias")).map(|bias| bias.data.clone());
+        Self { weight: matrix(&tensors[&format!("{module}.weight")]), bias }
+    }
+
+    fn apply(&self, rows: &Matrix) -> Matrix {
+        rows.iter().map(|row| linear(row, &self.weight, self.bias.as_deref())).collect()
+    }
+}
+
+fn matrix(stored: &Stored) -> Matrix {
+    stored.data.chunks(stored.shape[1]).map(<[f64]>::to_vec).collect()
+}
+
+impl Model {
+    /// Reads `config.json` and the safetensors files beside it.
+    pub(crate) fn open(directory: &Path) -> Self {
+        let config = checkpoint::json(&directory.join("config.json"));
+        let tensors = checkpoint::tensors(directory);
+        let count = |field: &str| config[field].as_u64().map(|number| number as usize);
+        let query_heads = count("num_attention_heads").expect("heads");
+        let hidden = count("hidden_size").expect("a width");
+        let vector = |name: &str| tensors[name].data.clone();
+        let layers = (0..count("num_hidden_layers").expect("layers"))
+            .map(|layer| {
+                let linear =
+                    |name: &str| Linear::read(&tensors, &format!("model.layers.{layer}.{name}_proj"));
+                let norm = |name: &str| vector(&format!("model.layers.{layer}.{name}_layernorm.weight"));
+                Layer {
+                    input_norm: norm("input"),
+                    q: linear("self_attn.q"),
+                    k: linear("self_attn.k"),
+                    v: linear("self_attn.v"),
+                    o: linear("self_attn.o"),
+                    post_attention_norm: norm("post_attention"),
+                    gate: linear("mlp.gate"),
+                    up: linear("mlp.up"),
+                    down: linear("mlp.down"),
+                }
+            })
+            .collect();
+        let embedding = matrix(&tensors["model.embed_tokens.weight"]);
+        Self {
+            lm_head: tensors.get("lm_head.weight").map_or_else(|| embedding.clone(), matrix),
+            embedding,
+            layers,
+            norm: vector("model.norm.weight"),
+            epsilon: config["rms_norm_eps"].as_f64().expect("an epsilon"),
+            query_heads,
+            kv_heads: count("num_key_value_heads").unwrap_or(query_heads),
+            head_dim: count("head_dim").unwrap_or(hidden / query_heads),
+            rope: Rope::read(&config),
+        }
+    }
+
+    fn group(&self) -> usize {
+        self.query_heads / self.kv_heads
+    }
+
+    fn norm(&self, rows: &Matrix, weight: &[f64]) -> Matrix {
+        rows.iter().map(|row| rms_norm(row, weight, self.epsilon)).collect()
+    }
+
+    /// The rows of each head, rotated where frequencies are given: `[head][row]`.
+    fn heads(&self, rows: &Matrix, positions: &[usize], frequencies: Option<&[f64]>) -> Vec<Matrix> {
+        let heads = rows[0].len() / self.head_dim;
+        let of_row = |head: usize, row: usize| {
+            let part = &rows[row][head * self.head_dim..(head + 1) * self.head_dim];
+            frequencies.map_or_else(|| part.to_vec(), |f| rope(part, positions[row], f))
+        };
+        (0..heads).map(|head| (0..rows.len()).map(|row| of_row(head, row)).collect()).collect()
+    }
+
+    /// Output projection, MLP and both residual sums; `attended` is `[head][row]`.
+    fn finish(&self, layer: &Layer, hidden: &mut Matrix, attended: &[Matrix]) {
+        let joined: Matrix =
+            (0..hidden.len()).map(|row| attended.iter().flat_map(|head| head[row].clone()).collect()).collect();
+        add(hidden, &layer.o.apply(&joined));
+        let normed = self.norm(hidden, &layer.post_attention_norm);
+        let gate = layer.gate.apply(&normed);
+        let up = layer.up.apply(&normed);
+        let product: Matrix = gate.iter().zip(&up).map(|(gate, up)| swiglu(gate, up)).collect();
+        add(hidden, &layer.down.apply(&product));
+    }
+
+    fn logits(&self, row: &[f64]) -> Vec<f64> {
+        linear(&rms_norm(row, &self.norm, self.epsilon), &self.lm_head, None)
+    }
+
+    /// Full-context logits behind every token.
+    pub(crate) fn forward(&self, ids: &[u32]) -> Matrix {
+        let mut hidden = self.embed(ids);
+        let positions: Vec<usize> = (0..ids.len()).collect();
+        let frequencies = self.rope.inverse_frequencies(self.head_dim, ids.len());
+        for layer in &self.layers {
+            let normed = self.norm(&hidden, &layer.input_norm);
+            let q = self.heads(&layer.q.apply(&normed), &positions, Some(&frequencies));
+            let k = self.heads(&layer.k.apply(&normed), &positions, Some(&frequencies));
+            let v = self.heads(&layer.v.apply(&normed), &positions, None);
+            let attended = self.causal(&q, &k, &v);
+            self.finish(layer, &mut hidden, &attended);
+        }
+        hidden.iter().map(|row| self.logits(row)).collect()
+    }
+
+    fn embed(&self, ids: &[u32]) -> Matrix {
+        ids.iter().map(|id| self.embedding[*id as usize].clone()).collect()
+    }
+
+    /// Step 7: row i sees rows 0..=i.
+    fn causal(&self, q: &[Matrix], k: &[Matrix], v: &[Matrix]) -> Vec<Matrix> {
+        let mut attended = Vec::new();
+        for head in 0..self.query_heads {
+            let kv = head / self.group();
+            attended.push((0..q[head].len()).map(|row| attend(&q[head][row], &k[kv], &v[kv], row + 1)).collect());
+        }
+        attended
+    }
+
+    /// FastKV's nine steps, or the part of them that the rules ask for. `observation` says how tokens
+    /// are scored; where there is none, `given` names the positions that chosen caches keep.
+    pub(crate) fn prefill(
+        &self,
+        ids: &[u32],
+        rules: &[Rules],
+        observation: Option<Observation>,
+        given: Option<&[Vec<Vec<u32>>]>,
+    ) -> Sequence<'_> {
+        let mut hidden = self.embed(ids);
+        let mut positions: Vec<usize> = (0..ids.len()).collect();
+        let frequencies = self.rope.inverse_frequencies(self.head_dim, ids.len());
+        let mut runs = Vec::new();
+        for (index, (layer, rules)) in self.layers.iter().zip(rules).enumerate() {
+            assert_eq!(rules.rows, positions.len());
+            let n = positions.len();
+            let normed = self.norm(&hidden, &layer.input_norm);
+            let q = self.heads(&layer.q.apply(&normed), &positions, Some(&frequencies));
+            let k = self.heads(&layer.k.apply(&normed), &positions, Some(&frequencies));
+            let v = self.heads(&layer.v.apply(&normed), &positions, None);
+
+            // Steps 1 to 5. Without an observation only the mass is of interest.
+            let window = observation.map_or(8, |observation| observation.window).min(n);
+            let seen: Vec<Vec<f64>> = (0..self.query_heads)
+                .map(|head| window_scores(&q[head][n - window..], &k[head / self.group()]))
+                .collect();
+            let scores = observation.map(|Observation { kind, kernel, .. }| {
+                let pooled: Vec<Vec<f64>> =
+                    seen.iter().map(|scores| pool(&scores[..n - window], kind, kernel)).collect();
+                pooled.chunks(self.group()).map(sum_lists).collect::<Vec<_>>()
+            });
+
+            // Step 6.
+            let with_window = |mut chosen: Vec<usize>| {
+                chosen.extend(n - window..n);
+                chosen
+            };
+            let mut nearest = f64::INFINITY;
+            let kept: Vec<Vec<usize>> = (0..self.kv_heads)
+                .map(|head| match (rules.keep, &scores) {
+                    (Keep::All, _) => (0..n).collect(),
+                    (Keep::Ends(first, last), _) => (0..first).chain(n - last..n).collect(),
+                    (Keep::Chosen(count), Some(scores)) => {
+                        nearest = nearest.min(margin(&scores[head], count - window));
+                        with_window(top(&scores[head], count - window))
+                    }
+                    (Keep::Chosen(_), None) => {
+                        let given = &given.expect("a choice")[index][head];
+                        given.iter().map(|position| *position as usize).collect()
+                    }
+                })
+                .collect();
+            let entry = |head: usize, row: usize| Entry {
+                position: positions[row],
+                key: k[head][row].clone(),
+                value: v[head][row].clone(),
+            };
+            let cache =
+                (0..self.kv_heads).map(|head| kept[head].iter().map(|row| entry(head, *row)).collect()).collect();
+            let mass = (0..self.kv_heads)
+                .map(|head| {
+                    let group = &seen[head * self.group()..(head + 1) * self.group()];
+                    let on_kept = |scores: &Vec<f64>| kept[head].iter().map(|row| scores[*row]).sum::<f64>();
+                    group.iter().map(on_kept).sum::<f64>() / (window * self.group()) as f64
+                })
+                .collect();
+
+            // Step 7.
+            let attended = self.causal(&q, &k, &v);
+            self.finish(layer, &mut hidden, &attended);
+
+            // Step 8.
+            let read = positions.clone();
+            let hands_on = rules.hands_on.map(|count| {
+                let sums = sum_lists(scores.as_ref().expect("scores"));
+                nearest = nearest.min(margin(&sums, count - window));
+                with_window(top(&sums, count - window))
+            });
+            if let Some(rows) = &hands_on {
+                hidden = rows.iter().map(|row| hidden[*row].clone()).collect();
+                positions = rows.iter().map(|row| read[*row]).collect();
+            }
+            let hands_on = hands_on.map(|_| positions.clone());
+            runs.push(LayerRun { read, cache, hands_on, mass, margin: nearest });
+        }
+        // Step 9.
+        let logits = self.logits(hidden.last().expect("a row"));
+        Sequence { model: self, tokens: ids.len(), layers: runs, logits }
+    }
+}
+
+impl Sequence<'_> {
+    /// Reads more tokens at their true positions; all are kept. Keys in the cache stay as they are turned.
+    pub(crate) fn append(&mut self, ids: &[u32]) -> &[f64] {
+        let model = self.model;
+        let positions: Vec<usize> = (self.tokens..self.tokens + ids.len()).collect();
+        self.tokens += ids.len();
+        let frequencies = model.rope.inverse_frequencies(model.head_dim, self.tokens);
+        let mut hidden = model.embed(ids);
+        for (layer, run) in model.layers.iter().zip(&mut self.layers) {
+            let normed = model.norm(&hidden, &layer.input_norm);
+            let q = model.heads(&layer.q.apply(&normed), &positions, Some(&frequencies));
+            let k = model.heads(&layer.k.apply(&normed), &positions, Some(&frequencies));
+            let v = model.heads(&layer.v.apply(&normed), &positions, None);
+            let mut attended: Vec<Matrix> = vec![Vec::new(); model.query_heads];
+            for row in 0..ids.len() {
+                for (head, cache) in run.cache.iter_mut().enumerate() {
+                    let (key, value) = (k[head][row].clone(), v[head][row].clone());
+                    cache.push(Entry { position: positions[row], key, value });
+                }
+                for head in 0..model.query_heads {
+                    let cache = &run.cache[head / model.group()];
+                    let keys: Matrix = cache.iter().map(|entry| entry.key.clone()).collect();
+                    let values: Matrix = cache.iter().map(|entry| entry.value.clone()).collect();
+                    attended[head].push(attend(&q[head][row], &keys, &values, cache.len()));
+                }
+            }
+            model.finish(layer, &mut hidden, &attended);
+        }
+        self.logits = model.logits(hidden.last().expect("a row"));
+        &self.logits
+    }
+
+    /// Original positions of the cache, by layer and kv head.
+    pub(crate) fn positions(&self) -> Vec<Vec<Vec<u32>>> {
+        let of_head = |head: &Vec<Entry>| head.iter().map(|entry| entry.position as u32).collect();
+        self.layers.iter().map(|layer| layer.cache.iter().map(of_head).collect()).collect()
+    }
+
+    /// The nearest choice of all.
+    pub(crate) fn margin(&self) -> f64 {
+        self.layers.iter().map(|layer| layer.margin).fold(f64::INFINITY, f64::min)
+    }
+}
+
+fn add(rows: &mut Matrix, others: &Matrix) {
+    for (row, other) in rows.iter_mut().zip(others) {
+        for (value, other) in row.iter_mut().zip(other) {
+            *value += other;
+        }
+    }
+}

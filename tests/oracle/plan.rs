@@ -1,0 +1,175 @@
+//! The arithmetic of budgets.
+
+/// A number of tokens or a share of the prompt.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Budget {
+    Tokens(usize),
+    Rate(f64),
+}
+
+/// What one layer does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layer {
+    /// Tokens it reads.
+    pub(crate) rows: usize,
+    /// What stays in its cache.
+    pub(crate) keep: Keep,
+    /// Tokens that go on, where not all do.
+    pub(crate) hands_on: Option<usize>,
+}
+
+/// What stays in a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keep {
+    All,
+    /// This many by score or by chance, the window included.
+    Chosen(usize),
+    /// The first and the last.
+    Ends(usize, usize),
+}
+
+const LARGEST_WINDOW: usize = 64;
+const LARGEST_KERNEL: usize = 63;
+
+/// `int(n · rate)`.
+fn int(tokens: usize, rate: f64) -> usize {
+    (tokens as f64 * rate).floor() as usize
+}
+
+fn is_rate(rate: f64) -> bool {
+    rate > 0.0 && rate <= 1.0
+}
+
+/// Windows and pooling kernels that are legal.
+pub(crate) fn is_observation(window: usize, kernel: usize) -> bool {
+    is_window(window) && kernel % 2 == 1 && kernel <= LARGEST_KERNEL
+}
+
+pub(crate) fn is_window(window: usize) -> bool {
+    window > 0 && window <= LARGEST_WINDOW
+}
+
+/// C: at least W + 1 for a rate; a constant C ≤ W is an error.
+pub(crate) fn capacity(retention: Budget, n: usize, window: usize) -> Option<usize> {
+    match retention {
+        Budget::Rate(rate) if !is_rate(rate) => None,
+        Budget::Rate(rate) => {
+            let capacity = int(n, rate);
+            Some(if capacity <= window { window + 1 } else { capacity })
+        }
+        Budget::Tokens(tokens) if tokens <= window => None,
+        Budget::Tokens(tokens) => Some(tokens),
+    }
+}
+
+/// T, clamped to [W, n]; a constant below W is an error.
+pub(crate) fn propagated(propagation: Budget, n: usize, window: usize) -> Option<usize> {
+    let tokens = match propagation {
+        Budget::Rate(rate) if !is_rate(rate) => return None,
+        Budget::Rate(rate) if int(n, rate) < window => window,
+        Budget::Rate(rate) => int(n, rate),
+        Budget::Tokens(tokens) if tokens < window => return None,
+        Budget::Tokens(tokens) => tokens,
+    };
+    Some(if tokens > n { n } else { tokens })
+}
+
+/// A layer of n tokens is left uncompressed when n ≤ C.
+fn chosen(n: usize, capacity: usize) -> Keep {
+    if n <= capacity { Keep::All } else { Keep::Chosen(capacity) }
+}
+
+/// The authors' TSP layer: 15 of 32, 17 of 36, 19 of 40; 0 where there is no half.
+pub(crate) fn half_depth(layers: usize) -> usize {
+    match layers / 2 {
+        0 => 0,
+        half => half - 1,
+    }
+}
+
+/// FastKV; `None` is an error.
+pub(crate) fn fastkv(
+    layers: usize,
+    n: usize,
+    (window, kernel): (usize, usize),
+    retention: Budget,
+    propagation: Budget,
+    tsp_layer: Option<usize>,
+) -> Option<Vec<Layer>> {
+    let tsp_layer = tsp_layer.unwrap_or(half_depth(layers));
+    if !is_observation(window, kernel) || tsp_layer >= layers || n == 0 {
+        return None;
+    }
+    let early = capacity(retention, n, window)?;
+    let t = propagated(propagation, n, window)?;
+    let mut plan = Vec::new();
+    for layer in 0..layers {
+        if layer <= tsp_layer {
+            let hands_on = layer == tsp_layer && layer + 1 < layers && t < n;
+            plan.push(Layer { rows: n, keep: chosen(n, early), hands_on: hands_on.then_some(t) });
+            continue;
+        }
+        let late = match (retention, propagation) {
+            (Budget::Rate(r), Budget::Rate(rho)) => {
+                let rate = r / rho;
+                if rate >= 1.0 { t } else { int(t, rate).max(window + 1) }
+            }
+            _ => early,
+        };
+        plan.push(Layer { rows: t, keep: chosen(t, late), hands_on: None });
+    }
+    Some(plan)
+}
+
+/// SnapKV, and the random choice: every layer reads all, keeps C.
+pub(crate) fn uniform(layers: usize, n: usize, window: usize, retention: Budget) -> Option<Vec<Layer>> {
+    if n == 0 || !is_window(window) {
+        return None;
+    }
+    let keep = chosen(n, capacity(retention, n, window)?);
+    Some(vec![Layer { rows: n, keep, hands_on: None }; layers])
+}
+
+/// StreamingLLM: the sinks and the last C − sinks, beside which at least one is always kept; C also
+/// exceeds the default window of 8.
+pub(crate) fn streaming(layers: usize, n: usize, sinks: usize, retention: Budget) -> Option<Vec<Layer>> {
+    if n == 0 {
+        return None;
+    }
+    let keep = match chosen(n, capacity(retention, n, if sinks > 8 { sinks } else { 8 })?) {
+        Keep::Chosen(capacity) => Keep::Ends(sinks, capacity - sinks),
+        other => other,
+    };
+    Some(vec![Layer { rows: n, keep, hands_on: None }; layers])
+}
+
+/// Everything.
+pub(crate) fn full(layers: usize, n: usize) -> Vec<Layer> {
+    vec![Layer { rows: n, keep: Keep::All, hands_on: None }; layers]
+}
+
+impl Layer {
+    /// Entries of a kv head.
+    pub(crate) fn entries(&self) -> usize {
+        match self.keep {
+            Keep::All => self.rows,
+            Keep::Chosen(count) => count,
+            Keep::Ends(first, last) => first + last,
+        }
+    }
+}
+
+/// The most bytes of K and V alive at once: a layer in full, its compacted copy where there is one, and
+/// the caches before it.
+pub(crate) fn peak_kv_bytes(layers: &[Layer], bytes_of_a_token: usize) -> usize {
+    let mut peak = 0;
+    for (index, layer) in layers.iter().enumerate() {
+        let mut alive: usize = layers[..index].iter().map(Layer::entries).sum();
+        alive += layer.rows;
+        if layer.keep != Keep::All {
+            alive += layer.entries();
+        }
+        peak = peak.max(alive * bytes_of_a_token);
+    }
+    peak
+}

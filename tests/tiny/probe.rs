@@ -1,0 +1,213 @@
+//! A backend that counts: the CPU's arithmetic, chunks of any size, and the keys and values that are
+//! truly alive.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use fastkv::backend::cpu::{CpuBackend, Indices, Kv, Rotary, Scores, Tensor, Weight};
+use fastkv::backend::{Backend, BackendError, Select, Visible};
+use fastkv::model::StoredTensor;
+use fastkv::policy::Pooling;
+
+/// Entries of keys and values.
+#[derive(Debug, Default)]
+pub(crate) struct Alive {
+    now: AtomicUsize,
+    peak: AtomicUsize,
+}
+
+#[derive(Debug)]
+pub(crate) struct Probe {
+    pub(crate) inner: CpuBackend,
+    pub(crate) chunk_rows: usize,
+    alive: Arc<Alive>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Counted {
+    kv: Kv,
+    entries: usize,
+    alive: Arc<Alive>,
+}
+
+impl Alive {
+    fn resize(&self, from: usize, to: usize) {
+        let now = self.now.load(Relaxed) + to - from;
+        self.now.store(now, Relaxed);
+        self.peak.fetch_max(now, Relaxed);
+    }
+}
+
+impl Probe {
+    pub(crate) fn new(chunk_rows: usize) -> Self {
+        let inner = CpuBackend::new(Some(1)).expect("a thread");
+        Self { inner, chunk_rows, alive: Arc::default() }
+    }
+
+    /// Entries alive now.
+    pub(crate) fn now(&self) -> usize {
+        self.alive.now.load(Relaxed)
+    }
+
+    /// The most entries alive at once.
+    pub(crate) fn peak(&self) -> usize {
+        self.alive.peak.load(Relaxed)
+    }
+
+    fn entries(&self, kv: &Kv) -> usize {
+        let positions = self.inner.kv_positions(kv).expect("positions");
+        positions.iter().map(Vec::len).sum::<usize>()
+    }
+
+    fn counted(&self, kv: Kv) -> Counted {
+        let entries = self.entries(&kv);
+        self.alive.resize(0, entries);
+        Counted { kv, entries, alive: Arc::clone(&self.alive) }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.alive.resize(self.entries, 0);
+    }
+}
+
+type Result<T> = std::result::Result<T, BackendError>;
+
+impl Backend for Probe {
+    type Tensor = Tensor;
+    type Weight = Weight;
+    type Rotary = Rotary;
+    type Scores = Scores;
+    type Indices = Indices;
+    type Kv = Counted;
+
+    fn name(&self) -> String {
+        "probe".to_owned()
+    }
+
+    fn kv_element_bytes(&self) -> usize {
+        self.inner.kv_element_bytes()
+    }
+
+    fn chunk_rows(&self) -> usize {
+        self.chunk_rows
+    }
+
+    fn weight(&self, stored: &StoredTensor) -> Result<Weight> {
+        self.inner.weight(stored)
+    }
+
+    fn embed(&self, table: &Weight, ids: &[u32]) -> Result<Tensor> {
+        self.inner.embed(table, ids)
+    }
+
+    fn rms_norm(&self, x: &Tensor, rows: Range<usize>, weight: &Weight, epsilon: f32) -> Result<Tensor> {
+        self.inner.rms_norm(x, rows, weight, epsilon)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Weight, bias: Option<&Weight>) -> Result<Tensor> {
+        self.inner.linear(x, weight, bias)
+    }
+
+    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        self.inner.swiglu(gate, up)
+    }
+
+    fn add(&self, x: &mut Tensor, first_row: usize, y: &Tensor) -> Result<()> {
+        self.inner.add(x, first_row, y)
+    }
+
+    fn rotary(&self, inverse_frequencies: &[f32], positions: &Indices) -> Result<Rotary> {
+        self.inner.rotary(inverse_frequencies, positions)
+    }
+
+    fn rotate(&self, x: &mut Tensor, angles: &Rotary, first_row: usize) -> Result<()> {
+        self.inner.rotate(x, angles, first_row)
+    }
+
+    fn new_kv(&self, kv_heads: usize, head_dim: usize, capacity: usize) -> Result<Counted> {
+        Ok(self.counted(self.inner.new_kv(kv_heads, head_dim, capacity)?))
+    }
+
+    fn append_kv(
+        &self,
+        kv: &mut Counted,
+        keys: &Tensor,
+        values: &Tensor,
+        positions: &Indices,
+        first_row: usize,
+    ) -> Result<()> {
+        self.inner.append_kv(&mut kv.kv, keys, values, positions, first_row)?;
+        let entries = self.entries(&kv.kv);
+        self.alive.resize(kv.entries, entries);
+        kv.entries = entries;
+        Ok(())
+    }
+
+    fn kv_lengths(&self, kv: &Counted) -> Vec<usize> {
+        self.inner.kv_lengths(&kv.kv)
+    }
+
+    fn kv_positions(&self, kv: &Counted) -> Result<Vec<Vec<u32>>> {
+        self.inner.kv_positions(&kv.kv)
+    }
+
+    fn attention(&self, queries: &Tensor, kv: &Counted, visible: Visible<'_, Indices>) -> Result<Tensor> {
+        assert!(self.rows(queries) <= self.chunk_rows, "a pass of no more rows than a chunk");
+        self.inner.attention(queries, &kv.kv, visible)
+    }
+
+    fn window_scores(&self, queries: &Tensor, kv: &Counted) -> Result<Scores> {
+        self.inner.window_scores(queries, &kv.kv)
+    }
+
+    fn rows(&self, x: &Tensor) -> usize {
+        self.inner.rows(x)
+    }
+
+    fn last_rows(&self, x: &Tensor, count: usize) -> Result<Tensor> {
+        self.inner.last_rows(x, count)
+    }
+
+    fn pool_groups(&self, scores: &Scores, kv_heads: usize, keys: usize, pooling: Pooling) -> Result<Scores> {
+        self.inner.pool_groups(scores, kv_heads, keys, pooling)
+    }
+
+    fn sum_heads(&self, scores: &Scores) -> Result<Scores> {
+        self.inner.sum_heads(scores)
+    }
+
+    fn select(&self, scores: &Scores, select: Select) -> Result<Indices> {
+        self.inner.select(scores, select)
+    }
+
+    fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices> {
+        self.inner.indices(lists)
+    }
+
+    fn read_indices(&self, indices: &Indices) -> Result<Vec<Vec<u32>>> {
+        self.inner.read_indices(indices)
+    }
+
+    fn gather_indices(&self, list: &Indices, rows: &Indices) -> Result<Indices> {
+        self.inner.gather_indices(list, rows)
+    }
+
+    fn gather_rows(&self, x: &Tensor, rows: &Indices) -> Result<Tensor> {
+        self.inner.gather_rows(x, rows)
+    }
+
+    fn gather_kv(&self, kv: &Counted, entries: &Indices, slack: usize) -> Result<Counted> {
+        Ok(self.counted(self.inner.gather_kv(&kv.kv, entries, slack)?))
+    }
+
+    fn read(&self, x: &Tensor) -> Result<Vec<f32>> {
+        self.inner.read(x)
+    }
+
+    fn read_scores(&self, scores: &Scores) -> Result<Vec<Vec<f32>>> {
+        self.inner.read_scores(scores)
+    }
+}
