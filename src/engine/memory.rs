@@ -21,7 +21,8 @@ pub struct MemoryOptions {
     pub more_tokens: usize,
 }
 
-/// Bytes that reading a prompt and answering it take, each an upper bound.
+/// Bytes that reading a prompt and answering it take, each an upper bound. The program itself and what
+/// the allocator holds back, some tens of MiB, are not in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
     /// The weights.
