@@ -151,7 +151,7 @@ pub(crate) fn embed_reads_rows_of_every_dtype<B: Backend>(bench: &Bench<B>) {
         }
     }
     let table = bench.weight(&[2, 4], &[1.0; 8]);
-    assert_eq!(bench.read(&ok(bench.backend.embed(&table, &[]))), []);
+    assert!(bench.read(&ok(bench.backend.embed(&table, &[]))).is_empty());
 }
 
 pub(crate) fn rms_norm<B: Backend>(bench: &Bench<B>) {
@@ -875,7 +875,7 @@ pub(crate) fn selection_of_nan<B: Backend>(bench: &Bench<B>) {
 pub(crate) fn selection_without_scored_keys<B: Backend>(bench: &Bench<B>) {
     let (scores, _) = random_scores(bench, (2, 3, 4), 5, 5, 1);
     let pooled = ok(bench.backend.pool_groups(&scores, 3, 0, PLAIN));
-    assert_eq!(ok(bench.backend.read_scores(&pooled)), [[]; 3]);
+    assert_eq!(ok(bench.backend.read_scores(&pooled)), [const { Vec::<f32>::new() }; 3]);
     let lists = ok(bench.backend.select(&pooled, Select { count: 2, tail: 5 }));
     assert_eq!(ok(bench.backend.read_indices(&lists)), [[0, 1, 2, 3, 4]; 3]);
     let lists = ok(bench.backend.select(&ok(bench.backend.sum_heads(&pooled)), Select { count: 0, tail: 5 }));
@@ -945,7 +945,7 @@ pub(crate) fn slices_and_lists<B: Backend>(bench: &Bench<B>) {
     let rows = bench.list([0, 2, 6]);
     let gathered = ok(backend.gather_rows(&x, &rows));
     assert_eq!(bench.read(&gathered), [&values[..5], &values[10..15], &values[30..]].concat());
-    assert_eq!(bench.read(&ok(backend.gather_rows(&x, &bench.list([])))), []);
+    assert!(bench.read(&ok(backend.gather_rows(&x, &bench.list([])))).is_empty());
     let positions = bench.list([10, 20, 30, 40, 50, 60, 70]);
     let gathered = ok(backend.gather_indices(&positions, &rows));
     assert_eq!(ok(backend.read_indices(&gathered)), [[10, 30, 70]]);
