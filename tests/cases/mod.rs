@@ -206,13 +206,11 @@ fn check_linear<B: Backend>(
     let values = rng.normals(rows * width, 1.0);
     let weight = rng.normals(features * width, 1.0);
     let bias = bias.then(|| rng.normals(features, 1.0));
-    let on_backend = |shape: &[usize], values: &[f32]| {
-        ok(bench.backend.weight(&stored(shape, values, kind, shift)))
-    };
+    let on_backend =
+        |shape: &[usize], values: &[f32]| ok(bench.backend.weight(&stored(shape, values, kind, shift)));
     let bias_weight = bias.as_ref().map(|bias| on_backend(&[features], bias));
     let weight_on = on_backend(&[features, width], &weight);
-    let product =
-        ok(bench.backend.linear(&bench.tensor(width, &values), &weight_on, bias_weight.as_ref()));
+    let product = ok(bench.backend.linear(&bench.tensor(width, &values), &weight_on, bias_weight.as_ref()));
     assert_eq!(bench.backend.rows(&product), rows);
     let weight = oracle::matrix(&kind.rounded(&weight), width);
     let bias = bias.map(|bias| oracle::wide(&kind.rounded(&bias)));
@@ -293,9 +291,15 @@ pub(crate) fn swiglu<B: Backend>(bench: &Bench<B>) {
 }
 
 pub(crate) fn add_to_rows<B: Backend>(bench: &Bench<B>) {
-    for (rows, width, first, count) in
-        [(1, 1, 0, 1), (5, 3, 0, 5), (5, 3, 2, 2), (40, 33, 1, 39), (100, 8, 60, 40), (4, 2, 4, 0), (4, 2, 1, 0)]
-    {
+    for (rows, width, first, count) in [
+        (1, 1, 0, 1),
+        (5, 3, 0, 5),
+        (5, 3, 2, 2),
+        (40, 33, 1, 39),
+        (100, 8, 60, 40),
+        (4, 2, 4, 0),
+        (4, 2, 1, 0),
+    ] {
         let mut rng = Rng::new(first as u64);
         let (mut values, added) = (rng.normals(rows * width, 1.0), rng.normals(count * width, 1.0));
         let mut x = bench.tensor(width, &values);
@@ -376,9 +380,8 @@ struct Scene {
 
 fn split(values: &[f32], heads: usize, head_dim: usize) -> Vec<Matrix> {
     let rows = oracle::matrix(values, heads * head_dim);
-    let head = |head: usize| {
-        rows.iter().map(|row| row[head * head_dim..(head + 1) * head_dim].to_vec()).collect()
-    };
+    let head =
+        |head: usize| rows.iter().map(|row| row[head * head_dim..(head + 1) * head_dim].to_vec()).collect();
     (0..heads).map(head).collect()
 }
 
@@ -610,8 +613,7 @@ pub(crate) fn attention_of_extreme_scores<B: Backend>(bench: &Bench<B>) {
         let mut rng = Rng::new(8);
         let k: Vec<f32> = (0..keys).flat_map(|key| [score(key), 0.0]).collect();
         let queries = [2.0_f32.sqrt(), 0.0].repeat(40);
-        let (scene, queries, kv) =
-            Scene::of(bench, (1, 1, 2), queries, &k, &rng.normals(keys * 2, 1.0));
+        let (scene, queries, kv) = Scene::of(bench, (1, 1, 2), queries, &k, &rng.normals(keys * 2, 1.0));
         let out = ok(bench.backend.attention(&queries, &kv, Visible::Aligned));
         scene.check_attention(bench, what, &out, |_, row| keys - 40 + row + 1);
         let list = bench.list((0..40).map(|row| row * 15));

@@ -229,8 +229,9 @@ impl Model {
 
     /// Output projection, MLP and both residual sums; `attended` is `[head][row]`.
     fn finish(&self, layer: &Layer, hidden: &mut Matrix, attended: &[Matrix]) {
-        let joined: Matrix =
-            (0..hidden.len()).map(|row| attended.iter().flat_map(|head| head[row].clone()).collect()).collect();
+        let joined: Matrix = (0..hidden.len())
+            .map(|row| attended.iter().flat_map(|head| head[row].clone()).collect())
+            .collect();
         add(hidden, &layer.o.apply(&joined));
         let normed = self.norm(hidden, &layer.post_attention_norm);
         let gate = layer.gate.apply(&normed);
@@ -268,7 +269,8 @@ impl Model {
         let mut attended = Vec::new();
         for head in 0..self.query_heads {
             let kv = head / self.group();
-            attended.push((0..q[head].len()).map(|row| attend(&q[head][row], &k[kv], &v[kv], row + 1)).collect());
+            attended
+                .push((0..q[head].len()).map(|row| attend(&q[head][row], &k[kv], &v[kv], row + 1)).collect());
         }
         attended
     }
@@ -330,8 +332,9 @@ impl Model {
                 key: k[head][row].clone(),
                 value: v[head][row].clone(),
             };
-            let cache =
-                (0..self.kv_heads).map(|head| kept[head].iter().map(|row| entry(head, *row)).collect()).collect();
+            let cache = (0..self.kv_heads)
+                .map(|head| kept[head].iter().map(|row| entry(head, *row)).collect())
+                .collect();
             let mass = (0..self.kv_heads)
                 .map(|head| {
                     let group = &seen[head * self.group()..(head + 1) * self.group()];
