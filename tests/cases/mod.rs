@@ -641,7 +641,7 @@ pub(crate) fn attention_of_extreme_scores<B: Backend>(bench: &Bench<B>) {
     // NaN in a query is NaN in its row and nowhere else.
     let mut q = vec![1.0_f32; 6];
     q[2] = f32::NAN;
-    let (_, queries, kv) = Scene::of(bench, (1, 1, 2), q, &vec![1.0; 20], &v[..20]);
+    let (_, queries, kv) = Scene::of(bench, (1, 1, 2), q, &[1.0; 20], &v[..20]);
     let out = bench.read(&ok(bench.backend.attention(&queries, &kv, Visible::Aligned)));
     let nan: Vec<bool> = out.iter().map(|value| value.is_nan()).collect();
     assert_eq!(nan, [false, false, true, true, false, false], "{out:?}");

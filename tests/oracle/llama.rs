@@ -266,13 +266,12 @@ impl Model {
 
     /// Step 7: row i sees rows 0..=i.
     fn causal(&self, q: &[Matrix], k: &[Matrix], v: &[Matrix]) -> Vec<Matrix> {
-        let mut attended = Vec::new();
-        for head in 0..self.query_heads {
+        let of_head = |head: usize| {
             let kv = head / self.group();
-            attended
-                .push((0..q[head].len()).map(|row| attend(&q[head][row], &k[kv], &v[kv], row + 1)).collect());
-        }
-        attended
+            let queries = q[head].iter().enumerate();
+            queries.map(|(row, query)| attend(query, &k[kv], &v[kv], row + 1)).collect()
+        };
+        (0..self.query_heads).map(of_head).collect()
     }
 
     /// FastKV's nine steps, or the part of them that the rules ask for. `observation` says how tokens
