@@ -366,6 +366,29 @@ fn every_tsp_layer_hands_on() {
 }
 
 #[test]
+fn kept_and_handed_on_tokens_may_be_pooled_differently() {
+    let tiny = Tiny::default();
+    let rig = rig(&tiny);
+    let ids = Rng::new(4).ids(100, tiny.vocabulary);
+    let pooled = |kind, kernel| {
+        let (retention, propagation) = (Budget::Tokens(20), Budget::Tokens(30));
+        let saliency = saliency(4, kind, kernel);
+        rig.plan(&Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer: None }), 100)
+    };
+    let chosen = |plan: &Plan| {
+        let prefill = rig.engine.prefill(&ids, plan, &TRACED, &Control::default()).expect("a prefill");
+        let layer = prefill.trace.expect("a trace").layers.swap_remove(1);
+        (layer.kept, layer.propagated.expect("a TSP layer"))
+    };
+    let (narrow, wide) = (pooled(PoolingKind::Max, 1), pooled(PoolingKind::Average, 9));
+    let mut mixed = narrow.clone();
+    mixed.layers[1].propagate = wide.layers[1].propagate;
+    let (narrow, wide) = (chosen(&narrow), chosen(&wide));
+    assert!(narrow.0 != wide.0 && narrow.1 != wide.1);
+    assert_eq!(chosen(&mixed), (narrow.0, wide.1));
+}
+
+#[test]
 fn shortcuts_leave_the_result_alone() {
     let mut compared = 0;
     for seed in 0..12 {

@@ -841,6 +841,18 @@ pub(crate) fn selection_of_ties<B: Backend>(bench: &Bench<B>) {
     assert_eq!(distinct.len(), 5, "ties are what this is about");
     check_selection(bench, &scores, &[0, 1, 50, 99, 100, 101, 250, 499, 500], 8);
 
+    // Neighbours in f32 are no ties.
+    let steps: Vec<f32> = (0..300).map(|key| (key * 7 % 300) as f32 * 1.2e-7).collect();
+    let scores = stepped(bench, &steps);
+    let mut bits: Vec<u32> =
+        ok(bench.backend.read_scores(&scores))[0].iter().map(|score| score.to_bits()).collect();
+    bits.sort_unstable();
+    if bits.windows(2).any(|pair| pair[1] == pair[0] + 1) {
+        check_selection(bench, &scores, &(0..300).collect::<Vec<_>>(), 0);
+    } else {
+        assert!(bench.unit > 1e-7, "f32 tells these apart: {bits:?}");
+    }
+
     let equal = stepped(bench, &[2.0; 70]);
     check_selection(bench, &equal, &[0, 1, 8, 69, 70], 0);
     // Weights that vanish are ties at zero.
