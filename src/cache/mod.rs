@@ -43,6 +43,10 @@ impl<B: Backend> Cache<B> {
         entries * 2 * self.shape.head_dim * self.element_bytes
     }
 
+    pub(crate) fn shape(&self) -> ModelShape {
+        self.shape
+    }
+
     pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut B::Kv {
         &mut self.layers[layer]
     }

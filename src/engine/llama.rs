@@ -77,9 +77,19 @@ impl<B: Backend> Llama<B> {
     ) -> Result<Vec<f32>, EngineError> {
         let normed = backend.rms_norm(hidden, row..row + 1, &self.norm, self.config.rms_norm_eps)?;
         let logits = backend.read(&backend.linear(&normed, &self.lm_head, None)?)?;
+        self.check_logits(&logits)?;
+        Ok(logits)
+    }
+
+    /// There is a number for every token.
+    pub(super) fn check_logits(&self, logits: &[f32]) -> Result<(), EngineError> {
+        let vocabulary = self.config.vocab_size;
+        if logits.len() != vocabulary {
+            return Err(EngineError::WrongLogits { logits: logits.len(), vocabulary });
+        }
         match logits.iter().position(|logit| !logit.is_finite()) {
             Some(token) => Err(EngineError::NotFinite { value: logits[token], token }),
-            None => Ok(logits),
+            None => Ok(()),
         }
     }
 }

@@ -62,8 +62,8 @@ impl<B: Backend> Engine<B> {
     /// question behind a compressed context. Returns the logits behind the last of them.
     ///
     /// # Errors
-    /// No tokens, an id outside the vocabulary, more tokens than the model's context takes,
-    /// cancellation (the cache is spoilt then), or a failure of the backend.
+    /// A cache of another model, no tokens, an id outside the vocabulary, more tokens than the model's
+    /// context takes, cancellation (the cache is spoilt then), or a failure of the backend.
     pub fn append(
         &self,
         cache: &mut Cache<B>,
@@ -72,6 +72,9 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Vec<f32>, EngineError> {
         let backend = &self.backend;
         let llama = &self.llama;
+        if cache.shape() != llama.shape() {
+            return Err(EngineError::WrongCache { cache: cache.shape(), model: llama.shape() });
+        }
         let first = cache.logical_length();
         check_tokens(&llama.config, ids, first)?;
         control.check()?;

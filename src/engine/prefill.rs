@@ -133,7 +133,7 @@ impl<'a, B: Backend> Run<'a, B> {
     fn layer(&mut self, index: usize, layer: &Layer<B>, rules: &LayerPlan) -> Result<(), EngineError> {
         let shape = self.llama.shape();
         let slack = if rules.keep == Keep::All { self.options.slack } else { 0 };
-        let mut kv = self.backend.new_kv(shape.kv_heads, shape.head_dim, self.rows + slack)?;
+        let mut kv = self.backend.new_kv(shape.kv_heads, shape.head_dim, self.rows.saturating_add(slack))?;
         let window = match rules.saliency() {
             Some(saliency) => saliency.window.min(self.rows),
             None if self.options.trace => TRACE_WINDOW.min(self.rows),
@@ -367,6 +367,13 @@ fn check_plan(plan: &Plan, model: ModelShape, tokens: usize) -> Result<(), Engin
             && count < window
         {
             return Err(broken(format!("keeps {count} tokens, fewer than the window's {window}")));
+        }
+        let keeps = match rules.keep {
+            Keep::Top { saliency, .. } => Some(saliency),
+            _ => None,
+        };
+        for saliency in keeps.into_iter().chain(rules.propagate.map(|propagate| propagate.saliency)) {
+            saliency.check().map_err(|error| broken(format!("cannot score: {error}")))?;
         }
         if let Some(Propagate { count, saliency }) = rules.propagate {
             if !(saliency.window..=rows).contains(&count) {

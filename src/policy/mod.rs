@@ -180,9 +180,13 @@ impl Budget {
                 check_rate(option, rate)?;
                 Ok(share(prompt_tokens, rate).max(reserved.saturating_add(1)))
             }
-            Self::Tokens(value) if value <= reserved => {
-                Err(PolicyError::Budget { option, value, reserved, reason, least: reserved.saturating_add(1) })
-            }
+            Self::Tokens(value) if value <= reserved => Err(PolicyError::Budget {
+                option,
+                value,
+                reserved,
+                reason,
+                least: reserved.saturating_add(1),
+            }),
             Self::Tokens(value) => Ok(value),
         }
     }
