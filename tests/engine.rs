@@ -622,13 +622,28 @@ fn cancellation_stops_midway() {
             assert_eq!(rig.engine.backend().now(), 0, "nothing is left");
         }
     }
-    let mut prefill = rig.prefill(&ids, &Policy::Full, &PrefillOptions::default());
+}
+
+#[test]
+fn a_cancelled_append_leaves_the_cache_as_it_was() {
+    let tiny = Tiny::default();
+    let rig = rig_on(&tiny, Probe::new(16));
+    let ids = Rng::new(1).ids(100, tiny.vocabulary);
+    let mut cache = rig.prefill(&ids, &policies()[1], &PrefillOptions::default()).cache;
+    let mut untouched = rig.prefill(&ids, &policies()[1], &PrefillOptions::default()).cache;
     let cancel = Cancel::default();
     let progress = |_| cancel.cancel();
     let control = Control { cancel: Some(&cancel), progress: Some(&progress) };
-    let error = rig.engine.append(&mut prefill.cache, &[1, 2], &control).expect_err("cancelled");
+    let error = rig.engine.append(&mut cache, &[1, 2], &control).expect_err("cancelled");
     assert!(matches!(error, EngineError::Cancelled));
     assert!(cancel.is_cancelled() && cancel.clone().is_cancelled());
+
+    let backend = rig.engine.backend();
+    assert_eq!(cache.logical_length(), 100);
+    assert_eq!(cache.positions(backend).expect("lists"), untouched.positions(backend).expect("lists"));
+    let again = rig.engine.append(&mut cache, &[1, 2], &Control::default()).expect("a cache as it was");
+    let once = rig.engine.append(&mut untouched, &[1, 2], &Control::default()).expect("a cache");
+    assert_eq!(again, once);
 }
 
 // ---------------------------------------------------------------------------------------------

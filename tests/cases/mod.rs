@@ -923,6 +923,17 @@ pub(crate) fn append_and_gather<B: Backend>(bench: &Bench<B>) {
     let out = ok(backend.attention(&queries, &kv, Visible::Aligned));
     scene.check_attention(bench, "appended", &out, |_, row| 28 + row);
 
+    // Cut back to where the first pieces ended, and appended to again: nothing has changed.
+    ok(backend.truncate_kv(&mut kv, &[20, 99]));
+    assert_eq!(backend.kv_lengths(&kv), [20, 30]);
+    ok(backend.truncate_kv(&mut kv, &[20, 20]));
+    let last = |values: &[f32]| bench.tensor(width, &values[20 * width..]);
+    ok(backend.append_kv(&mut kv, &last(&k), &last(&v), &list, 30));
+    assert_eq!(ok(backend.kv_positions(&kv)), [expected.clone(), expected.clone()]);
+    let out = ok(backend.attention(&queries, &kv, Visible::Aligned));
+    scene.check_attention(bench, "cut back", &out, |_, row| 28 + row);
+    assert!(backend.truncate_kv(&mut kv, &[1]).is_err(), "a length for each head");
+
     // Gathered, and appended to behind that.
     let lists: [Vec<u32>; 2] = [vec![0, 7, 8, 29], vec![1, 2, 3, 28]];
     let mut kv = ok(backend.gather_kv(&kv, &ok(backend.indices(lists.to_vec())), 2));

@@ -226,6 +226,22 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn truncate_kv(&self, kv: &mut Kv, lengths: &[usize]) -> Result<(), BackendError> {
+        if lengths.len() != kv.heads.len() {
+            return Err(shape(
+                "truncate_kv",
+                format!("{} lengths for {} kv heads", lengths.len(), kv.heads.len()),
+            ));
+        }
+        for (head, length) in kv.heads.iter_mut().zip(lengths) {
+            let elements = length.saturating_mul(kv.head_dim);
+            head.keys.truncate(elements);
+            head.values.truncate(elements);
+            head.positions.truncate(*length);
+        }
+        Ok(())
+    }
+
     fn kv_lengths(&self, kv: &Kv) -> Vec<usize> {
         kv.heads.iter().map(KvHead::len).collect()
     }
