@@ -25,7 +25,7 @@ use crate::progress;
 
 /// Show what a policy keeps: positions, score mass, logits.
 ///
-/// Prints one JSON object; docs/inspect.md names its fields.
+/// Prints one JSON object; docs/json.md names its fields.
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
     #[command(flatten)]
@@ -51,7 +51,7 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
-/// The JSON object. Its fields are described in docs/inspect.md.
+/// The JSON object. Its fields are described in docs/json.md.
 #[derive(Serialize)]
 struct Report<'a> {
     model: &'a Path,
