@@ -2,7 +2,7 @@
 
 use super::llama::{check_tokens, chunks};
 use super::{Control, Engine, EngineError};
-use crate::backend::{Backend, Visible};
+use crate::backend::Backend;
 use crate::cache::Cache;
 
 impl<B: Backend> Engine<B> {
@@ -44,17 +44,13 @@ impl<B: Backend> Engine<B> {
         let llama = &self.llama;
         let first = cache.logical_length();
         let positions = backend.indices(vec![(first as u32..(first + ids.len()) as u32).collect()])?;
-        let angles = llama.angles(backend, &positions, first + ids.len())?;
+        let places = llama.places(backend, positions, first + ids.len())?;
         let mut hidden = backend.embed(&llama.embedding, ids)?;
         for (index, layer) in llama.layers.iter().enumerate() {
             let kv = cache.layer_mut(index);
             for rows in chunks(ids.len(), backend.chunk_rows()) {
                 control.check()?;
-                let normed = layer.attention_input(backend, &llama.config, &hidden, rows.clone())?;
-                layer.append_kv(backend, kv, &normed, &angles, &positions, rows.start)?;
-                let queries = layer.queries(backend, &normed, &angles, rows.start)?;
-                let attended = backend.attention(&queries, kv, Visible::Aligned)?;
-                layer.finish(backend, &llama.config, &mut hidden, rows, &attended)?;
+                layer.read(backend, &llama.config, &mut hidden, rows, &places, kv, 0)?;
             }
             control.report((index + 1) * ids.len(), llama.layers.len() * ids.len());
         }
