@@ -1,5 +1,5 @@
 //! The layerwise prefill and the decode loop: read a [`Plan`](crate::policy::Plan), call a
-//! [`Backend`], fill a [`Cache`].
+//! [`Backend`], fill a [`Cache`](crate::cache::Cache).
 
 mod append;
 mod control;

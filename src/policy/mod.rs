@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use fastkv::FastKv;
 pub use plan::{Keep, LayerPlan, Plan, Pooling, PoolingKind, Propagate, Saliency};
-pub use random::Random;
-pub(crate) use random::positions as random_positions;
+pub use random::{Random, random_positions};
 pub use snapkv::SnapKv;
 pub use streaming::StreamingLlm;
 
