@@ -25,3 +25,8 @@ pub mod report;
 
 #[cfg(feature = "pipeline")]
 pub mod model;
+
+/// The README's example has to compile and run.
+#[cfg(all(doctest, feature = "text"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

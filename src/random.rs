@@ -1,11 +1,13 @@
 //! Seeded random numbers: SplitMix64 (Steele, Lea, Flood 2014).
 
 /// A stream of random numbers.
+#[cfg(feature = "pipeline")]
 #[derive(Clone, Debug)]
 pub(crate) struct SplitMix64(u64);
 
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
+#[cfg(feature = "pipeline")]
 impl SplitMix64 {
     pub(crate) fn new(seed: u64) -> Self {
         Self(seed)

@@ -15,7 +15,7 @@ use fastkv::backend::cpu::CpuBackend;
 use fastkv::backend::{Backend, BackendError};
 use fastkv::engine::{
     Cancel, Control, Engine, EngineError, FinishReason, GenerationOptions, Prefill, PrefillOptions, Progress,
-    Sampling, Trace,
+    Sampler, Sampling, Trace,
 };
 use fastkv::model::ModelDir;
 use fastkv::policy::{
@@ -335,7 +335,9 @@ fn policies_are_the_oracles() {
         }
         let ids = rng.ids(50, tiny.vocabulary);
         let quiet = PrefillOptions { slack: 10, ..PrefillOptions::default() };
-        policies().iter().for_each(|policy| drop(agrees(&rig, name, &ids, policy, &quiet)));
+        for policy in policies() {
+            agrees(&rig, name, &ids, &policy, &quiet);
+        }
     }
     assert!(near * 20 <= samples, "{near} of {samples} choices were too near to call");
 }
@@ -364,6 +366,29 @@ fn every_tsp_layer_hands_on() {
 }
 
 #[test]
+fn kept_and_handed_on_tokens_may_be_pooled_differently() {
+    let tiny = Tiny::default();
+    let rig = rig(&tiny);
+    let ids = Rng::new(4).ids(100, tiny.vocabulary);
+    let pooled = |kind, kernel| {
+        let (retention, propagation) = (Budget::Tokens(20), Budget::Tokens(30));
+        let saliency = saliency(4, kind, kernel);
+        rig.plan(&Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer: None }), 100)
+    };
+    let chosen = |plan: &Plan| {
+        let prefill = rig.engine.prefill(&ids, plan, &TRACED, &Control::default()).expect("a prefill");
+        let layer = prefill.trace.expect("a trace").layers.swap_remove(1);
+        (layer.kept, layer.propagated.expect("a TSP layer"))
+    };
+    let (narrow, wide) = (pooled(PoolingKind::Max, 1), pooled(PoolingKind::Average, 9));
+    let mut mixed = narrow.clone();
+    mixed.layers[1].propagate = wide.layers[1].propagate;
+    let (narrow, wide) = (chosen(&narrow), chosen(&wide));
+    assert!(narrow.0 != wide.0 && narrow.1 != wide.1);
+    assert_eq!(chosen(&mixed), (narrow.0, wide.1));
+}
+
+#[test]
 fn shortcuts_leave_the_result_alone() {
     let mut compared = 0;
     for seed in 0..12 {
@@ -375,7 +400,10 @@ fn shortcuts_leave_the_result_alone() {
             let without = rig.prefill(&ids, &policy, &PrefillOptions { exact_shortcuts: false, ..TRACED });
             let sets = |trace: &Option<Trace>| -> Vec<_> {
                 let layers = &trace.as_ref().expect("a trace").layers;
-                layers.iter().map(|layer| (layer.rows, layer.kept.clone(), layer.propagated.clone())).collect()
+                layers
+                    .iter()
+                    .map(|layer| (layer.rows, layer.kept.clone(), layer.propagated.clone()))
+                    .collect()
             };
             if sets(&with.trace) != sets(&without.trace) {
                 continue;
@@ -441,7 +469,13 @@ fn chunks_of_rows_leave_the_result_alone() {
                 });
                 for exact_shortcuts in [true, false] {
                     let options = PrefillOptions { exact_shortcuts, ..TRACED };
-                    seen += usize::from(agrees(&rig, &format!("chunks of {chunk_rows}"), &ids, &policy, &options));
+                    seen += usize::from(agrees(
+                        &rig,
+                        &format!("chunks of {chunk_rows}"),
+                        &ids,
+                        &policy,
+                        &options,
+                    ));
                 }
             }
             // Chunks of appended tokens.
@@ -495,10 +529,8 @@ fn peak_memory_is_one_layer_in_full_and_the_compacted_caches() {
     let token = 2 * 2 * 8 * 4;
     let tiny = Tiny { layers: 6, ..Tiny::default() };
     let ids = Rng::new(1).ids(100, tiny.vocabulary);
-    let snap = Policy::SnapKv(SnapKv {
-        saliency: saliency(8, PoolingKind::Max, 7),
-        retention: Budget::Tokens(20),
-    });
+    let snap =
+        Policy::SnapKv(SnapKv { saliency: saliency(8, PoolingKind::Max, 7), retention: Budget::Tokens(20) });
     let fast = Policy::FastKv(FastKv {
         retention: Budget::Tokens(20),
         propagation: Budget::Tokens(40),
@@ -511,10 +543,7 @@ fn peak_memory_is_one_layer_in_full_and_the_compacted_caches() {
         (snap, 5 * 20 + 100 + 20),
         // The last: five compacted, 40 tokens and 20 of them. More than at the TSP layer: 20 + 100 + 20.
         (fast, 5 * 20 + 40 + 20),
-        (
-            Policy::StreamingLlm(StreamingLlm { sinks: 4, retention: Budget::Tokens(20) }),
-            5 * 20 + 100 + 20,
-        ),
+        (Policy::StreamingLlm(StreamingLlm { sinks: 4, retention: Budget::Tokens(20) }), 5 * 20 + 100 + 20),
     ] {
         for exact_shortcuts in [true, false] {
             // In truth: what is alive in the backend.
@@ -593,13 +622,28 @@ fn cancellation_stops_midway() {
             assert_eq!(rig.engine.backend().now(), 0, "nothing is left");
         }
     }
-    let mut prefill = rig.prefill(&ids, &Policy::Full, &PrefillOptions::default());
+}
+
+#[test]
+fn a_cancelled_append_leaves_the_cache_as_it_was() {
+    let tiny = Tiny::default();
+    let rig = rig_on(&tiny, Probe::new(16));
+    let ids = Rng::new(1).ids(100, tiny.vocabulary);
+    let mut cache = rig.prefill(&ids, &policies()[1], &PrefillOptions::default()).cache;
+    let mut untouched = rig.prefill(&ids, &policies()[1], &PrefillOptions::default()).cache;
     let cancel = Cancel::default();
     let progress = |_| cancel.cancel();
     let control = Control { cancel: Some(&cancel), progress: Some(&progress) };
-    let error = rig.engine.append(&mut prefill.cache, &[1, 2], &control).expect_err("cancelled");
+    let error = rig.engine.append(&mut cache, &[1, 2], &control).expect_err("cancelled");
     assert!(matches!(error, EngineError::Cancelled));
     assert!(cancel.is_cancelled() && cancel.clone().is_cancelled());
+
+    let backend = rig.engine.backend();
+    assert_eq!(cache.logical_length(), 100);
+    assert_eq!(cache.positions(backend).expect("lists"), untouched.positions(backend).expect("lists"));
+    let again = rig.engine.append(&mut cache, &[1, 2], &Control::default()).expect("a cache as it was");
+    let once = rig.engine.append(&mut untouched, &[1, 2], &Control::default()).expect("a cache");
+    assert_eq!(again, once);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -752,10 +796,7 @@ fn tokens_that_cannot_be_read_are_errors() {
     let error = prefill_error(&rig, &[], &plan);
     assert!(matches!(error, EngineError::NoTokens), "{error}");
     let error = prefill_error(&rig, &[1, 64, 2], &plan);
-    assert!(
-        matches!(error, EngineError::TokenOutOfRange { id: 64, position: 1, vocabulary: 64 }),
-        "{error}"
-    );
+    assert!(matches!(error, EngineError::TokenOutOfRange { id: 64, position: 1, vocabulary: 64 }), "{error}");
     let error = prefill_error(&rig, &[1; 21], &rig.plan(&Policy::Full, 21));
     assert!(matches!(error, EngineError::ContextExceeded { tokens: 21, limit: 20, .. }), "{error}");
     assert!(error.to_string().contains("max_position_embeddings = 20"), "{error}");
@@ -825,7 +866,7 @@ fn broken_plans_are_errors_that_name_the_layer() {
     let broken = |layer: usize, pointer: &str, value: Value| {
         let mut plan = plan.clone();
         let pointer = format!("/layers/{layer}{pointer}");
-        *plan.pointer_mut(&pointer).unwrap_or_else(|| panic!("{pointer} in {plan}")) = value;
+        *plan.pointer_mut(&pointer).expect("a field") = value;
         let plan: Plan = serde_json::from_value(plan).expect("a plan still");
         let error = prefill_error(&rig, &vec![1; n], &plan);
         let EngineError::BrokenPlan { layer: named, .. } = &error else { panic!("{pointer}: {error}") };
@@ -856,7 +897,9 @@ fn broken_plans_are_errors_that_name_the_layer() {
     for (sinks, recent) in [(json!(30), json!(31)), (huge.clone(), json!(1)), (huge.clone(), huge.clone())] {
         broken(0, "/keep", json!({ "rule": "ends", "sinks": sinks, "recent": recent }));
     }
-    for (count, window) in [(json!(61), json!(8)), (json!(7), json!(8)), (huge.clone(), json!(8)), (json!(9), huge)] {
+    for (count, window) in
+        [(json!(61), json!(8)), (json!(7), json!(8)), (huge.clone(), json!(8)), (json!(9), huge)]
+    {
         broken(0, "/keep", json!({ "rule": "random", "count": count, "window": window, "seed": 1 }));
     }
 }
@@ -921,17 +964,13 @@ fn edited(plan: &Plan, rng: &mut Rng) -> Option<Plan> {
 
 /// Whether a plan's numbers fit together.
 fn is_consistent(plan: &Plan) -> bool {
-    let scores = |saliency: &Saliency| {
-        rules::is_observation(saliency.window, saliency.pooling.kernel)
-    };
+    let scores = |saliency: &Saliency| rules::is_observation(saliency.window, saliency.pooling.kernel);
     let mut rows = plan.prompt_tokens;
     plan.layers.iter().all(|layer| {
         let kept = match &layer.keep {
             Keep::All => true,
             Keep::Ends { sinks, recent } => *sinks <= rows && *recent <= rows - *sinks,
-            Keep::Top { count, saliency } => {
-                *count <= rows && saliency.window <= *count && scores(saliency)
-            }
+            Keep::Top { count, saliency } => *count <= rows && saliency.window <= *count && scores(saliency),
             Keep::Random { count, window, .. } => *count <= rows && window <= count,
         };
         let fits = kept && layer.rows == rows;
@@ -1002,9 +1041,11 @@ fn sampling_out_of_range_is_an_error() {
 
 #[test]
 fn logits_that_are_no_numbers_are_an_error() {
-    for (name, poison) in
-        [("lm_head.weight", f32::NAN), ("model.norm.weight", f32::INFINITY), ("model.layers.0.mlp.down_proj.weight", 3e38)]
-    {
+    for (name, poison) in [
+        ("lm_head.weight", f32::NAN),
+        ("model.norm.weight", f32::INFINITY),
+        ("model.layers.0.mlp.down_proj.weight", 3e38),
+    ] {
         let tiny = Tiny::default();
         let mut tensors = tiny.tensors();
         let tensor = tensors.iter_mut().find(|tensor| tensor.name == name).expect("a tensor");
@@ -1041,6 +1082,7 @@ fn logits_from_elsewhere_are_an_error() {
         let Prefill { mut cache, .. } = rig.prefill(&[1], &Policy::Full, &PrefillOptions::default());
         let sampling = Sampling { temperature, ..Sampling::default() };
         let options = GenerationOptions { max_tokens: 3, sampling, stop_tokens: Vec::new() };
+        assert_eq!(Sampler::new(sampling).expect("in range").choose(&[]), 0);
         let what = format!("{} of {:?}", logits.len(), logits.first());
         let result = rig.engine.generate(&mut cache, logits, &options, &Control::default(), |_| ());
         assert!(result.is_err(), "{what}: {result:?}");
@@ -1137,8 +1179,9 @@ fn conforms(directory: &Path) {
             if position + 1 == ids.len() {
                 let greedy = list(&prompt["greedy"]);
                 let options = GenerationOptions { max_tokens: greedy.len(), ..GenerationOptions::default() };
-                let generation =
-                    engine.generate(&mut cache, logits, &options, &Control::default(), |_| ()).expect("an answer");
+                let generation = engine
+                    .generate(&mut cache, logits, &options, &Control::default(), |_| ())
+                    .expect("an answer");
                 assert_eq!(generation.tokens, greedy, "{name}");
             }
         }

@@ -209,9 +209,8 @@ fn every_error_names_what_is_wrong() {
     let saliency =
         |window, kernel| Saliency { window, pooling: Pooling { kind: PoolingKind::Average, kernel } };
     let fast = |retention, propagation| Policy::FastKv(fast(8, retention, propagation, None));
-    let snap = |window, kernel, retention| {
-        Policy::SnapKv(SnapKv { saliency: saliency(window, kernel), retention })
-    };
+    let snap =
+        |window, kernel, retention| Policy::SnapKv(SnapKv { saliency: saliency(window, kernel), retention });
 
     for policy in every_policy() {
         assert_eq!(refused(policy.clone(), LLAMA_8B, 0).1, PolicyError::EmptyPrompt);
@@ -358,10 +357,8 @@ fn layers_in(text: &str) -> BTreeSet<usize> {
     let mut layers = BTreeSet::new();
     for line in text.lines().skip(1) {
         let name = line.trim().split(':').next().expect("a name");
-        let numbers: Vec<usize> = name
-            .split(|c: char| !c.is_ascii_digit())
-            .filter_map(|number| number.parse().ok())
-            .collect();
+        let numbers: Vec<usize> =
+            name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect();
         layers.extend(numbers[0]..=*numbers.last().expect("a number"));
     }
     layers

@@ -34,7 +34,8 @@ pub trait Backend: Debug {
     fn kv_element_bytes(&self) -> usize;
 
     /// Rows that one pass through a layer should take, so that temporaries stay small beside the
-    /// residual stream.
+    /// residual stream; no fewer than [`MAX_WINDOW`](crate::policy::MAX_WINDOW), since the last pass
+    /// has to hold the window.
     fn chunk_rows(&self) -> usize;
 
     /// Makes a stored tensor usable.
@@ -94,6 +95,9 @@ pub trait Backend: Debug {
         positions: &Self::Indices,
         first_row: usize,
     ) -> Result<(), BackendError>;
+
+    /// Forgets the entries behind these lengths, one for each kv head; a longer one forgets nothing.
+    fn truncate_kv(&self, kv: &mut Self::Kv, lengths: &[usize]) -> Result<(), BackendError>;
 
     /// Entries of each kv head.
     fn kv_lengths(&self, kv: &Self::Kv) -> Vec<usize>;

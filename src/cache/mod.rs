@@ -43,8 +43,18 @@ impl<B: Backend> Cache<B> {
         entries * 2 * self.shape.head_dim * self.element_bytes
     }
 
+    pub(crate) fn shape(&self) -> ModelShape {
+        self.shape
+    }
+
     pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut B::Kv {
         &mut self.layers[layer]
+    }
+
+    /// Forgets the entries behind these lengths, by layer and kv head.
+    pub(crate) fn truncate(&mut self, backend: &B, lengths: &[Vec<usize>]) -> Result<(), BackendError> {
+        let layers = self.layers.iter_mut().zip(lengths);
+        layers.into_iter().try_for_each(|(layer, lengths)| backend.truncate_kv(layer, lengths))
     }
 
     pub(crate) fn advance(&mut self, tokens: usize) {

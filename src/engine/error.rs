@@ -49,6 +49,22 @@ pub enum EngineError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A cache of another model.
+    #[error("the cache is of {cache:?}, but the model is {model:?}")]
+    WrongCache {
+        /// The cache's model.
+        cache: ModelShape,
+        /// The model.
+        model: ModelShape,
+    },
+    /// Logits of another vocabulary.
+    #[error("there are {logits} logits, but the model's vocabulary is {vocabulary}")]
+    WrongLogits {
+        /// How many were given.
+        logits: usize,
+        /// Tokens the model knows.
+        vocabulary: usize,
+    },
     /// Sampling parameters out of range.
     #[error("{option} is {value}: {want}")]
     Sampling {

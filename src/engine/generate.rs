@@ -45,7 +45,7 @@ impl<B: Backend> Engine<B> {
     /// every token as it comes, but for the one that ends the answer.
     ///
     /// # Errors
-    /// Sampling parameters out of range, or a failure of the backend. Cancellation is no error: what
+    /// Sampling parameters out of range, logits that are not this model's, or a failure of the backend. Cancellation is no error: what
     /// was generated so far is returned.
     pub fn generate(
         &self,
@@ -56,6 +56,7 @@ impl<B: Backend> Engine<B> {
         mut on_token: impl FnMut(u32),
     ) -> Result<Generation, EngineError> {
         let mut sampler = Sampler::new(options.sampling)?;
+        self.llama.check_logits(&logits)?;
         let limit = self.config().context_limit().tokens;
         // Only the caller's own cancellation is of interest inside a step; progress is the tokens.
         let step = Control { cancel: control.cancel, progress: None };

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::EngineError;
-use crate::backend::Backend;
+use crate::backend::{Backend, Visible};
 use crate::model::{self, LlamaConfig, ModelDir};
 use crate::policy::ModelShape;
 
@@ -29,6 +29,15 @@ pub(super) struct Layer<B: Backend> {
     gate: Linear<B>,
     up: Linear<B>,
     down: Linear<B>,
+}
+
+/// Where rows stand in the sequence.
+#[derive(Debug)]
+pub(super) struct Places<B: Backend> {
+    /// Their original positions.
+    pub(super) positions: B::Indices,
+    /// The rotary angles of those.
+    angles: B::Rotary,
 }
 
 #[derive(Debug)]
@@ -57,15 +66,15 @@ impl<B: Backend> Llama<B> {
         ModelShape::from(&self.config)
     }
 
-    /// Rotary angles of positions in a sequence that has `length` tokens so far.
-    pub(super) fn angles(
+    /// The places of rows at these positions, in a sequence that has `length` tokens so far.
+    pub(super) fn places(
         &self,
         backend: &B,
-        positions: &B::Indices,
+        positions: B::Indices,
         length: usize,
-    ) -> Result<B::Rotary, EngineError> {
+    ) -> Result<Places<B>, EngineError> {
         let frequencies = self.config.rope.inverse_frequencies(self.config.head_dim, length);
-        Ok(backend.rotary(&frequencies, positions)?)
+        Ok(Places { angles: backend.rotary(&frequencies, &positions)?, positions })
     }
 
     /// Next-token logits behind one row of the residual stream.
@@ -77,9 +86,19 @@ impl<B: Backend> Llama<B> {
     ) -> Result<Vec<f32>, EngineError> {
         let normed = backend.rms_norm(hidden, row..row + 1, &self.norm, self.config.rms_norm_eps)?;
         let logits = backend.read(&backend.linear(&normed, &self.lm_head, None)?)?;
+        self.check_logits(&logits)?;
+        Ok(logits)
+    }
+
+    /// There is a number for every token.
+    pub(super) fn check_logits(&self, logits: &[f32]) -> Result<(), EngineError> {
+        let vocabulary = self.config.vocab_size;
+        if logits.len() != vocabulary {
+            return Err(EngineError::WrongLogits { logits: logits.len(), vocabulary });
+        }
         match logits.iter().position(|logit| !logit.is_finite()) {
             Some(token) => Err(EngineError::NotFinite { value: logits[token], token }),
-            None => Ok(logits),
+            None => Ok(()),
         }
     }
 }
@@ -114,33 +133,57 @@ impl<B: Backend> Layer<B> {
         Ok(backend.rms_norm(hidden, rows, &self.input_norm, config.rms_norm_eps)?)
     }
 
-    /// Rotated queries of normed rows, whose angles begin at `first_row`.
+    /// Rotated queries of normed rows, whose places begin at `first_row`.
     pub(super) fn queries(
         &self,
         backend: &B,
         normed: &B::Tensor,
-        angles: &B::Rotary,
+        places: &Places<B>,
         first_row: usize,
     ) -> Result<B::Tensor, EngineError> {
         let mut queries = self.q.apply(backend, normed)?;
-        backend.rotate(&mut queries, angles, first_row)?;
+        backend.rotate(&mut queries, &places.angles, first_row)?;
         Ok(queries)
     }
 
-    /// Appends rotated keys, and values, of normed rows, whose positions begin at `first_row`.
+    /// Appends rotated keys, and values, of normed rows, whose places begin at `first_row`.
     pub(super) fn append_kv(
         &self,
         backend: &B,
         kv: &mut B::Kv,
         normed: &B::Tensor,
-        angles: &B::Rotary,
-        positions: &B::Indices,
+        places: &Places<B>,
         first_row: usize,
     ) -> Result<(), EngineError> {
         let mut keys = self.k.apply(backend, normed)?;
-        backend.rotate(&mut keys, angles, first_row)?;
+        backend.rotate(&mut keys, &places.angles, first_row)?;
         let values = self.v.apply(backend, normed)?;
-        Ok(backend.append_kv(kv, &keys, &values, positions, first_row)?)
+        Ok(backend.append_kv(kv, &keys, &values, &places.positions, first_row)?)
+    }
+
+    /// The whole layer for rows that follow those in `kv`: they join it and attend to all up to them.
+    /// Returns window scores of the last `window` rows; 0 asks for none.
+    pub(super) fn read(
+        &self,
+        backend: &B,
+        config: &LlamaConfig,
+        hidden: &mut B::Tensor,
+        rows: Range<usize>,
+        places: &Places<B>,
+        kv: &mut B::Kv,
+        window: usize,
+    ) -> Result<Option<B::Scores>, EngineError> {
+        let normed = self.attention_input(backend, config, hidden, rows.clone())?;
+        self.append_kv(backend, kv, &normed, places, rows.start)?;
+        let queries = self.queries(backend, &normed, places, rows.start)?;
+        let (attended, scores) = if window == 0 {
+            (backend.attention(&queries, kv, Visible::Aligned)?, None)
+        } else {
+            let (attended, scores) = backend.attention_with_scores(&queries, kv, window)?;
+            (attended, Some(scores))
+        };
+        self.finish(backend, config, hidden, rows, &attended)?;
+        Ok(scores)
     }
 
     /// What follows attention: output projection, MLP, and both residual sums into `hidden[rows]`.

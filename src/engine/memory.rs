@@ -21,12 +21,16 @@ pub struct MemoryOptions {
     pub more_tokens: usize,
 }
 
-/// Bytes that reading a prompt and answering it take, each an upper bound.
+/// Bytes that reading a prompt and answering it take, each an upper bound. The program itself and what
+/// the allocator holds back, some tens of MiB, are not in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
     /// The weights.
     #[serde(rename = "weights_bytes")]
     pub weights: u64,
+    /// Keys and values of every token in every layer: what there would be without a policy.
+    #[serde(rename = "kv_full_bytes")]
+    pub kv_full: u64,
     /// Keys and values that stay, with those of the tokens that follow.
     #[serde(rename = "kv_kept_bytes")]
     pub kv_kept: u64,
@@ -46,6 +50,7 @@ impl MemoryEstimate {
         let more = options.more_tokens as u64 * token;
         Self {
             weights: options.weight_bytes,
+            kv_full: plan.prompt_tokens as u64 * token + more,
             kv_kept: plan.kept_kv_bytes(element) as u64 + more,
             kv_peak: plan.peak_kv_bytes(element) as u64 + more,
             activations: activations(config, plan, options.chunk_rows) * size_of::<f32>() as u64,
@@ -157,7 +162,7 @@ mod tests {
         let full = estimate(&Policy::Full, 0);
         // 32 layers of K and V of 8 heads of 128 elements of 2 bytes.
         assert_eq!(full.kv_kept, 100_000 * 32 * 2 * 8 * 128 * 2);
-        assert_eq!(full.kv_peak, full.kv_kept);
+        assert_eq!([full.kv_full, full.kv_peak], [full.kv_kept; 2]);
         assert_eq!(estimate(&Policy::Full, 10).kv_peak, full.kv_peak + 10 * 32 * 2 * 8 * 128 * 2);
         // The residual stream alone.
         assert!(full.activations >= 100_000 * 4096 * 4);
@@ -169,6 +174,7 @@ mod tests {
     fn compression_shrinks_the_cache() {
         let full = estimate(&Policy::Full, 0);
         let fastkv = estimate(&Policy::FastKv(FastKv::proportional()), 0);
+        assert_eq!(fastkv.kv_full, full.kv_full);
         assert!(fastkv.kv_kept <= full.kv_kept / 10 + 1);
         assert!(fastkv.kv_peak < full.kv_peak / 5, "one layer in full at a time");
     }

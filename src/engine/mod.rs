@@ -1,6 +1,7 @@
 //! The layerwise prefill and the decode loop: read a [`Plan`](crate::policy::Plan), call a
 //! [`Backend`], fill a [`Cache`](crate::cache::Cache).
 
+mod append;
 mod control;
 mod error;
 mod generate;
@@ -11,7 +12,6 @@ mod sampler;
 mod trace;
 
 use crate::backend::Backend;
-use crate::cache::Cache;
 use crate::model::{LlamaConfig, ModelDir};
 use crate::policy::ModelShape;
 
@@ -56,42 +56,5 @@ impl<B: Backend> Engine<B> {
     /// Where the arithmetic happens.
     pub fn backend(&self) -> &B {
         &self.backend
-    }
-
-    /// Reads more tokens behind a filled cache, which keeps all of them: a second turn, or the
-    /// question behind a compressed context. Returns the logits behind the last of them.
-    ///
-    /// # Errors
-    /// No tokens, an id outside the vocabulary, more tokens than the model's context takes,
-    /// cancellation (the cache is spoilt then), or a failure of the backend.
-    pub fn append(
-        &self,
-        cache: &mut Cache<B>,
-        ids: &[u32],
-        control: &Control<'_>,
-    ) -> Result<Vec<f32>, EngineError> {
-        let backend = &self.backend;
-        let llama = &self.llama;
-        let first = cache.logical_length();
-        check_tokens(&llama.config, ids, first)?;
-        control.check()?;
-        let positions = backend.indices(vec![(first as u32..(first + ids.len()) as u32).collect()])?;
-        let angles = llama.angles(backend, &positions, first + ids.len())?;
-        let mut hidden = backend.embed(&llama.embedding, ids)?;
-        let last = llama.layers.len() - 1;
-        for (index, layer) in llama.layers.iter().enumerate() {
-            let kv = cache.layer_mut(index);
-            for rows in llama::chunks(ids.len(), backend.chunk_rows()) {
-                control.check()?;
-                let normed = layer.attention_input(backend, &llama.config, &hidden, rows.clone())?;
-                layer.append_kv(backend, kv, &normed, &angles, &positions, rows.start)?;
-                let queries = layer.queries(backend, &normed, &angles, rows.start)?;
-                let attended = backend.attention(&queries, kv, crate::backend::Visible::Aligned)?;
-                layer.finish(backend, &llama.config, &mut hidden, rows, &attended)?;
-            }
-            control.report((index + 1) * ids.len(), (last + 1) * ids.len());
-        }
-        cache.advance(ids.len());
-        llama.logits(backend, &hidden, ids.len() - 1)
     }
 }

@@ -1,7 +1,7 @@
 //! The layerwise prefill. A layer's full keys and values live only while that layer runs: score,
 //! select, gather, free.
 
-use super::llama::{Layer, Llama, chunks};
+use super::llama::{Layer, Llama, Places, chunks};
 use super::trace::{LayerTrace, Trace, retained_mass};
 use super::{Control, Engine, EngineError, check_tokens};
 use crate::backend::{Backend, Select, Visible};
@@ -82,9 +82,7 @@ struct Run<'a, B: Backend> {
     /// The residual stream of the tokens that got this far.
     hidden: B::Tensor,
     rows: usize,
-    /// Their original positions, and the angles of those.
-    positions: B::Indices,
-    angles: B::Rotary,
+    places: Places<B>,
     caches: Vec<B::Kv>,
     kept_kv_bytes: usize,
     peak_kv_bytes: usize,
@@ -119,8 +117,7 @@ impl<'a, B: Backend> Run<'a, B> {
             prompt_tokens: ids.len(),
             hidden: backend.embed(&llama.embedding, ids)?,
             rows: ids.len(),
-            angles: llama.angles(backend, &positions, ids.len())?,
-            positions,
+            places: llama.places(backend, positions, ids.len())?,
             caches: Vec::with_capacity(plan.layers.len()),
             kept_kv_bytes: 0,
             peak_kv_bytes: 0,
@@ -133,7 +130,7 @@ impl<'a, B: Backend> Run<'a, B> {
     fn layer(&mut self, index: usize, layer: &Layer<B>, rules: &LayerPlan) -> Result<(), EngineError> {
         let shape = self.llama.shape();
         let slack = if rules.keep == Keep::All { self.options.slack } else { 0 };
-        let mut kv = self.backend.new_kv(shape.kv_heads, shape.head_dim, self.rows + slack)?;
+        let mut kv = self.backend.new_kv(shape.kv_heads, shape.head_dim, self.rows.saturating_add(slack))?;
         let window = match rules.saliency() {
             Some(saliency) => saliency.window.min(self.rows),
             None if self.options.trace => TRACE_WINDOW.min(self.rows),
@@ -182,10 +179,10 @@ impl<'a, B: Backend> Run<'a, B> {
             self.control.check()?;
             let normed =
                 layer.attention_input(self.backend, &self.llama.config, &self.hidden, rows.clone())?;
-            layer.append_kv(self.backend, kv, &normed, &self.angles, &self.positions, rows.start)?;
+            layer.append_kv(self.backend, kv, &normed, &self.places, rows.start)?;
             if rows.end == self.rows && window > 0 {
                 let observers = self.backend.last_rows(&normed, window)?;
-                let queries = layer.queries(self.backend, &observers, &self.angles, self.rows - window)?;
+                let queries = layer.queries(self.backend, &observers, &self.places, self.rows - window)?;
                 scores = Some(self.backend.window_scores(&queries, kv)?);
             }
         }
@@ -203,7 +200,7 @@ impl<'a, B: Backend> Run<'a, B> {
         for rows in chunks(self.rows, self.backend.chunk_rows()) {
             self.control.check()?;
             let normed = layer.attention_input(self.backend, config, &self.hidden, rows.clone())?;
-            let queries = layer.queries(self.backend, &normed, &self.angles, rows.start)?;
+            let queries = layer.queries(self.backend, &normed, &self.places, rows.start)?;
             let visible = Visible::Rows { rows: selected, first: rows.start };
             let attended = self.backend.attention(&queries, kv, visible)?;
             layer.finish(self.backend, config, &mut self.hidden, rows, &attended)?;
@@ -218,22 +215,13 @@ impl<'a, B: Backend> Run<'a, B> {
         kv: &mut B::Kv,
         window: usize,
     ) -> Result<Option<B::Scores>, EngineError> {
-        let config = &self.llama.config;
         let mut scores = None;
         for rows in chunks(self.rows, self.backend.chunk_rows()) {
             self.control.check()?;
-            let normed = layer.attention_input(self.backend, config, &self.hidden, rows.clone())?;
-            layer.append_kv(self.backend, kv, &normed, &self.angles, &self.positions, rows.start)?;
-            let queries = layer.queries(self.backend, &normed, &self.angles, rows.start)?;
-            let attended = if rows.end == self.rows && window > 0 {
-                let (attended, seen) = self.backend.attention_with_scores(&queries, kv, window)?;
-                scores = Some(seen);
-                attended
-            } else {
-                self.backend.attention(&queries, kv, Visible::Aligned)?
-            };
-            layer.finish(self.backend, config, &mut self.hidden, rows.clone(), &attended)?;
-            self.control.report(self.done + rows.end, self.total);
+            let (end, config) = (rows.end, &self.llama.config);
+            let window = if end == self.rows { window } else { 0 };
+            scores = layer.read(self.backend, config, &mut self.hidden, rows, &self.places, kv, window)?;
+            self.control.report(self.done + end, self.total);
         }
         Ok(scores)
     }
@@ -265,8 +253,8 @@ impl<'a, B: Backend> Run<'a, B> {
     /// Narrows the residual stream to some of its rows.
     fn go_on_with(&mut self, rows: &B::Indices) -> Result<(), EngineError> {
         self.hidden = self.backend.gather_rows(&self.hidden, rows)?;
-        self.positions = self.backend.gather_indices(&self.positions, rows)?;
-        self.angles = self.llama.angles(self.backend, &self.positions, self.prompt_tokens)?;
+        let positions = self.backend.gather_indices(&self.places.positions, rows)?;
+        self.places = self.llama.places(self.backend, positions, self.prompt_tokens)?;
         self.rows = self.backend.rows(&self.hidden);
         Ok(())
     }
@@ -309,7 +297,7 @@ impl<'a, B: Backend> Run<'a, B> {
         self.kept_kv_bytes += self.kv_bytes(&kv);
         if let Some(trace) = &mut self.trace {
             let propagated = match &choice.propagated {
-                Some(_) => self.backend.read_indices(&self.positions)?.into_iter().next(),
+                Some(_) => self.backend.read_indices(&self.places.positions)?.into_iter().next(),
                 None => None,
             };
             let kept = self.backend.kv_positions(&kv)?;
@@ -367,6 +355,13 @@ fn check_plan(plan: &Plan, model: ModelShape, tokens: usize) -> Result<(), Engin
             && count < window
         {
             return Err(broken(format!("keeps {count} tokens, fewer than the window's {window}")));
+        }
+        let keeps = match rules.keep {
+            Keep::Top { saliency, .. } => Some(saliency),
+            _ => None,
+        };
+        for saliency in keeps.into_iter().chain(rules.propagate.map(|propagate| propagate.saliency)) {
+            saliency.check().map_err(|error| broken(format!("cannot score: {error}")))?;
         }
         if let Some(Propagate { count, saliency }) = rules.propagate {
             if !(saliency.window..=rows).contains(&count) {

@@ -48,10 +48,10 @@ impl Sampler {
         Ok(Self { sampling, random: SplitMix64::new(seed) })
     }
 
-    /// The next token. Of equal logits the lower token is first.
+    /// The next token. Of equal logits the lower token is first; of none at all, 0.
     pub fn choose(&mut self, logits: &[f32]) -> u32 {
         let Sampling { temperature, top_p, .. } = self.sampling;
-        if temperature == 0.0 {
+        if temperature == 0.0 || logits.is_empty() {
             return most_likely(logits);
         }
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use fastkv::FastKv;
 pub use plan::{Keep, LayerPlan, Plan, Pooling, PoolingKind, Propagate, Saliency};
-pub use random::Random;
-pub(crate) use random::positions as random_positions;
+pub use random::{Random, random_positions};
 pub use snapkv::SnapKv;
 pub use streaming::StreamingLlm;
 
@@ -180,9 +179,13 @@ impl Budget {
                 check_rate(option, rate)?;
                 Ok(share(prompt_tokens, rate).max(reserved.saturating_add(1)))
             }
-            Self::Tokens(value) if value <= reserved => {
-                Err(PolicyError::Budget { option, value, reserved, reason, least: reserved.saturating_add(1) })
-            }
+            Self::Tokens(value) if value <= reserved => Err(PolicyError::Budget {
+                option,
+                value,
+                reserved,
+                reason,
+                least: reserved.saturating_add(1),
+            }),
             Self::Tokens(value) => Ok(value),
         }
     }

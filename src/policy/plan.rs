@@ -110,7 +110,7 @@ impl LayerPlan {
     pub fn kept(&self) -> usize {
         match self.keep {
             Keep::All => self.rows,
-            Keep::Ends { sinks, recent } => sinks + recent,
+            Keep::Ends { sinks, recent } => sinks.saturating_add(recent),
             Keep::Top { count, .. } | Keep::Random { count, .. } => count,
         }
     }
@@ -151,7 +151,7 @@ impl Plan {
 }
 
 impl Saliency {
-    pub(super) fn check(&self) -> Result<(), PolicyError> {
+    pub(crate) fn check(&self) -> Result<(), PolicyError> {
         check_window(self.window)?;
         let kernel = self.pooling.kernel;
         if kernel % 2 == 1 && kernel <= MAX_POOLING {

@@ -37,9 +37,10 @@ impl Random {
     }
 }
 
-/// `count` of `candidates` positions, ascending: those whose hash of (seed, layer, head, position) is
-/// smallest, so that a set does not depend on the order in which sets are drawn.
-pub(crate) fn positions(
+/// What [`Keep::Random`] keeps before the window: `count` of `candidates` positions, ascending. They are
+/// those whose hash of (seed, layer, head, position) is smallest, so that a set does not depend on the
+/// order in which sets are drawn.
+pub fn random_positions(
     candidates: usize,
     count: usize,
     seed: u64,

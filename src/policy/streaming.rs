@@ -22,11 +22,11 @@ impl Default for StreamingLlm {
 }
 
 impl StreamingLlm {
-    /// Recent tokens that are kept beside the sinks in any case, as a window is by other policies.
-    const LEAST_RECENT: usize = 8;
+    /// Every budget exceeds this many tokens, as it exceeds the window in other policies.
+    const RESERVED: usize = 8;
 
     pub(super) fn layers(&self, shape: ModelShape, prompt: usize) -> Result<Vec<LayerPlan>, PolicyError> {
-        let reserved = self.sinks.max(Self::LEAST_RECENT);
+        let reserved = self.sinks.max(Self::RESERVED);
         let count = self.retention.tokens("retention", prompt, reserved, "sinks and recent tokens")?;
         let keep = if prompt <= count {
             Keep::All

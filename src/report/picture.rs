@@ -136,7 +136,7 @@ impl KeptPicture<'_> {
         push(
             &mut html,
             format_args!(
-                "<h2>The prompt</h2>\n<p class=\"note\">The darker a token, the more of the {heads} \
+                "<h2>The prompt</h2>\n<p class=\"note\">The stronger the shade of a token, the more of the {heads} \
                  layers × kv heads kept it; the pointer shows its position.{}</p>\n<div class=\"prompt\">",
                 if propagated.contains(&true) {
                     " Underlined tokens went on past the TSP layer."
@@ -381,7 +381,8 @@ impl Bins {
                 start += run.len();
             }
             if !path.is_empty() {
-                push(svg, format_args!("<path class=\"{class} k{shade}\" d=\"{path}\"/>\n"));
+                let class = if levels > 1 { format!("{class} k{shade}") } else { class.to_owned() };
+                push(svg, format_args!("<path class=\"{class}\" d=\"{path}\"/>\n"));
             }
         }
     }

@@ -229,8 +229,9 @@ impl Model {
 
     /// Output projection, MLP and both residual sums; `attended` is `[head][row]`.
     fn finish(&self, layer: &Layer, hidden: &mut Matrix, attended: &[Matrix]) {
-        let joined: Matrix =
-            (0..hidden.len()).map(|row| attended.iter().flat_map(|head| head[row].clone()).collect()).collect();
+        let joined: Matrix = (0..hidden.len())
+            .map(|row| attended.iter().flat_map(|head| head[row].clone()).collect())
+            .collect();
         add(hidden, &layer.o.apply(&joined));
         let normed = self.norm(hidden, &layer.post_attention_norm);
         let gate = layer.gate.apply(&normed);
@@ -265,12 +266,12 @@ impl Model {
 
     /// Step 7: row i sees rows 0..=i.
     fn causal(&self, q: &[Matrix], k: &[Matrix], v: &[Matrix]) -> Vec<Matrix> {
-        let mut attended = Vec::new();
-        for head in 0..self.query_heads {
+        let of_head = |head: usize| {
             let kv = head / self.group();
-            attended.push((0..q[head].len()).map(|row| attend(&q[head][row], &k[kv], &v[kv], row + 1)).collect());
-        }
-        attended
+            let queries = q[head].iter().enumerate();
+            queries.map(|(row, query)| attend(query, &k[kv], &v[kv], row + 1)).collect()
+        };
+        (0..self.query_heads).map(of_head).collect()
     }
 
     /// FastKV's nine steps, or the part of them that the rules ask for. `observation` says how tokens
@@ -330,8 +331,9 @@ impl Model {
                 key: k[head][row].clone(),
                 value: v[head][row].clone(),
             };
-            let cache =
-                (0..self.kv_heads).map(|head| kept[head].iter().map(|row| entry(head, *row)).collect()).collect();
+            let cache = (0..self.kv_heads)
+                .map(|head| kept[head].iter().map(|row| entry(head, *row)).collect())
+                .collect();
             let mass = (0..self.kv_heads)
                 .map(|head| {
                     let group = &seen[head * self.group()..(head + 1) * self.group()];

@@ -65,6 +65,12 @@ impl Probe {
         self.alive.resize(0, entries);
         Counted { kv, entries, alive: Arc::clone(&self.alive) }
     }
+
+    fn recount(&self, kv: &mut Counted) {
+        let entries = self.entries(&kv.kv);
+        self.alive.resize(kv.entries, entries);
+        kv.entries = entries;
+    }
 }
 
 impl Drop for Counted {
@@ -140,9 +146,13 @@ impl Backend for Probe {
         first_row: usize,
     ) -> Result<()> {
         self.inner.append_kv(&mut kv.kv, keys, values, positions, first_row)?;
-        let entries = self.entries(&kv.kv);
-        self.alive.resize(kv.entries, entries);
-        kv.entries = entries;
+        self.recount(kv);
+        Ok(())
+    }
+
+    fn truncate_kv(&self, kv: &mut Counted, lengths: &[usize]) -> Result<()> {
+        self.inner.truncate_kv(&mut kv.kv, lengths)?;
+        self.recount(kv);
         Ok(())
     }
 

@@ -137,7 +137,7 @@ impl Backend for CpuBackend {
 
     fn add(&self, x: &mut Tensor, first_row: usize, y: &Tensor) -> Result<(), BackendError> {
         let width = x.width;
-        if y.width != width || first_row + y.rows > x.rows {
+        if y.width != width || first_row.saturating_add(y.rows) > x.rows {
             let problem = format!("{}×{} at row {first_row} of {}×{width}", y.rows, y.width, x.rows);
             return Err(shape("add", problem));
         }
@@ -151,6 +151,9 @@ impl Backend for CpuBackend {
     fn rotary(&self, inverse_frequencies: &[f32], positions: &Indices) -> Result<Rotary, BackendError> {
         let positions = positions.single("rotary")?;
         let half = inverse_frequencies.len();
+        if half == 0 {
+            return Err(shape("rotary", "0 frequencies, where a head needs at least 1".to_owned()));
+        }
         let mut cosines = tensor::zeros("cosines", positions.len(), half)?;
         let mut sines = tensor::zeros("sines", positions.len(), half)?;
         self.pool.install(|| {
@@ -168,7 +171,7 @@ impl Backend for CpuBackend {
 
     fn rotate(&self, x: &mut Tensor, angles: &Rotary, first_row: usize) -> Result<(), BackendError> {
         let Rotary { half, cosines, sines } = angles;
-        if !x.width.is_multiple_of(2 * half) || (first_row + x.rows) * half > cosines.len() {
+        if !x.width.is_multiple_of(2 * half) || first_row.saturating_add(x.rows) > cosines.len() / half {
             let problem = format!(
                 "{} rows of {} from row {first_row}, with {} angles of {half}",
                 x.rows,
@@ -188,6 +191,9 @@ impl Backend for CpuBackend {
     }
 
     fn new_kv(&self, kv_heads: usize, head_dim: usize, capacity: usize) -> Result<Kv, BackendError> {
+        if kv_heads == 0 || head_dim == 0 {
+            return Err(shape("new_kv", format!("{kv_heads} kv heads of {head_dim}")));
+        }
         let heads = (0..kv_heads).map(|_| KvHead::with_capacity(head_dim, capacity));
         Ok(Kv { head_dim, heads: heads.collect::<Result<_, _>>()? })
     }
@@ -204,7 +210,7 @@ impl Backend for CpuBackend {
         same_shape("append_kv", keys, values.rows, kv.heads.len() * head_dim)?;
         same_shape("append_kv", values, keys.rows, keys.width)?;
         let positions = positions.single("append_kv")?;
-        let Some(positions) = positions.get(first_row..first_row + keys.rows) else {
+        let Some(positions) = positions.get(first_row..first_row.saturating_add(keys.rows)) else {
             let problem = format!("{} rows from row {first_row} of {}", keys.rows, positions.len());
             return Err(shape("append_kv", problem));
         };
@@ -216,6 +222,22 @@ impl Backend for CpuBackend {
                 head.values.extend_from_slice(&value[column.clone()]);
             }
             head.positions.extend_from_slice(positions);
+        }
+        Ok(())
+    }
+
+    fn truncate_kv(&self, kv: &mut Kv, lengths: &[usize]) -> Result<(), BackendError> {
+        if lengths.len() != kv.heads.len() {
+            return Err(shape(
+                "truncate_kv",
+                format!("{} lengths for {} kv heads", lengths.len(), kv.heads.len()),
+            ));
+        }
+        for (head, length) in kv.heads.iter_mut().zip(lengths) {
+            let elements = length.saturating_mul(kv.head_dim);
+            head.keys.truncate(elements);
+            head.values.truncate(elements);
+            head.positions.truncate(*length);
         }
         Ok(())
     }
@@ -248,7 +270,9 @@ impl Backend for CpuBackend {
             Visible::Rows { rows, first } => {
                 let rows = rows.single("attention")?;
                 let fits = |row: &u32| kv.heads.iter().all(|head| (*row as usize) < head.len());
-                let Some(rows) = rows.get(first..first + count).filter(|rows| rows.iter().all(fits)) else {
+                let Some(rows) =
+                    rows.get(first..first.saturating_add(count)).filter(|rows| rows.iter().all(fits))
+                else {
                     let problem = format!("{count} queries from element {first} of {} rows", rows.len());
                     return Err(shape("attention", problem));
                 };
@@ -289,7 +313,7 @@ impl Backend for CpuBackend {
     }
 
     fn select(&self, scores: &Scores, select: Select) -> Result<Indices, BackendError> {
-        Ok(scores::select(scores, select))
+        scores::select(scores, select)
     }
 
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices, BackendError> {
@@ -322,7 +346,7 @@ impl Backend for CpuBackend {
             return Err(shape("gather_kv", problem));
         }
         let heads = kv.heads.iter().zip(&entries.lists).map(|(head, entries)| {
-            let mut kept = KvHead::with_capacity(kv.head_dim, entries.len() + slack)?;
+            let mut kept = KvHead::with_capacity(kv.head_dim, entries.len().saturating_add(slack))?;
             kept.keys.resize(entries.len() * kv.head_dim, 0.0);
             kept.values.resize(entries.len() * kv.head_dim, 0.0);
             gather(&mut kept.keys, &head.keys, kv.head_dim, entries, "gather_kv")?;

@@ -63,6 +63,12 @@ pub(super) fn pool_groups(
             ),
         });
     }
+    if pooling.kernel.is_multiple_of(2) {
+        return Err(BackendError::Shape {
+            operation: "pool_groups",
+            problem: format!("a pooling kernel of {} has no middle", pooling.kernel),
+        });
+    }
     let group = query_heads.len() / kv_heads;
     let mut pooled = Scores::zeros(kv_heads, keys)?;
     if keys > 0 {
@@ -98,8 +104,14 @@ pub(super) fn sum_heads(scores: &Scores) -> Result<Scores, BackendError> {
 }
 
 /// The best keys of each head and the tail behind them.
-pub(super) fn select(scores: &Scores, select: Select) -> Indices {
+pub(super) fn select(scores: &Scores, select: Select) -> Result<Indices, BackendError> {
     let keys = scores.keys as u32;
+    let Some(end) = u32::try_from(select.tail).ok().and_then(|tail| keys.checked_add(tail)) else {
+        return Err(BackendError::Shape {
+            operation: "select",
+            problem: format!("a tail of {} keys behind {keys}", select.tail),
+        });
+    };
     let lists = scores
         .heads()
         .map(|scores| {
@@ -109,11 +121,11 @@ pub(super) fn select(scores: &Scores, select: Select) -> Indices {
                 chosen.truncate(select.count);
                 chosen.sort_unstable();
             }
-            chosen.extend(keys..keys + select.tail as u32);
+            chosen.extend(keys..end);
             chosen
         })
         .collect();
-    Indices { lists }
+    Ok(Indices { lists })
 }
 
 /// Scores in an order of integers: larger is better, −0 equals +0, NaN is worst.

@@ -127,11 +127,12 @@ fn exp2(x: f32) -> f32 {
     let clamped = if clamped > 128.0 { 128.0 } else { clamped };
     let shifted = clamped + ROUND;
     let fraction = clamped - (shifted - ROUND);
-    // Taylor's coefficients ln(2)^k / k!; on [−1/2, 1/2] the first one left out is below 2·10⁻⁸.
-    let mut power = 1.540_353e-4;
-    power = power * fraction + 1.333_355_8e-3;
-    power = power * fraction + 9.618_129e-3;
-    power = power * fraction + 5.550_411e-2;
+    // Taylor's series ln(2)^k / k! to degree 8, its two highest terms replaced by their Chebyshev
+    // approximations on [−1/2, 1/2]: off by less than 10⁻⁸ there, where six terms alone are off by 2·10⁻⁷.
+    let mut power = 1.546_960_8e-4;
+    power = power * fraction + 1.340_028_8e-3;
+    power = power * fraction + 9.618_026e-3;
+    power = power * fraction + 5.550_327_5e-2;
     power = power * fraction + 2.402_265e-1;
     power = power * fraction + 6.931_472e-1;
     power = power * fraction + 1.0;

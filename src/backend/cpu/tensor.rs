@@ -21,6 +21,7 @@ pub struct Rotary {
 /// Scores `[heads, keys]`.
 #[derive(Clone, Debug)]
 pub struct Scores {
+    heads: usize,
     pub(super) keys: usize,
     pub(super) data: Vec<f32>,
 }
@@ -54,12 +55,12 @@ impl Tensor {
 
 impl Scores {
     pub(super) fn zeros(heads: usize, keys: usize) -> Result<Self, BackendError> {
-        Ok(Self { keys, data: zeros("scores", heads, keys)? })
+        Ok(Self { heads, keys, data: zeros("scores", heads, keys)? })
     }
 
     /// The scores of each head. A head of no keys is a head still.
     pub(super) fn heads(&self) -> impl Iterator<Item = &[f32]> {
-        self.data.chunks(self.keys.max(1))
+        (0..self.heads).map(|head| &self.data[head * self.keys..(head + 1) * self.keys])
     }
 }
 

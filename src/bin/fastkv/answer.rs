@@ -4,14 +4,12 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use fastkv::backend::Backend;
-use fastkv::engine::{
-    Cancel, Control, Engine, EngineError, FinishReason, GenerationOptions, PrefillOptions, Progress,
-};
+use fastkv::engine::{Cancel, Control, Engine, FinishReason, GenerationOptions, PrefillOptions, Progress};
 use fastkv::model::{ModelDir, TextStream, Tokenizer};
 use fastkv::policy::Plan;
 use serde::Serialize;
 
-use crate::exit::Usage;
+use crate::exit::{self, Usage};
 use crate::input::Prompt;
 use crate::options::AnswerOptions;
 
@@ -83,7 +81,17 @@ impl<'a> Task<'a> {
         progress: &dyn Fn(Progress),
         show: &mut dyn FnMut(&str) -> Result<()>,
     ) -> Result<Answer> {
-        let mut answer = Answer {
+        let mut answer = self.cancelled();
+        match self.run_into(&mut answer, engine, plan, progress, show) {
+            Err(error) if exit::is_cancelled(&error) => {}
+            result => result?,
+        }
+        Ok(answer)
+    }
+
+    /// The answer of a run that was stopped before it began.
+    pub(crate) fn cancelled(&self) -> Answer {
+        Answer {
             tokens: Vec::new(),
             text: self.prompt.tokenizer.is_some().then(String::new),
             finish: FinishReason::Cancelled,
@@ -91,12 +99,7 @@ impl<'a> Task<'a> {
             decode_tokens_per_s: None,
             kv_kept_bytes: None,
             kv_peak_bytes: None,
-        };
-        match self.run_into(&mut answer, engine, plan, progress, show) {
-            Err(error) if matches!(error.downcast_ref(), Some(EngineError::Cancelled)) => {}
-            result => result?,
         }
-        Ok(answer)
     }
 
     fn run_into<B: Backend>(
@@ -213,5 +216,39 @@ impl<'a> AnswerText<'a> {
         };
         let longest = self.stop_texts.iter().map(String::len).max().unwrap_or(0);
         (1..=longest.min(self.text.len())).rev().find(begins).unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is shown for each token, and the text in the end.
+    fn shown(stops: &[&str], tokens: &[u32]) -> (Vec<String>, String, bool) {
+        let stops: Vec<String> = stops.iter().copied().map(str::to_owned).collect();
+        let mut text = AnswerText::new(None, &stops);
+        let mut pieces = Vec::new();
+        for token in tokens {
+            pieces.push(text.push(*token).expect("no tokenizer"));
+            if text.stopped {
+                break;
+            }
+        }
+        pieces.push(text.finish().expect("no tokenizer"));
+        (pieces, text.text, text.stopped)
+    }
+
+    #[test]
+    fn a_stop_text_is_never_shown() {
+        let (pieces, text, stopped) = shown(&["5 7", "9"], &[1, 5, 6, 5, 7, 8]);
+        assert_eq!(pieces, ["1", " ", "5 6", " ", "", ""]);
+        assert_eq!((text.as_str(), stopped), ("1 5 6 ", true));
+    }
+
+    #[test]
+    fn what_only_began_like_a_stop_text_is_shown_in_the_end() {
+        let (pieces, text, stopped) = shown(&["5 7"], &[1, 5]);
+        assert_eq!(pieces, ["1", " ", "5"]);
+        assert_eq!((text.as_str(), stopped), ("1 5", false));
     }
 }

@@ -17,10 +17,10 @@ use serde::Serialize;
 use crate::answer::{Answer, Task};
 use crate::exit::Usage;
 use crate::input::PromptOptions;
-use crate::loading::{Loaded, ModelOptions};
+use crate::loading::{self, ModelOptions};
 use crate::options::{AnswerOptions, PolicyName, PolicyOptions};
 use crate::output::{self, Output};
-use crate::{generate, progress};
+use crate::{exit, progress};
 
 /// Answer one prompt with several policies side by side.
 ///
@@ -70,7 +70,7 @@ struct Report<'a> {
     device_reason: &'a str,
     prompt_tokens: usize,
     question_tokens: usize,
-    kv_full_bytes: usize,
+    kv_full_bytes: u64,
     /// Whether Ctrl-C left policies or runs out.
     cancelled: bool,
     policies: Vec<Row<'a>>,
@@ -117,11 +117,15 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let exact_shortcuts = arguments.policy_options.exact_shortcuts();
     let task = Task::new(&model, &prompt, &arguments.answer, exact_shortcuts, cancel)?;
     let more_tokens = prompt.question.len() + arguments.answer.max_tokens;
-    let Loaded { engine, device, device_reason } =
-        arguments.model.load(&model, &plans, more_tokens, arguments.json, cancel)?;
+    let (backend, device_reason) = arguments.model.machine.backend()?;
+    let device = backend.name();
+    let kv_full_bytes = loading::estimate(&model, &plans[0], 0, &backend).kv_full;
 
-    let runs = measure(&task, &engine, names, &plans, arguments)?;
-    let kv_full_bytes = generate::full_bytes(&plans[0], &engine);
+    let engine = arguments.model.load(&model, backend, &plans, more_tokens, arguments.json, cancel);
+    let runs = match engine.and_then(|engine| measure(&task, &engine, names, &plans, arguments)) {
+        Err(error) if exit::is_cancelled(&error) => vec![Vec::new(); plans.len()],
+        runs => runs?,
+    };
     let report = Report {
         model: &model.path,
         device: &device,
@@ -183,24 +187,24 @@ fn rows<'a>(
     names: &[PolicyName],
     plans: &'a [Plan],
     runs: &[Vec<Answer>],
-    kv_full_bytes: usize,
+    kv_full_bytes: u64,
 ) -> Vec<Row<'a>> {
     let answers: Vec<Option<Answer>> = runs.iter().map(|runs| summary(runs)).collect();
     let full = names.iter().position(|name| *name == PolicyName::Full);
     let full = full.and_then(|index| answers[index].clone());
-    let row = |(((name, plan), runs), answer): (((&PolicyName, &'a Plan), &Vec<Answer>), Option<Answer>)| {
-        let answer = answer?;
+    let row = |index: usize| {
+        let answer = answers[index].clone()?;
         Some(Row {
-            policy: name.text(),
-            runs: runs.len(),
+            policy: names[index].text(),
+            runs: runs[index].len(),
             ttft_speedup: full.as_ref().and_then(|full| Some(full.ttft_s? / answer.ttft_s?)),
             kv_kept_share: answer.kv_kept_bytes.map(|bytes| bytes as f64 / kv_full_bytes as f64),
             agreement: full.as_ref().and_then(|full| Agreement::of(&answer, full)),
             answer,
-            plan,
+            plan: &plans[index],
         })
     };
-    names.iter().zip(plans).zip(runs).zip(answers).filter_map(row).collect()
+    (0..names.len()).filter_map(row).collect()
 }
 
 /// The first answer with the median times of all runs.

@@ -13,7 +13,7 @@ use fastkv::model::{ModelDir, Tokenizer};
 use fastkv::policy::{ModelShape, Policy};
 use serde::Serialize;
 
-use crate::loading::{Loaded, ModelOptions};
+use crate::loading::ModelOptions;
 use crate::options::{PolicyName, PolicyOptions};
 use crate::{output, progress};
 
@@ -97,8 +97,9 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let shape = ModelShape::from(&model.config);
     let plans =
         policies.iter().map(|policy| policy.plan(shape, arguments.tokens)).collect::<Result<Vec<_>, _>>()?;
-    let Loaded { engine, device, .. } =
-        arguments.model.load(&model, &plans, ANSWER_TOKENS, arguments.json, cancel)?;
+    let (backend, _) = arguments.model.machine.backend()?;
+    let device = backend.name();
+    let engine = arguments.model.load(&model, backend, &plans, ANSWER_TOKENS, arguments.json, cancel)?;
 
     let examinee = Examinee {
         engine: &engine,

@@ -12,9 +12,9 @@ use serde::Serialize;
 
 use crate::answer::{Answer, Task};
 use crate::input::PromptOptions;
-use crate::loading::ModelOptions;
+use crate::loading::{self, ModelOptions};
 use crate::options::{AnswerOptions, PolicyName, PolicyOptions};
-use crate::{output, progress};
+use crate::{exit, output, progress};
 
 /// Answer a prompt.
 ///
@@ -46,7 +46,7 @@ struct Report<'a> {
     policy: String,
     prompt_tokens: usize,
     question_tokens: usize,
-    kv_full_bytes: usize,
+    kv_full_bytes: u64,
     #[serde(flatten)]
     answer: &'a Answer,
     plan: &'a Plan,
@@ -61,15 +61,20 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let task =
         Task::new(&model, &prompt, &arguments.answer, arguments.policy_options.exact_shortcuts(), cancel)?;
     let more_tokens = prompt.question.len() + arguments.answer.max_tokens;
-    let loaded = arguments.model.load(&model, [&plan], more_tokens, arguments.json, cancel)?;
+    let (backend, device_reason) = arguments.model.machine.backend()?;
+    let device = backend.name();
+    let kv_full_bytes = loading::estimate(&model, &plan, 0, &backend).kv_full;
 
-    let answer = answer(&task, &loaded.engine, &plan, arguments.json)?;
-    let kv_full_bytes = full_bytes(&plan, &loaded.engine);
+    let engine = arguments.model.load(&model, backend, [&plan], more_tokens, arguments.json, cancel);
+    let answer = match engine {
+        Err(error) if exit::is_cancelled(&error) => task.cancelled(),
+        engine => answer(&task, &engine?, &plan, arguments.json)?,
+    };
     if arguments.json {
         output::print(&output::json(&Report {
             model: &model.path,
-            device: &loaded.device,
-            device_reason: &loaded.device_reason,
+            device: &device,
+            device_reason: &device_reason,
             policy: arguments.policy.text(),
             prompt_tokens: prompt.ids.len(),
             question_tokens: prompt.question.len(),
@@ -81,11 +86,6 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         eprintln!("{}", figures(&answer, prompt.ids.len(), kv_full_bytes));
         Ok(())
     }
-}
-
-/// Bytes of keys and values of the whole prompt.
-pub(crate) fn full_bytes<B: Backend>(plan: &Plan, engine: &Engine<B>) -> usize {
-    plan.prompt_tokens * plan.shape.kv_elements() * plan.shape.layers * engine.backend().kv_element_bytes()
 }
 
 fn answer<B: Backend>(task: &Task<'_>, engine: &Engine<B>, plan: &Plan, quiet: bool) -> Result<Answer> {
@@ -104,7 +104,7 @@ fn answer<B: Backend>(task: &Task<'_>, engine: &Engine<B>, plan: &Plan, quiet: b
 }
 
 /// The figures in a line.
-fn figures(answer: &Answer, prompt_tokens: usize, kv_full_bytes: usize) -> String {
+fn figures(answer: &Answer, prompt_tokens: usize, kv_full_bytes: u64) -> String {
     let finish = match answer.finish {
         FinishReason::Stop => "stopped by itself",
         FinishReason::MaxTokens => "stopped at --max-tokens",
@@ -119,7 +119,7 @@ fn figures(answer: &Answer, prompt_tokens: usize, kv_full_bytes: usize) -> Strin
         parts.push(format!("{rate:.1} tokens/s"));
     }
     if let (Some(kept), Some(peak)) = (answer.kv_kept_bytes, answer.kv_peak_bytes) {
-        let [kept, full, peak] = [kept, kv_full_bytes, peak].map(|bytes| Bytes(bytes as u64));
+        let [kept, full, peak] = [kept as u64, kv_full_bytes, peak as u64].map(Bytes);
         parts.push(format!("KV cache {kept} of {full}, peak {peak}"));
     }
     parts.push(finish.to_owned());

@@ -14,7 +14,7 @@ use fastkv::model::{LlamaConfig, ModelDir, ModelError};
 use fastkv::policy::ModelShape;
 use serde::Serialize;
 
-use crate::device;
+use crate::device::{self, Cuda};
 use crate::exit::Usage;
 use crate::loading::{self, MachineOptions};
 use crate::options::{PolicyName, PolicyOptions};
@@ -53,13 +53,6 @@ struct Report<'a> {
 }
 
 #[derive(Serialize)]
-struct Cuda {
-    available: bool,
-    reason: String,
-    kernels_built: bool,
-}
-
-#[derive(Serialize)]
 struct Model<'a> {
     path: &'a Path,
     config: &'a LlamaConfig,
@@ -77,7 +70,6 @@ struct Model<'a> {
 struct Memory {
     policy: String,
     prompt_tokens: usize,
-    kv_full_bytes: usize,
     #[serde(flatten)]
     estimate: MemoryEstimate,
     total_bytes: u64,
@@ -99,7 +91,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         device: backend.name(),
         device_reason,
         cpu_threads: backend.threads(),
-        cuda: Cuda { available: false, reason: device::without_cuda(), kernels_built: cfg!(fastkv_kernels) },
+        cuda: device::cuda(),
         memory_available_bytes: available,
         model: model.as_ref().map(Model::of),
         memory,
@@ -133,7 +125,6 @@ fn memory(
         Ok(Memory {
             policy: name.text(),
             prompt_tokens: tokens,
-            kv_full_bytes: tokens * shape.kv_elements() * shape.layers * backend.kv_element_bytes(),
             estimate,
             total_bytes: estimate.total(),
             fits: estimate.check(available).is_ok(),
@@ -172,9 +163,18 @@ impl<'a> Model<'a> {
 fn readable(report: &Report<'_>) -> Result<String> {
     let mut text = String::new();
     writeln!(text, "fastkv {}", report.version)?;
-    writeln!(text, "device     {} ({})", report.device, report.device_reason)?;
-    writeln!(text, "cuda       {}", report.cuda.reason)?;
-    writeln!(text, "kernels    {}", if report.cuda.kernels_built { "built" } else { "none in this build" })?;
+    writeln!(text, "device     {}", report.device)?;
+    for (index, gpu) in report.cuda.devices.iter().enumerate() {
+        let (major, minor) = gpu.compute_capability;
+        let memory = Bytes(gpu.memory_bytes);
+        writeln!(text, "cuda {index}     {}, compute capability {major}.{minor}, {memory}", gpu.name)?;
+    }
+    writeln!(text, "cuda       not used: {}", report.cuda.reason)?;
+    let kernels = report.cuda.kernels.iter();
+    let kernels: Vec<String> =
+        kernels.map(|image| format!("{} ({})", image.name, image.architectures.join(", "))).collect();
+    let kernels = if kernels.is_empty() { "none in this build".to_owned() } else { kernels.join("; ") };
+    writeln!(text, "kernels    {kernels}")?;
     writeln!(text, "memory     {} available", Bytes(report.memory_available_bytes))?;
     let Some(model) = &report.model else {
         writeln!(text, "model      none given (--model DIR)")?;
@@ -221,8 +221,8 @@ fn memory_table(rows: &[Memory]) -> Table {
         "fits",
     ]);
     for row in rows {
-        let MemoryEstimate { weights, kv_kept, kv_peak, activations, .. } = row.estimate;
-        let bytes = [weights, row.kv_full_bytes as u64, kv_kept, kv_peak, activations, row.total_bytes];
+        let MemoryEstimate { weights, kv_full, kv_kept, kv_peak, activations, .. } = row.estimate;
+        let bytes = [weights, kv_full, kv_kept, kv_peak, activations, row.total_bytes];
         let bytes = bytes.map(|bytes| Bytes(bytes).to_string());
         let fits = if row.fits { "yes" } else { "no" };
         let cells: Vec<String> =

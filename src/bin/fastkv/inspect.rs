@@ -18,14 +18,14 @@ use serde::Serialize;
 
 use crate::exit::Usage;
 use crate::input::{Prompt, PromptOptions};
-use crate::loading::{Loaded, ModelOptions};
+use crate::loading::{self, ModelOptions};
 use crate::options::{PolicyName, PolicyOptions};
 use crate::output::{self, Output};
-use crate::{generate, progress};
+use crate::progress;
 
 /// Show what a policy keeps: positions, score mass, logits.
 ///
-/// Prints one JSON object; docs/inspect.md names its fields.
+/// Prints one JSON object; docs/json.md names its fields.
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
     #[command(flatten)]
@@ -51,7 +51,7 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
-/// The JSON object. Its fields are described in docs/inspect.md.
+/// The JSON object. Its fields are described in docs/json.md.
 #[derive(Serialize)]
 struct Report<'a> {
     model: &'a Path,
@@ -60,7 +60,7 @@ struct Report<'a> {
     policy: String,
     prompt_tokens: usize,
     tokens: &'a [u32],
-    kv_full_bytes: usize,
+    kv_full_bytes: u64,
     kv_kept_bytes: usize,
     kv_peak_bytes: usize,
     rows: Vec<usize>,
@@ -95,8 +95,10 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let plan = policy.plan(ModelShape::from(&model.config), prompt.ids.len())?;
     let hide_progress = out.is_none() || arguments.json;
     let more_tokens = arguments.continuation.unwrap_or(0);
-    let Loaded { engine, device, device_reason } =
-        arguments.model.load(&model, [&plan], more_tokens, hide_progress, cancel)?;
+    let (backend, device_reason) = arguments.model.machine.backend()?;
+    let device = backend.name();
+    let kv_full_bytes = loading::estimate(&model, &plan, 0, &backend).kv_full;
+    let engine = arguments.model.load(&model, backend, [&plan], more_tokens, hide_progress, cancel)?;
 
     let bar = progress::bar(hide_progress, 1, "reading the prompt");
     let report = |progress: Progress| {
@@ -127,7 +129,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         policy: arguments.policy.text(),
         prompt_tokens: prompt.ids.len(),
         tokens: &prompt.ids,
-        kv_full_bytes: generate::full_bytes(&plan, &engine),
+        kv_full_bytes,
         kv_kept_bytes,
         kv_peak_bytes: prefill.peak_kv_bytes,
         rows: trace.layers.iter().map(|layer| layer.rows).collect(),
@@ -216,7 +218,7 @@ fn pieces(prompt: &Prompt) -> Result<Vec<String>> {
 
 fn cache_figures(report: &Report<'_>) -> String {
     let [kept, full, peak] =
-        [report.kv_kept_bytes, report.kv_full_bytes, report.kv_peak_bytes].map(|bytes| Bytes(bytes as u64));
+        [report.kv_kept_bytes as u64, report.kv_full_bytes, report.kv_peak_bytes as u64].map(Bytes);
     let share = 100.0 * report.kv_kept_bytes as f64 / report.kv_full_bytes as f64;
     format!("KV cache {kept} of {full} ({share:.1} %), peak {peak}")
 }

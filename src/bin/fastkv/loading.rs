@@ -40,34 +40,23 @@ pub(crate) struct MachineOptions {
     memory_limit: Option<u64>,
 }
 
-/// An engine and what it runs on.
-#[derive(Debug)]
-pub(crate) struct Loaded {
-    pub(crate) engine: Engine<CpuBackend>,
-    /// The device in words.
-    pub(crate) device: String,
-    /// Why this device.
-    pub(crate) device_reason: String,
-}
-
 impl ModelOptions {
     /// Loads the model, once it is clear that the plans fit into memory with as many tokens behind
     /// the prompt, and that the weights are numbers.
-    pub(crate) fn load<'a>(
+    pub(crate) fn load<'a, B: Backend>(
         &self,
         model: &ModelDir,
+        backend: B,
         plans: impl IntoIterator<Item = &'a Plan>,
         more_tokens: usize,
         hide_progress: bool,
         cancel: &Cancel,
-    ) -> Result<Loaded> {
-        let (backend, device_reason) = self.machine.backend()?;
+    ) -> Result<Engine<B>> {
         for plan in plans {
             estimate(model, plan, more_tokens, &backend).check(self.machine.available_memory())?;
         }
-        check_weights(model, backend.threads(), hide_progress, cancel)?;
-        let device = backend.name();
-        Ok(Loaded { engine: Engine::load(backend, model)?, device, device_reason })
+        check_weights(model, self.machine.threads.map_or(0, usize::from), hide_progress, cancel)?;
+        Ok(Engine::load(backend, model)?)
     }
 }
 

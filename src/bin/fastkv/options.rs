@@ -230,3 +230,43 @@ impl AnswerOptions {
         Ok(sampling)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budgets_are_rates_or_tokens() {
+        assert_eq!(budget("512"), Ok(Budget::Tokens(512)));
+        assert_eq!(budget("1"), Ok(Budget::Tokens(1)));
+        assert_eq!(budget("1.0"), Ok(Budget::Rate(1.0)));
+        assert_eq!(budget("-0.5"), Ok(Budget::Rate(-0.5)), "out of range, which the policy says");
+        assert!(budget("much").is_err());
+    }
+
+    #[test]
+    fn every_policy_takes_its_options_and_refuses_others() {
+        let options =
+            PolicyOptions { retention: Some(Budget::Tokens(64)), sinks: Some(2), ..Default::default() };
+        let expected = StreamingLlm { sinks: 2, retention: Budget::Tokens(64) };
+        let policy = options.policy(PolicyName::Streamingllm).expect("it has both");
+        assert_eq!(policy, Policy::StreamingLlm(expected));
+
+        let error = options.policy(PolicyName::Snapkv).expect_err("it has no sinks").to_string();
+        assert_eq!(
+            error,
+            "--sinks is not an option here: snapkv has --retention, --window, --pooling, --kernel"
+        );
+        let error = options.policy(PolicyName::Full).expect_err("it has none").to_string();
+        assert_eq!(error, "--retention is not an option here: full has no options");
+    }
+
+    #[test]
+    fn in_company_an_option_needs_one_taker() {
+        let options =
+            PolicyOptions { retention: Some(Budget::Tokens(64)), sinks: Some(2), ..Default::default() };
+        let names = [PolicyName::Full, PolicyName::Fastkv, PolicyName::Streamingllm];
+        assert_eq!(options.policies(&names).expect("both are taken").len(), 3);
+        assert!(options.policies(&names[..2]).is_err(), "nobody has sinks");
+    }
+}

@@ -1,0 +1,245 @@
+//! Bad input gets a message that names the value and what would be right; nothing is written.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::support::{Scratch, edit_header, edit_json, fixture, needle, refused};
+
+const DOWN: &str = "model.layers.0.mlp.down_proj.weight";
+
+/// Inspects tokens with outputs asked for, and holds that to be refused and to leave nothing behind.
+fn inspect_refused(model: &Path, ids: &str, options: &[&str], code: i32, parts: &[&str]) {
+    let scratch = Scratch::new();
+    let tokens = scratch.file("tokens.json", ids);
+    let mut arguments = vec!["inspect".into(), "--model".into(), model.as_os_str().to_owned()];
+    arguments.extend(["--tokens".into(), tokens.into()]);
+    arguments.extend(["--out".into(), scratch.path("out.json").into()]);
+    arguments.extend(["--picture".into(), scratch.path("out.svg").into()]);
+    arguments.extend(options.iter().map(Into::into));
+    refused(arguments, code, parts);
+    assert_eq!(scratch.names(), ["tokens.json"]);
+}
+
+/// A hundred tokens that every fixture knows.
+fn ids() -> String {
+    json!((0..100).map(|index| index % 90).collect::<Vec<_>>()).to_string()
+}
+
+fn model_refused(model: &Path, parts: &[&str]) {
+    inspect_refused(model, &ids(), &[], 1, parts);
+}
+
+fn policy_refused(options: &[&str], parts: &[&str]) {
+    inspect_refused(&fixture("bf16-gqa4"), &ids(), options, 2, parts);
+}
+
+#[test]
+fn missing_weights() {
+    let scratch = Scratch::new();
+    let model = scratch.model("bf16-gqa4");
+    fs::remove_file(model.join("model.safetensors")).expect("it was there");
+    model_refused(&model, &["model.safetensors", "no such file"]);
+    model_refused(&scratch.path("nothing"), &["nothing", "No such file"]);
+}
+
+#[test]
+fn truncated_weights() {
+    let scratch = Scratch::new();
+    let model = scratch.model("bf16-gqa4");
+    let file = model.join("model.safetensors");
+    let bytes = fs::read(&file).expect("readable");
+    fs::write(&file, &bytes[..bytes.len() - 100]).expect("writable");
+    model_refused(&model, &["model.safetensors", "truncated"]);
+    fs::write(&file, &bytes[..5]).expect("writable");
+    model_refused(&model, &["model.safetensors", "5 bytes are too few"]);
+}
+
+#[test]
+fn misshaped_weights() {
+    let scratch = Scratch::new();
+    let model = scratch.model("bf16-gqa4");
+    edit_header(&model.join("model.safetensors"), |header| header[DOWN]["shape"] = json!([56, 64]));
+    model_refused(&model, &[DOWN, "[56, 64]", "[64, 56]"]);
+}
+
+#[test]
+fn wrong_dtype() {
+    let scratch = Scratch::new();
+    let model = scratch.model("bf16-gqa4");
+    edit_header(&model.join("model.safetensors"), |header| header[DOWN]["dtype"] = json!("I16"));
+    model_refused(&model, &[DOWN, "I16", "BF16, F16, F32"]);
+}
+
+#[test]
+fn nan_weights() {
+    let scratch = Scratch::new();
+    let model = scratch.model("bf16-gqa4");
+    let file = model.join("model.safetensors");
+    let mut bytes = fs::read(&file).expect("readable");
+    let end = bytes.len();
+    bytes[end - 2..].copy_from_slice(&0x7fc0_u16.to_le_bytes());
+    fs::write(&file, bytes).expect("writable");
+    model_refused(&model, &["model.norm.weight", "NaN", "element 63", "finite"]);
+}
+
+#[test]
+fn absurd_configurations() {
+    for (field, value, parts) in [
+        ("hidden_size", Value::Null, ["`hidden_size` is missing", "it must be"]),
+        ("num_attention_heads", json!(0), ["`num_attention_heads` is 0", "from 1 to"]),
+        ("num_key_value_heads", json!(3), ["`num_key_value_heads` is 3", "divisor"]),
+        ("head_dim", json!(7), ["`head_dim` is 7", "even"]),
+        ("vocab_size", json!("many"), ["`vocab_size` is \"many\"", "it must be"]),
+        ("rms_norm_eps", json!(-1.0), ["`rms_norm_eps` is -1", "above 0"]),
+        ("hidden_act", json!("gelu"), ["`hidden_act` is \"gelu\"", "silu"]),
+    ] {
+        let scratch = Scratch::new();
+        let model = scratch.model("bf16-gqa4");
+        edit_json(&model.join("config.json"), |config| config[field] = value);
+        model_refused(&model, &parts);
+    }
+    let scratch = Scratch::new();
+    let model = scratch.model("bf16-gqa4");
+    fs::write(model.join("config.json"), "{").expect("writable");
+    model_refused(&model, &["config.json", "not valid JSON"]);
+}
+
+#[test]
+fn a_tokenizer_of_another_model() {
+    let scratch = Scratch::new();
+    let model = scratch.model("bf16-gqa4");
+    fs::copy(needle().join("tokenizer.json"), model.join("tokenizer.json")).expect("writable");
+    let arguments = ["generate".as_ref(), "--model".as_ref(), model.as_os_str(), "hello".as_ref()];
+    refused(arguments, 1, &["tokenizer.json", "vocab_size = 96", "another model"]);
+}
+
+#[test]
+fn text_without_a_tokenizer() {
+    let model = fixture("bf16-gqa4");
+    let arguments = ["generate".as_ref(), "--model".as_ref(), model.as_os_str(), "hello".as_ref()];
+    refused(arguments, 1, &["tokenizer.json", "give token ids"]);
+}
+
+#[test]
+fn empty_prompts() {
+    inspect_refused(&fixture("bf16-gqa4"), "[]", &[], 1, &["no tokens", "at least one"]);
+    let scratch = Scratch::new();
+    let [model, file] = [needle(), scratch.file("prompt.txt", "\n")].map(PathBuf::into_os_string);
+    let base = || ["generate".as_ref(), "--model".as_ref(), model.as_os_str()];
+    refused(base().into_iter().chain(["".as_ref()]), 1, &["the prompt is empty"]);
+    refused(base().into_iter().chain(["--file".as_ref(), file.as_os_str()]), 1, &["the prompt is empty"]);
+    // Stdin is empty here.
+    refused(base(), 1, &["the prompt is empty"]);
+}
+
+#[test]
+fn prompts_beyond_the_context() {
+    let ids = |count: usize| json!(vec![1; count]).to_string();
+    let parts = ["257 tokens", "256", "max_position_embeddings"];
+    inspect_refused(&fixture("bf16-gqa4"), &ids(257), &[], 1, &parts);
+    let parts = ["161 tokens", "160", "40 times the dynamic RoPE factor 4"];
+    inspect_refused(&fixture("f32-dynamic"), &ids(161), &[], 1, &parts);
+}
+
+#[test]
+fn tokens_that_are_none() {
+    let model = fixture("bf16-gqa4");
+    inspect_refused(&model, "[1, 96]", &[], 1, &["token 96 at position 1", "vocabulary of 96"]);
+    inspect_refused(&model, "[1, -2]", &[], 1, &["element 1 is -2", "JSON array of token ids"]);
+    inspect_refused(&model, "[1, 2.5]", &[], 1, &["element 1 is 2.5"]);
+    inspect_refused(&model, "{\"ids\": [1]}", &[], 1, &["JSON array of token ids"]);
+    inspect_refused(&model, "[1, 2", &[], 1, &["tokens.json", "EOF"]);
+}
+
+#[test]
+fn budgets_smaller_than_the_window() {
+    for policy in ["fastkv", "fastkv-constant", "snapkv"] {
+        let options = ["--policy", policy, "--window", "16", "--retention", "16"];
+        policy_refused(&options, &["retention is 16 tokens", "the observation window", "at least 17"]);
+    }
+    let options = ["--policy", "random", "--retention", "8"];
+    policy_refused(&options, &["retention is 8 tokens", "at least 9"]);
+    policy_refused(&["--propagation", "7"], &["propagation is 7 tokens", "at least 8"]);
+    policy_refused(&["--policy", "streamingllm", "--retention", "3"], &["retention is 3", "sinks"]);
+}
+
+#[test]
+fn tsp_layers_that_the_model_lacks() {
+    policy_refused(&["--tsp-layer", "2"], &["TSP layer is 2", "0 to 1"]);
+}
+
+#[test]
+fn rates_that_are_no_share() {
+    for option in ["retention", "propagation"] {
+        for value in ["0.0", "-0.5", "1.01", "NaN"] {
+            let expected = format!("{option} is {}", value.parse::<f64>().expect("a number"));
+            policy_refused(&[&format!("--{option}"), value], &[&expected, "above 0 and at most 1"]);
+        }
+        policy_refused(&[&format!("--{option}"), "much"], &["much", "rate above 0", "number of tokens"]);
+    }
+}
+
+#[test]
+fn windows_and_kernels_out_of_range() {
+    policy_refused(&["--window", "0"], &["window is 0", "1 to 64"]);
+    policy_refused(&["--kernel", "4"], &["kernel is 4", "odd"]);
+}
+
+#[test]
+fn options_that_the_policy_does_not_have() {
+    policy_refused(&["--policy", "full", "--retention", "0.1"], &["--retention", "full has no options"]);
+    policy_refused(&["--policy", "snapkv", "--tsp-layer", "1"], &["--tsp-layer", "snapkv has --retention"]);
+    policy_refused(&["--policy", "nope"], &["nope", "streamingllm"]);
+}
+
+#[test]
+fn too_large_for_memory() {
+    let options = ["--memory-limit", "100KiB"];
+    let parts = ["too large", "weights 106.62 KiB", "KV cache", "activations", "100.00 KiB are available"];
+    inspect_refused(&fixture("bf16-gqa4"), &ids(), &options, 1, &parts);
+    inspect_refused(&fixture("bf16-gqa4"), &ids(), &["--memory-limit", "much"], 2, &["8GiB"]);
+}
+
+/// There is no such model: an output that cannot be written is found before anyone looks for it.
+#[test]
+fn unwritable_outputs_are_found_first() {
+    let scratch = Scratch::new();
+    let directory = scratch.path("");
+    let inside_nothing = scratch.path("nothing/out.svg");
+    for option in ["--out", "--picture"] {
+        let base = ["inspect", "--model", "no such model", "--tokens", "no such file", option];
+        let path = inside_nothing.to_str().expect("UTF-8");
+        refused(base.into_iter().chain([path]), 1, &[path, "cannot be written"]);
+    }
+    let base = ["compare", "--model", "no such model", "--tokens", "no such file", "--out"];
+    let path = directory.to_str().expect("UTF-8");
+    refused(base.into_iter().chain([path]), 1, &[path, "directory"]);
+    let base = ["inspect", "--model", "no such model", "--picture"];
+    refused(base.into_iter().chain(["a.png"]), 2, &["a.png", ".svg or .html"]);
+    assert!(scratch.names().is_empty());
+}
+
+#[test]
+fn sampling_out_of_range() {
+    let base = ["generate", "--model", "no such model", "hello"];
+    refused(base.into_iter().chain(["--temperature", "-1"]), 2, &["temperature is -1", "from 0"]);
+    refused(base.into_iter().chain(["--top-p", "1.5"]), 2, &["top-p is 1.5", "at most 1"]);
+}
+
+#[test]
+fn what_else_makes_no_sense() {
+    let needle = needle();
+    let needle = needle.to_str().expect("UTF-8");
+    let base = ["generate", "--model", needle, "the magic number"];
+    refused(base.into_iter().chain(["--stop", "384"]), 2, &["--stop 384", "0 to 383"]);
+    refused(base.into_iter().chain(["--chat"]), 1, &["chat template"]);
+    refused(base.into_iter().chain(["--file", "x"]), 2, &["--file"]);
+    refused(base.into_iter().chain(["--question", " "]), 2, &["--question is empty"]);
+    refused(base.into_iter().chain(["--threads", "0"]), 2, &["--threads"]);
+    refused(["compare", "--model", needle, "a", "--policies", "full,full"], 2, &["names full twice"]);
+    refused(["info", "--model", needle, "--tokens", "9000"], 2, &["--tokens 9000", "8192"]);
+    refused(["generate", "hello"], 2, &["--model"]);
+    refused(["nonsense"], 2, &["nonsense"]);
+}
