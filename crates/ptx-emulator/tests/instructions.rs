@@ -324,6 +324,25 @@ fn bits() {
             });
         }
     }
+    // The upper half of a 64-bit product from 32-bit ones.
+    let body = "{ .reg .b32 %l, %h, %x, %y, %t, %u, %v, %w, %z; mov.b64 {%l, %h}, %a; mov.b64 {%x, %y}, %b; \
+                mul.lo.u32 %t, %l, %x; mul.hi.u32 %u, %l, %x; mad.lo.cc.u32 %u, %h, %x, %u; madc.hi.u32 %v, %h, %x, 0; \
+                mad.lo.cc.u32 %u, %l, %y, %u; madc.hi.cc.u32 %v, %l, %y, %v; addc.u32 %w, 0, 0; \
+                mad.lo.cc.u32 %v, %h, %y, %v; madc.hi.u32 %w, %h, %y, %w; mov.b64 %d, {%v, %w}; }";
+    check([64; 4], body, &arguments, |[a, b, _]| ((u128::from(a) * u128::from(b)) >> 64) as u64);
+    for (name, expected) in [
+        ("sad.u32 %d, %a, %b, %c;", (|[a, b, c]| a.abs_diff(b) + c) as fn([u64; 3]) -> u64),
+        ("mad.hi.u32 %d, %a, %b, %c;", |[a, b, c]| ((a * b) >> 32) + c),
+        ("mul24.lo.u32 %d, %a, %b;", |[a, b, _]| (a & 0xff_ffff) * (b & 0xff_ffff)),
+        ("bmsk.clamp.b32 %d, %a, %b;", |[a, b, _]| {
+            (0..32).filter(|n| *n >= a && *n - a < b).map(|n| 1 << n).sum()
+        }),
+        ("szext.clamp.u32 %d, %a, %b;", |[a, b, _]| if b < 32 { a & ((1 << b) - 1) } else { a }),
+        ("set.lt.u32.u32 %d, %a, %b;", |[a, b, _]| if a < b { 0xffff_ffff } else { 0 }),
+        ("cnot.b32 %d, %a;", |[a, ..]| u64::from(a == 0)),
+    ] {
+        check([32; 4], name, &arguments, expected);
+    }
     // 128-bit sums in four parts, through the carry flag.
     let body = "{ .reg .b32 %l, %h, %x, %y, %z, %w; mov.b64 {%l, %h}, %a; mov.b64 {%x, %y}, %b; \
                 add.cc.u32 %z, %l, %x; addc.u32 %w, %h, %y; mov.b64 %d, {%z, %w}; }";

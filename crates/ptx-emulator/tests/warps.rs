@@ -277,6 +277,25 @@ fn matrix_products() {
     }
 }
 
+/// Barriers that reduce, and the generic addresses of each space.
+#[test]
+fn reductions_and_address_spaces() {
+    let input: Vec<Vec<u32>> = (0..32).map(|lane| vec![lane]).collect();
+    let body = "ld.global.u32 %r0, [%in]; setp.lt.u32 %p0, %r0, 5;\n\
+        barrier.cta.red.popc.aligned.u32 %r1, 0, %p0; bar.red.and.pred %p1, 0, %p0; bar.red.or.pred %p2, 0, %p0;\n\
+        selp.u32 %r2, 1, 0, %p1; selp.u32 %r3, 1, 0, %p2;\n\
+        mov.b64 %wide, box; cvta.shared.u64 %wide, %wide; isspacep.shared %p0, %wide; isspacep.global %p1, %in;\n\
+        selp.u32 %r4, 1, 0, %p0; selp.u32 %r5, 1, 0, %p1; mul.wide.u32 %in, %lane, 4; add.u64 %in, %in, %wide;\n\
+        st.u32 [%in], %lane; cvta.to.shared.u64 %in, %in; ld.shared.u32 %r6, [%in];\n\
+        st.global.v4.u32 [%out], {%r1, %r2, %r3, %r4}; st.global.v4.u32 [%out+16], {%r5, %r6, %r6, %r6};";
+    for schedule in SCHEDULES {
+        let (found, _) = run(schedule, body, &input, 8);
+        for (lane, words) in found.iter().enumerate() {
+            assert_eq!(words[..6], [5, 0, 1, 1, 1, lane as u32], "lane {lane}");
+        }
+    }
+}
+
 /// Strides through shared memory have the conflicts that the manual of the hardware counts.
 #[test]
 fn bank_conflicts_and_sectors() {
