@@ -81,7 +81,8 @@ impl Backend for CpuBackend {
     }
 
     fn chunk_rows(&self) -> usize {
-        512 * self.threads().max(2)
+        // Enough rows for every thread; beyond some thousands only memory grows.
+        (512 * self.threads()).clamp(1024, 4096)
     }
 
     fn weight(&self, stored: &StoredTensor) -> Result<Weight, BackendError> {
