@@ -6,7 +6,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: ## compress a long prompt with the model that ships here, on the GPU where there is one
-	tools/setup-toolchain --if-gpu
+	if command -v python3 >/dev/null; then tools/setup-toolchain --if-gpu; fi
 	tools/demo
 
 test: ## compile every kernel and run every test; GPU tests show as ignored where there is no GPU
