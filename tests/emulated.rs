@@ -1,65 +1,38 @@
-//! The kernels on the PTX emulator, against plain loops: the cases of the GPU tests in every schedule.
+//! Every kernel on the PTX emulator, in every schedule, and where Hopper has a kernel of its own as both.
 //! Where the library was built without nvcc there are no kernels to run, and every test is ignored.
 
 mod support;
 
+use std::process::ExitCode;
+
+use fastkv::kernels::images;
+use libtest_mimic::{Arguments, Failed, Trial};
 use ptx_emulator::Schedule;
-use support::{
-    emulator::Emulator,
-    gather::{self, Case},
-};
+use support::emulator::Emulator;
 
 /// Eager, late copies, and two orders of preemption.
-const SCHEDULES: [Schedule; 4] =
-    [Schedule::Eager, Schedule::Delayed, Schedule::Random(1), Schedule::Random(2)];
+const SCHEDULES: [(&str, Schedule); 4] = [
+    ("eager", Schedule::Eager),
+    ("delayed", Schedule::Delayed),
+    ("random_1", Schedule::Random(1)),
+    ("random_2", Schedule::Random(2)),
+];
 
-#[test]
-#[cfg_attr(not(fastkv_kernels), ignore = "built without nvcc")]
-fn gather_kv_edges() {
-    for schedule in SCHEDULES {
-        let device = Emulator::new(schedule);
-        for case in gather::edges() {
-            gather::check_kv(&device, &case)
-                .unwrap_or_else(|error| panic!("{schedule:?}: {error}\n{case:?}"));
+fn main() -> ExitCode {
+    let mut trials = Vec::new();
+    for check in support::checks::<Emulator>() {
+        let chips: &[_] =
+            if check.hopper { &[("sm_80", (8, 0)), ("sm_90", (9, 0))] } else { &[("sm_80", (8, 0))] };
+        for (chip, compute_capability) in chips.iter().copied() {
+            for (seed, (name, schedule)) in SCHEDULES.into_iter().enumerate() {
+                let run = move || {
+                    (check.run)(&Emulator::new(schedule, compute_capability), seed as u64)
+                        .map_err(Failed::from)
+                };
+                let name = format!("{}::{chip}::{name}", check.name);
+                trials.push(Trial::test(name, run).with_ignored_flag(!images::built()));
+            }
         }
     }
-}
-
-#[test]
-#[cfg_attr(not(fastkv_kernels), ignore = "built without nvcc")]
-fn gather_rows_edges() {
-    for schedule in SCHEDULES {
-        let device = Emulator::new(schedule);
-        for case in gather::edges().iter().filter(|case| case.heads == 1) {
-            gather::check_rows(&device, case)
-                .unwrap_or_else(|error| panic!("{schedule:?}: {error}\n{case:?}"));
-        }
-    }
-}
-
-/// A share of the random cases for each schedule.
-#[test]
-#[cfg_attr(not(fastkv_kernels), ignore = "built without nvcc")]
-fn gather_kv_random() {
-    for (number, schedule) in SCHEDULES.into_iter().enumerate() {
-        let device = Emulator::new(schedule);
-        for seed in (number as u64..200).step_by(SCHEDULES.len()) {
-            let case = Case::random(seed, 1 + seed as usize % 9);
-            gather::check_kv(&device, &case)
-                .unwrap_or_else(|error| panic!("{schedule:?}: {error}\n{case:?}"));
-        }
-    }
-}
-
-#[test]
-#[cfg_attr(not(fastkv_kernels), ignore = "built without nvcc")]
-fn gather_rows_random() {
-    for (number, schedule) in SCHEDULES.into_iter().enumerate() {
-        let device = Emulator::new(schedule);
-        for seed in (number as u64..200).step_by(SCHEDULES.len()) {
-            let case = Case::random(seed, 1);
-            gather::check_rows(&device, &case)
-                .unwrap_or_else(|error| panic!("{schedule:?}: {error}\n{case:?}"));
-        }
-    }
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }

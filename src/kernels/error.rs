@@ -8,7 +8,7 @@ pub enum Error {
     #[error("{what} is {value}; it must be {expected}")]
     Argument {
         /// The field, by the name it has in the description.
-        what: &'static str,
+        what: String,
         /// What it holds.
         value: String,
         /// What would be right.
@@ -39,11 +39,11 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn argument(
-        what: &'static str,
+        what: impl Into<String>,
         value: impl std::fmt::Display,
         expected: impl Into<String>,
     ) -> Self {
-        Self::Argument { what, value: value.to_string(), expected: expected.into() }
+        Self::Argument { what: what.into(), value: value.to_string(), expected: expected.into() }
     }
 }
 

@@ -7,7 +7,10 @@
 
 use std::ops::Range;
 
-use super::{DType, Device, Error, Kernel, Launch};
+use super::{
+    DType, Device, Error, Kernel, Launch,
+    check::{self, MAX_GRID_YZ, Presence, Shape, disjoint, last, range, row_bytes},
+};
 use crate::abi::{self, GatherKvParams, GatherRowsParams, Kept, Rows};
 
 /// The kept rows of K and of V for every (sequence, kv head): `k_out[start + i] = k[indices[i]]`, and
@@ -64,8 +67,8 @@ pub unsafe fn gather_kv<D: Device + ?Sized>(device: &D, work: &GatherKv) -> Resu
     }
     check_lists(kept)?;
     let sources = [
-        ("k", check_rows("k", &work.k, kept, work.head_dim, work.dtype)?),
-        ("v", check_rows("v", &work.v, kept, work.head_dim, work.dtype)?),
+        ("k", check::rows("k", &work.k, source_shape(kept, work.head_dim, work.dtype))?),
+        ("v", check::rows("v", &work.v, source_shape(kept, work.head_dim, work.dtype))?),
     ];
     let k_out = check_out("k_out", work.k_out, kept, row_bytes)?;
     let v_out = check_out("v_out", work.v_out, kept, row_bytes)?;
@@ -127,7 +130,7 @@ pub unsafe fn gather_rows<D: Device + ?Sized>(device: &D, work: &GatherRows) -> 
         return Ok(());
     }
     check_lists(kept)?;
-    let rows = check_rows("rows", &work.rows, kept, work.width, work.dtype)?;
+    let rows = check::rows("rows", &work.rows, source_shape(kept, work.width, work.dtype))?;
     let out = check_out("out", work.out, kept, row_bytes)?;
     disjoint("out", &out, "rows", &rows)?;
 
@@ -149,55 +152,6 @@ pub unsafe fn gather_rows<D: Device + ?Sized>(device: &D, work: &GatherRows) -> 
             params: bytemuck::bytes_of(&params),
         })
     }
-}
-
-impl Rows {
-    /// `[sequences, tokens, heads, width]`, dense.
-    pub const fn token_major(base: u64, tokens: u32, heads: u32, width: u32) -> Self {
-        let token_stride = heads as i64 * width as i64;
-        Self {
-            base,
-            sequence_stride: token_stride.saturating_mul(tokens as i64),
-            head_stride: width as i64,
-            token_stride,
-        }
-    }
-
-    /// `[tokens, heads, width]`, dense, with sequences packed along the token axis.
-    pub const fn packed(base: u64, heads: u32, width: u32) -> Self {
-        Self { sequence_stride: 0, ..Self::token_major(base, 0, heads, width) }
-    }
-
-    /// `[sequences, heads, tokens, width]`, dense.
-    pub const fn head_major(base: u64, heads: u32, tokens: u32, width: u32) -> Self {
-        let head_stride = tokens as i64 * width as i64;
-        Self {
-            base,
-            sequence_stride: head_stride.saturating_mul(heads as i64),
-            head_stride,
-            token_stride: width as i64,
-        }
-    }
-}
-
-const VECTOR: u64 = abi::VECTOR_BYTES as u64;
-/// What CUDA allows a grid along y and z.
-const MAX_GRID_YZ: u32 = 65_535;
-/// Above every model there is, and low enough that a kernel counts the bytes of a row in 32 bits.
-const MAX_ROW_BYTES: u64 = 1 << 30;
-
-fn row_bytes(what: &'static str, elements: u32, dtype: DType) -> Result<i32, Error> {
-    let bytes = u64::from(elements) * u64::from(dtype.bytes());
-    if bytes == 0 || !bytes.is_multiple_of(VECTOR) || bytes > MAX_ROW_BYTES {
-        let unit = VECTOR / u64::from(dtype.bytes());
-        let most = MAX_ROW_BYTES / u64::from(dtype.bytes());
-        return Err(Error::argument(
-            what,
-            elements,
-            format!("a multiple of {unit} from {unit} to {most} for {dtype:?}"),
-        ));
-    }
-    Ok(bytes as i32)
 }
 
 /// The smallest power of two of lanes that covers a row with one vector each, at most a warp.
@@ -266,106 +220,11 @@ fn check_lists(kept: &Kept) -> Result<(), Error> {
     Ok(())
 }
 
-/// Checks one source and returns the addresses it spans.
-fn check_rows(
-    name: &'static str,
-    rows: &Rows,
-    kept: &Kept,
-    width: u32,
-    dtype: DType,
-) -> Result<Range<u64>, Error> {
-    let field = |field: &str| -> &'static str {
-        match (name, field) {
-            ("k", "sequence_stride") => "k.sequence_stride",
-            ("k", "head_stride") => "k.head_stride",
-            ("k", _) => "k.token_stride",
-            ("v", "sequence_stride") => "v.sequence_stride",
-            ("v", "head_stride") => "v.head_stride",
-            ("v", _) => "v.token_stride",
-            (_, "sequence_stride") => "rows.sequence_stride",
-            (_, "head_stride") => "rows.head_stride",
-            _ => "rows.token_stride",
-        }
-    };
-    let unit = VECTOR as i64 / i64::from(dtype.bytes());
-    for (what, stride) in [
-        ("sequence_stride", rows.sequence_stride),
-        ("head_stride", rows.head_stride),
-        ("token_stride", rows.token_stride),
-    ] {
-        if stride < 0 || stride % unit != 0 {
-            let expected = format!("0 or a positive multiple of {unit} for {dtype:?} (16 bytes)");
-            return Err(Error::argument(field(what), stride, expected));
-        }
-    }
-    if kept.cu_seqlens != 0 && rows.sequence_stride != 0 {
-        let expected = "0 where cu_seqlens packs the sequences along the token axis";
-        return Err(Error::argument(field("sequence_stride"), rows.sequence_stride, expected));
-    }
-    if kept.tokens > 1 && rows.token_stride < i64::from(width) {
-        let expected = format!("{width} or more: rows must not overlap");
-        return Err(Error::argument(field("token_stride"), rows.token_stride, expected));
-    }
-    let elements = last(kept.sequences, rows.sequence_stride)
-        + last(kept.heads, rows.head_stride)
-        + last(kept.tokens, rows.token_stride)
-        + i128::from(width);
-    range(name, rows.base, elements, dtype.bytes(), Presence::Vectors)
+fn source_shape(kept: &Kept, width: u32, dtype: DType) -> Shape {
+    let Kept { sequences, heads, tokens, .. } = *kept;
+    Shape { sequences, heads, tokens, width, dtype, packed: kept.cu_seqlens != 0 }
 }
 
-fn check_out(name: &'static str, base: u64, kept: &Kept, row_bytes: i32) -> Result<Range<u64>, Error> {
+fn check_out(name: &str, base: u64, kept: &Kept, row_bytes: i32) -> Result<Range<u64>, Error> {
     range(name, base, i128::from(kept.out_rows) * i128::from(row_bytes), 1, Presence::Vectors)
-}
-
-/// Offset of the last step along an axis.
-fn last(size: i32, stride: i64) -> i128 {
-    i128::from(size - 1) * i128::from(stride)
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Presence {
-    /// May be 0; aligned to its element otherwise.
-    Optional,
-    /// Not 0, aligned to its element.
-    Needed,
-    /// Not 0, aligned for vector accesses.
-    Vectors,
-}
-
-/// Checks an address and returns what `elements` from there on span. Kernels compute offsets in i64.
-fn range(
-    what: &'static str,
-    base: u64,
-    elements: i128,
-    bytes: u32,
-    presence: Presence,
-) -> Result<Range<u64>, Error> {
-    let align = if presence == Presence::Vectors { VECTOR } else { bytes.into() };
-    if base == 0 && presence == Presence::Optional {
-        return Ok(0..0);
-    }
-    if base == 0 || !base.is_multiple_of(align) {
-        let expected = format!("a device address, a multiple of {align}");
-        return Err(Error::argument(what, format_args!("{base:#x}"), expected));
-    }
-    let end = i128::from(base) + elements * i128::from(bytes);
-    if end > i128::from(i64::MAX) {
-        let expected = format!("{elements} elements of {bytes} bytes below 2^63");
-        return Err(Error::argument(what, format_args!("{base:#x}"), expected));
-    }
-    Ok(base..end as u64)
-}
-
-fn disjoint(
-    what: &'static str,
-    range: &Range<u64>,
-    other_name: &str,
-    other: &Range<u64>,
-) -> Result<(), Error> {
-    if range.start < other.end && other.start < range.end {
-        let value = format!("{:#x}..{:#x}", range.start, range.end);
-        let expected = format!("apart from {other_name}, {:#x}..{:#x}", other.start, other.end);
-        return Err(Error::argument(what, value, expected));
-    }
-    Ok(())
 }

@@ -8,10 +8,12 @@
 //! * [`gather`]: moves kept rows of K and V, and of hidden states.
 //! * [`images`]: the compiled kernels inside this library.
 
+mod check;
 mod device;
 mod error;
 pub mod gather;
 pub mod images;
+mod rows;
 
 pub use device::{Device, Kernel, Launch};
 pub use error::{Error, cuda_error_name};

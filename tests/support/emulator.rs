@@ -2,28 +2,32 @@
 
 use std::cell::RefCell;
 
-use fastkv::kernels::{Device, Error, Kernel, Launch, images};
+use fastkv::kernels::{Device, Error, Launch, images};
 use ptx_emulator::Schedule;
 
 pub(crate) struct Emulator {
     device: RefCell<ptx_emulator::Device>,
+    compute_capability: (u32, u32),
+    /// Images that were loaded, each before its first launch.
+    loaded: RefCell<Vec<&'static str>>,
 }
 
 impl Emulator {
-    /// A device with every kernel of this build, which must have some.
-    pub(crate) fn new(schedule: Schedule) -> Self {
+    /// A device that claims a compute capability, in a build that has kernels.
+    pub(crate) fn new(schedule: Schedule, compute_capability: (u32, u32)) -> Self {
         let mut device = ptx_emulator::Device::new();
         device.set_schedule(schedule);
-        let mut loaded = Vec::new();
-        for kernel in Kernel::ALL {
-            let image = kernel.image();
-            if !loaded.contains(&image) {
-                let ptx = images::ptx(image).expect("a build with kernels has their PTX");
-                device.load(ptx).unwrap_or_else(|error| panic!("{image}.ptx: {error}"));
-                loaded.push(image);
-            }
+        // Tests run side by side.
+        device.set_cores(1);
+        Self { device: RefCell::new(device), compute_capability, loaded: RefCell::default() }
+    }
+
+    fn load(&self, image: &'static str) {
+        if !self.loaded.borrow().contains(&image) {
+            let ptx = images::ptx(image).expect("a build with kernels has their PTX");
+            self.device.borrow_mut().load(ptx).unwrap_or_else(|error| panic!("{image}.ptx: {error}"));
+            self.loaded.borrow_mut().push(image);
         }
-        Self { device: RefCell::new(device) }
     }
 }
 
@@ -64,6 +68,7 @@ impl Device for Emulator {
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
         let Launch { kernel, grid, cluster, block, shared_bytes, params } = *launch;
+        self.load(kernel.image());
         let launch =
             ptx_emulator::Launch { kernel: kernel.entry(), grid, cluster, block, shared_bytes, params };
         self.device.borrow_mut().launch(&launch).map(drop).map_err(failed("launch"))
@@ -82,7 +87,7 @@ impl Device for Emulator {
     }
 
     fn compute_capability(&self) -> (u32, u32) {
-        (8, 0)
+        self.compute_capability
     }
 
     fn multiprocessors(&self) -> u32 {

@@ -5,6 +5,12 @@ use fastkv::{
     kernels::{DType, Device, gather},
 };
 
+use super::{
+    Check, all,
+    memory::{Memory, UNTOUCHED},
+    random::Random,
+};
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     TokenMajor,
@@ -202,7 +208,7 @@ impl Case {
             starts: self.starts.as_ref().map_or(0, |starts| memory.put(bytemuck::cast_slice(starts))),
             cu_seqlens: if packed { memory.put(bytemuck::cast_slice(&cu_seqlens)) } else { 0 },
             positions: self.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
-            positions_out: memory.put(&vec![UNTOUCHED; self.out_rows * 4]),
+            positions_out: memory.untouched(self.out_rows * 4),
             out_rows: self.out_rows as i64,
             sequences: self.tokens.len() as i32,
             heads: self.heads as i32,
@@ -217,18 +223,36 @@ impl Case {
     }
 }
 
+pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
+    vec![
+        Check::portable("gather_kv_edges", |device, _| all(edges(), |case| check_kv(device, case))),
+        Check::portable("gather_kv_random", |device, seed| {
+            all((0..50).map(|n| Case::random(seed * 50 + n, 1 + n as usize % 9)), |case| {
+                check_kv(device, case)
+            })
+        }),
+        Check::portable("gather_rows_edges", |device, _| {
+            let cases = edges().into_iter().filter(|case| case.heads == 1);
+            all(cases, |case| check_rows(device, case))
+        }),
+        Check::portable("gather_rows_random", |device, seed| {
+            all((0..50).map(|n| Case::random(seed * 50 + n, 1)), |case| check_rows(device, case))
+        }),
+    ]
+}
+
 /// Runs `gather_kv` and compares every byte of the destinations.
 pub(crate) fn check_kv<D: Device>(device: &D, case: &Case) -> Result<(), String> {
-    let mut memory = Memory { device, blocks: Vec::new() };
+    let mut memory = Memory::new(device);
     let (k, v) = (case.source(1), case.source(2));
-    let untouched = vec![UNTOUCHED; case.out_rows * case.width * case.dtype.bytes() as usize];
+    let out_bytes = case.out_rows * case.width * case.dtype.bytes() as usize;
     let kept = case.kept(&mut memory);
     let work = gather::GatherKv {
         kept,
         k: case.rows(memory.put(&k)),
         v: case.rows(memory.put(&v)),
-        k_out: memory.put(&untouched),
-        v_out: memory.put(&untouched),
+        k_out: memory.untouched(out_bytes),
+        v_out: memory.untouched(out_bytes),
         head_dim: case.width as u32,
         dtype: case.dtype,
     };
@@ -241,13 +265,13 @@ pub(crate) fn check_kv<D: Device>(device: &D, case: &Case) -> Result<(), String>
 
 /// Runs `gather_rows` on a case of one head and compares every byte of the destination.
 pub(crate) fn check_rows<D: Device>(device: &D, case: &Case) -> Result<(), String> {
-    let mut memory = Memory { device, blocks: Vec::new() };
+    let mut memory = Memory::new(device);
     let source = case.source(3);
     let kept = case.kept(&mut memory);
     let work = gather::GatherRows {
         kept,
         rows: case.rows(memory.put(&source)),
-        out: memory.put(&vec![UNTOUCHED; case.out_rows * case.width * case.dtype.bytes() as usize]),
+        out: memory.untouched(case.out_rows * case.width * case.dtype.bytes() as usize),
         width: case.width as u32,
         dtype: case.dtype,
     };
@@ -258,7 +282,7 @@ pub(crate) fn check_rows<D: Device>(device: &D, case: &Case) -> Result<(), Strin
 }
 
 /// Sizes at the edges: nothing kept, one, all; one token; more rows than a tile; skipped rows alone.
-pub(crate) fn edges() -> Vec<Case> {
+fn edges() -> Vec<Case> {
     let mut cases = Vec::new();
     for layout in [Layout::TokenMajor, Layout::HeadMajor, Layout::Packed] {
         for dtype in [DType::F16, DType::F32] {
@@ -282,59 +306,4 @@ pub(crate) fn edges() -> Vec<Case> {
         }
     }
     cases
-}
-
-/// What a destination holds where nothing was moved to.
-const UNTOUCHED: u8 = 0xEE;
-
-/// Blocks of device memory that are given back together.
-struct Memory<'a, D: Device> {
-    device: &'a D,
-    blocks: Vec<u64>,
-}
-
-impl<D: Device> Memory<'_, D> {
-    fn put(&mut self, bytes: &[u8]) -> u64 {
-        let address = self.device.alloc(bytes.len()).expect("room on the device");
-        self.blocks.push(address);
-        // SAFETY: a block of that size, just reserved.
-        unsafe { self.device.upload(address, bytes) }.expect("an upload");
-        address
-    }
-
-    fn expect(&self, what: &str, address: u64, expected: &[u8]) -> Result<(), String> {
-        let mut found = vec![0; expected.len()];
-        // SAFETY: a block of `put` of that size.
-        unsafe { self.device.download(&mut found, address) }.map_err(|error| error.to_string())?;
-        match found.iter().zip(expected).position(|(found, expected)| found != expected) {
-            None => Ok(()),
-            Some(at) => Err(format!("{what}: byte {at} is {:#04x}, not {:#04x}", found[at], expected[at])),
-        }
-    }
-}
-
-impl<D: Device> Drop for Memory<'_, D> {
-    fn drop(&mut self) {
-        for address in self.blocks.drain(..) {
-            // SAFETY: from `alloc`, once; a device that failed fails again here, which tells nothing new.
-            let _ = unsafe { self.device.free(address) };
-        }
-    }
-}
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
 }

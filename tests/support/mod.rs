@@ -1,7 +1,41 @@
-//! Cases and oracles that every device runs, and a model of a device.
-//! Each test program uses its share of this.
+//! Checks that every device runs, each kernel family against an oracle of its own, and devices to run
+//! them on. Each test program uses its share of this.
 #![allow(dead_code)]
 
 pub(crate) mod emulator;
 pub(crate) mod gather;
-pub(crate) mod model;
+pub(crate) mod memory;
+pub(crate) mod random;
+pub(crate) mod recorder;
+
+use fastkv::kernels::Device;
+
+/// Something to be found true of a kernel on a device.
+pub(crate) struct Check<D> {
+    /// Family and what is checked, as `gather_kv_edges`.
+    pub(crate) name: &'static str,
+    /// Whether compute capability 9.0 has a kernel of its own for it.
+    pub(crate) hopper: bool,
+    /// Takes a seed, for checks that draw shapes and contents.
+    pub(crate) run: fn(&D, u64) -> Result<(), String>,
+}
+
+impl<D> Check<D> {
+    /// A check of a kernel that is the same on every chip.
+    pub(crate) fn portable(name: &'static str, run: fn(&D, u64) -> Result<(), String>) -> Self {
+        Self { name, hopper: false, run }
+    }
+}
+
+/// Every check that is small enough for the emulator.
+pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
+    gather::checks()
+}
+
+/// Runs a check on cases, and names the first that fails.
+pub(crate) fn all<C: std::fmt::Debug>(
+    cases: impl IntoIterator<Item = C>,
+    check: impl Fn(&C) -> Result<(), String>,
+) -> Result<(), String> {
+    cases.into_iter().try_for_each(|case| check(&case).map_err(|error| format!("{error}\n{case:?}")))
+}

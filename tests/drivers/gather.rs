@@ -1,52 +1,20 @@
-//! The drivers without a GPU: what they launch, what they refuse, and that their grids move every row
-//! once, on a model of a device.
+//! Gathers.
 
-mod support;
-
+use crate::support::recorder::{Recorded, Recorder};
 use fastkv::{
     abi::{GatherKvParams, GatherRowsParams, Kept, Rows},
-    kernels::{DType, Kernel, gather, images},
+    kernels::{DType, Kernel, gather},
 };
 use proptest::prelude::*;
-use support::{
-    gather::{self as cases, Case},
-    model::{Model, Recorded},
-};
-
-#[test]
-fn gather_kv_edges() {
-    for case in cases::edges() {
-        cases::check_kv(&Model::default(), &case).unwrap_or_else(|error| panic!("{error}\n{case:?}"));
-    }
-}
-
-#[test]
-fn gather_rows_edges() {
-    for case in cases::edges().iter().filter(|case| case.heads == 1) {
-        cases::check_rows(&Model::default(), case).unwrap_or_else(|error| panic!("{error}\n{case:?}"));
-    }
-}
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
-
-    #[test]
-    fn gather_kv_random(seed: u64, heads in 1_usize..9) {
-        let case = Case::random(seed, heads);
-        cases::check_kv(&Model::default(), &case).map_err(TestCaseError::fail)?;
-    }
-
-    #[test]
-    fn gather_rows_random(seed: u64) {
-        let case = Case::random(seed, 1);
-        cases::check_rows(&Model::default(), &case).map_err(TestCaseError::fail)?;
-    }
 
     /// The rows that a grid reaches: every one of a list, whatever its length, and no more blocks than
     /// there is work for.
     #[test]
     fn grids_cover_long_lists(capacity in 1_i32..i32::MAX, width in prop::sample::select(vec![8_u32, 64, 80, 128, 512])) {
-        let recorder = Model::recorder();
+        let recorder = Recorder::default();
         let work = gather::GatherKv {
             kept: Kept { capacity, out_rows: i64::from(capacity) * 8, ..kv().kept },
             k_out: 1 << 50,
@@ -58,7 +26,7 @@ proptest! {
         };
         // SAFETY: the recorder touches no memory.
         unsafe { gather::gather_kv(&recorder, &work) }.unwrap();
-        let Recorded { grid, block, params, .. } = last(&recorder);
+        let Recorded { grid, block, params, .. } = recorder.last();
         let params: GatherKvParams = bytemuck::pod_read_unaligned(&params);
         let tile = (block[0] >> params.lane_shift) * 4;
         prop_assert_eq!(grid, [8, (capacity as u32).div_ceil(tile).min(65_535), 2]);
@@ -69,10 +37,10 @@ proptest! {
 
 #[test]
 fn gather_kv_fills_its_params() {
-    let recorder = Model::recorder();
+    let recorder = Recorder::default();
     // SAFETY: the recorder touches no memory.
     unsafe { gather::gather_kv(&recorder, &kv()) }.unwrap();
-    let Recorded { kernel, grid, block, params } = last(&recorder);
+    let Recorded { kernel, grid, block, params } = recorder.last();
     assert_eq!((kernel, grid, block), (Kernel::GatherKv, [8, 4, 2], [128, 1, 1]));
     let expected = GatherKvParams {
         kept: kv().kept,
@@ -90,10 +58,10 @@ fn gather_kv_fills_its_params() {
 
 #[test]
 fn gather_rows_fills_its_params() {
-    let recorder = Model::recorder();
+    let recorder = Recorder::default();
     // SAFETY: the recorder touches no memory.
     unsafe { gather::gather_rows(&recorder, &rows()) }.unwrap();
-    let Recorded { kernel, grid, block, params } = last(&recorder);
+    let Recorded { kernel, grid, block, params } = recorder.last();
     assert_eq!((kernel, grid, block), (Kernel::GatherRows, [100, 1, 1], [128, 1, 1]));
     let params: GatherRowsParams = bytemuck::pod_read_unaligned(&params);
     assert_eq!((params.row_bytes, params.element_bytes, params.out), (8192, 2, 1 << 50));
@@ -102,7 +70,7 @@ fn gather_rows_fills_its_params() {
 
 #[test]
 fn nothing_to_move_launches_nothing() {
-    let recorder = Model::recorder();
+    let recorder = Recorder::default();
     let zero = |change: fn(&mut Kept)| {
         let mut kept = Kept { indices: 0, ..kv().kept };
         change(&mut kept);
@@ -120,7 +88,7 @@ fn nothing_to_move_launches_nothing() {
 #[test]
 fn gather_kv_refuses() {
     let refuses = |change: fn(&mut gather::GatherKv), message: &str| {
-        let recorder = Model::recorder();
+        let recorder = Recorder::default();
         let mut work = kv();
         change(&mut work);
         // SAFETY: the recorder touches no memory.
@@ -188,7 +156,7 @@ fn gather_kv_refuses() {
 #[test]
 fn gather_rows_refuses() {
     let refuses = |change: fn(&mut gather::GatherRows), message: &str| {
-        let recorder = Model::recorder();
+        let recorder = Recorder::default();
         let mut work = rows();
         change(&mut work);
         // SAFETY: the recorder touches no memory.
@@ -205,27 +173,10 @@ fn gather_rows_refuses() {
 /// A failure of the device reaches the caller as it is.
 #[test]
 fn device_errors_pass() {
-    let recorder = Model::failing();
+    let recorder = Recorder::failing();
     // SAFETY: the recorder touches no memory.
     let error = unsafe { gather::gather_kv(&recorder, &kv()) }.unwrap_err();
     assert_eq!(error.to_string(), "cuLaunchKernelEx failed: CUDA error 719 (LAUNCH_FAILED)");
-}
-
-/// Every kernel that a driver can name is in an image, on every architecture.
-#[test]
-#[cfg_attr(not(fastkv_kernels), ignore = "built without nvcc")]
-fn images_hold_every_kernel() {
-    assert!(images::built() && images::nvcc_version().is_some());
-    for (number, kernel) in Kernel::ALL.iter().enumerate() {
-        assert_eq!(*kernel as usize, number);
-        let image = images::images().iter().find(|image| image.name == kernel.image()).expect("an image");
-        let ptx = images::ptx(kernel.image()).expect("PTX");
-        assert!(ptx.contains(&format!(".entry {}(", kernel.entry())), "{}", kernel.entry());
-        // A fatbin begins with this word.
-        assert_eq!(image.fatbin[..4], 0xBA55_ED50_u32.to_le_bytes());
-        assert!((image.fatbin.as_ptr() as usize).is_multiple_of(16));
-        assert!(!image.archs.is_empty());
-    }
 }
 
 /// A layer of Llama 3.1 8B, 1000 tokens, 100 kept.
@@ -259,8 +210,4 @@ fn rows() -> gather::GatherRows {
         width: 4096,
         dtype: DType::BF16,
     }
-}
-
-fn last(recorder: &Model) -> Recorded {
-    recorder.launches().pop().expect("a launch")
 }

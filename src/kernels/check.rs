@@ -1,0 +1,126 @@
+//! What every driver checks before it launches: sizes, strides, addresses, and that outputs lie apart.
+
+use std::ops::Range;
+
+use super::{DType, Error};
+use crate::abi::{self, Rows};
+
+/// Bytes of a vector access.
+pub(super) const VECTOR: u64 = abi::VECTOR_BYTES as u64;
+
+/// What CUDA allows a grid along y and z.
+pub(super) const MAX_GRID_YZ: u32 = 65_535;
+
+/// Above every model there is, and low enough that a kernel counts the bytes of a row in 32 bits.
+const MAX_ROW_BYTES: u64 = 1 << 30;
+
+/// Bytes of a row of `elements`, which are whole vectors.
+pub(super) fn row_bytes(what: &str, elements: u32, dtype: DType) -> Result<i32, Error> {
+    let bytes = u64::from(elements) * u64::from(dtype.bytes());
+    if bytes == 0 || !bytes.is_multiple_of(VECTOR) || bytes > MAX_ROW_BYTES {
+        let unit = VECTOR / u64::from(dtype.bytes());
+        let most = MAX_ROW_BYTES / u64::from(dtype.bytes());
+        return Err(Error::argument(
+            what,
+            elements,
+            format!("a multiple of {unit} from {unit} to {most} for {dtype:?}"),
+        ));
+    }
+    Ok(bytes as i32)
+}
+
+/// The shape behind an [`abi::Rows`].
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) sequences: i32,
+    pub(super) heads: i32,
+    /// Of each sequence, or of all together where `packed`.
+    pub(super) tokens: i32,
+    pub(super) width: u32,
+    pub(super) dtype: DType,
+    /// Whether sequences lie one after the other along the token axis.
+    pub(super) packed: bool,
+}
+
+/// Checks a tensor of at least one row and returns the addresses it spans.
+pub(super) fn rows(name: &str, rows: &Rows, shape: Shape) -> Result<Range<u64>, Error> {
+    let Shape { sequences, heads, tokens, width, dtype, packed } = shape;
+    let field = |field: &str| format!("{name}.{field}");
+    let unit = VECTOR as i64 / i64::from(dtype.bytes());
+    for (what, stride) in [
+        ("sequence_stride", rows.sequence_stride),
+        ("head_stride", rows.head_stride),
+        ("token_stride", rows.token_stride),
+    ] {
+        if stride < 0 || stride % unit != 0 {
+            let expected = format!("0 or a positive multiple of {unit} for {dtype:?} (16 bytes)");
+            return Err(Error::argument(field(what), stride, expected));
+        }
+    }
+    if packed && rows.sequence_stride != 0 {
+        let expected = "0 where cu_seqlens packs the sequences along the token axis";
+        return Err(Error::argument(field("sequence_stride"), rows.sequence_stride, expected));
+    }
+    if tokens > 1 && rows.token_stride < i64::from(width) {
+        let expected = format!("{width} or more: rows must not overlap");
+        return Err(Error::argument(field("token_stride"), rows.token_stride, expected));
+    }
+    let elements = last(sequences, rows.sequence_stride)
+        + last(heads, rows.head_stride)
+        + last(tokens, rows.token_stride)
+        + i128::from(width);
+    range(name, rows.base, elements, dtype.bytes(), Presence::Vectors)
+}
+
+/// Offset of the last step along an axis.
+pub(super) fn last(size: i32, stride: i64) -> i128 {
+    i128::from(size - 1) * i128::from(stride)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Presence {
+    /// May be 0; aligned to its element otherwise.
+    Optional,
+    /// Not 0, aligned to its element.
+    Needed,
+    /// Not 0, aligned for vector accesses.
+    Vectors,
+}
+
+/// Checks an address and returns what `elements` from there on span. Kernels compute offsets in i64.
+pub(super) fn range(
+    what: &str,
+    base: u64,
+    elements: i128,
+    bytes: u32,
+    presence: Presence,
+) -> Result<Range<u64>, Error> {
+    let align = if presence == Presence::Vectors { VECTOR } else { bytes.into() };
+    if base == 0 && presence == Presence::Optional {
+        return Ok(0..0);
+    }
+    if base == 0 || !base.is_multiple_of(align) {
+        let expected = format!("a device address, a multiple of {align}");
+        return Err(Error::argument(what, format_args!("{base:#x}"), expected));
+    }
+    let end = i128::from(base) + elements * i128::from(bytes);
+    if end > i128::from(i64::MAX) {
+        let expected = format!("{elements} elements of {bytes} bytes below 2^63");
+        return Err(Error::argument(what, format_args!("{base:#x}"), expected));
+    }
+    Ok(base..end as u64)
+}
+
+pub(super) fn disjoint(
+    what: &str,
+    range: &Range<u64>,
+    other_name: &str,
+    other: &Range<u64>,
+) -> Result<(), Error> {
+    if range.start < other.end && other.start < range.end {
+        let value = format!("{:#x}..{:#x}", range.start, range.end);
+        let expected = format!("apart from {other_name}, {:#x}..{:#x}", other.start, other.end);
+        return Err(Error::argument(what, value, expected));
+    }
+    Ok(())
+}

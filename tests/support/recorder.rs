@@ -1,0 +1,97 @@
+//! A device that writes down launches and has no memory: for what drivers launch, and what they refuse.
+
+use std::cell::RefCell;
+
+use fastkv::kernels::{Device, Error, Kernel, Launch};
+
+#[derive(Default)]
+pub(crate) struct Recorder {
+    fails: bool,
+    launches: RefCell<Vec<Recorded>>,
+}
+
+/// A launch, parameters included.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Recorded {
+    pub(crate) kernel: Kernel,
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: [u32; 3],
+    pub(crate) params: Vec<u8>,
+}
+
+impl Recorder {
+    /// Fails every launch as a GPU would.
+    pub(crate) fn failing() -> Self {
+        Self { fails: true, ..Self::default() }
+    }
+
+    /// The launches so far.
+    pub(crate) fn launches(&self) -> Vec<Recorded> {
+        self.launches.borrow().clone()
+    }
+
+    /// The last launch.
+    pub(crate) fn last(&self) -> Recorded {
+        self.launches.borrow().last().expect("a launch").clone()
+    }
+}
+
+impl Device for Recorder {
+    type Event = ();
+
+    fn alloc(&self, _: usize) -> Result<u64, Error> {
+        unreachable!("drivers do not allocate")
+    }
+
+    unsafe fn free(&self, _: u64) -> Result<(), Error> {
+        unreachable!("drivers do not free")
+    }
+
+    unsafe fn upload(&self, _: u64, _: &[u8]) -> Result<(), Error> {
+        unreachable!("drivers do not copy to the device")
+    }
+
+    unsafe fn download(&self, _: &mut [u8], _: u64) -> Result<(), Error> {
+        unreachable!("drivers do not wait")
+    }
+
+    unsafe fn copy(&self, _: u64, _: u64, _: usize) -> Result<(), Error> {
+        Ok(())
+    }
+
+    unsafe fn fill(&self, _: u64, _: u8, _: usize) -> Result<(), Error> {
+        Ok(())
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        let Launch { kernel, grid, block, .. } = *launch;
+        assert!(grid.iter().chain(&block).all(|n| *n > 0), "{launch:?}");
+        assert!(grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16, "{launch:?}");
+        assert!(block.iter().product::<u32>() <= 1024, "{launch:?}");
+        if self.fails {
+            return Err(Error::Driver { operation: "cuLaunchKernelEx", code: 719 });
+        }
+        self.launches.borrow_mut().push(Recorded { kernel, grid, block, params: launch.params.to_vec() });
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        unreachable!("drivers do not wait")
+    }
+
+    fn record(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn elapsed_ms(&self, _: &(), _: &()) -> Result<f32, Error> {
+        unreachable!("drivers do not wait")
+    }
+
+    fn compute_capability(&self) -> (u32, u32) {
+        (8, 0)
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        108
+    }
+}
