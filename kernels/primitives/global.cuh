@@ -3,13 +3,14 @@
 
 #include <stdint.h>
 
-// 16 bytes that are read once and that nothing writes during the kernel: past L1, which they would
-// only flush, through the read-only path.
+// 16 bytes that are read once: past L1, which they would only flush. Not through the read-only path
+// (.nc): ptxas may then move a load behind stores, and does, and a row of loads waits one by one.
 __device__ __forceinline__ uint4 load_once(uint64_t address) {
     uint4 value;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-        : "l"(address));
+        : "l"(address)
+        : "memory");
     return value;
 }
 

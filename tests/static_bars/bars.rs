@@ -1,0 +1,158 @@
+//! The bars, and the table of what was found.
+
+use std::fmt::Write as _;
+
+use crate::sass::{Compiled, Loop};
+
+/// What the machine code of kernels has to keep to.
+pub(crate) struct Bar {
+    /// Entries that begin like this.
+    pub(crate) kernels: &'static str,
+    /// Architectures it is said of; all where empty.
+    pub(crate) archs: &'static [&'static str],
+    /// Threads of a block and the dynamic shared memory it asks for, at their most.
+    pub(crate) threads: u32,
+    pub(crate) dynamic_shared: u32,
+    /// Blocks that an SM has to hold at once.
+    pub(crate) blocks: u32,
+    /// Registers of a thread, at most.
+    pub(crate) registers: u32,
+    /// The instruction that marks the main loop: the inner loop with the most of it.
+    pub(crate) marker: &'static str,
+    /// Of the main loop: instructions at most, then bounds for some kinds.
+    pub(crate) instructions: usize,
+    pub(crate) mix: &'static [(&'static str, Bound)],
+    /// Vector loads from global memory that the main loop starts before it stores anything.
+    pub(crate) in_flight: usize,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum Bound {
+    Exactly(usize),
+}
+
+pub(crate) const BARS: &[Bar] = &[
+    Bar {
+        kernels: "fastkv_gather_kv",
+        archs: &[],
+        threads: 128,
+        dynamic_shared: 0,
+        blocks: 6,
+        registers: 64,
+        marker: "LDG.128",
+        instructions: 40,
+        mix: &[("LDG", Bound::Exactly(4)), ("LDG.128", Bound::Exactly(4)), ("STG.128", Bound::Exactly(4))],
+        in_flight: 4,
+    },
+    Bar {
+        kernels: "fastkv_gather_rows",
+        archs: &[],
+        threads: 256,
+        dynamic_shared: 0,
+        blocks: 6,
+        registers: 40,
+        marker: "LDG.128",
+        instructions: 52,
+        mix: &[("LDG", Bound::Exactly(4)), ("LDG.128", Bound::Exactly(4)), ("STG.128", Bound::Exactly(4))],
+        in_flight: 4,
+    },
+];
+
+impl Bar {
+    pub(crate) fn covers(&self, kernel: &Compiled) -> bool {
+        kernel.entry.starts_with(self.kernels)
+            && (self.archs.is_empty() || self.archs.contains(&&*kernel.arch))
+    }
+
+    pub(crate) fn check(&self, compiled: &[Compiled]) -> Result<(), String> {
+        let covered = compiled.iter().filter(|kernel| self.covers(kernel)).collect::<Vec<_>>();
+        if covered.is_empty() {
+            return Err(format!("there is no {}", self.kernels));
+        }
+        covered.into_iter().try_for_each(|kernel| {
+            self.check_one(kernel).map_err(|error| format!("{} on {}: {error}", kernel.entry, kernel.arch))
+        })
+    }
+
+    fn check_one(&self, kernel: &Compiled) -> Result<(), String> {
+        if kernel.registers > self.registers {
+            return Err(format!("{} registers, the bar is {}", kernel.registers, self.registers));
+        }
+        let blocks = self.blocks_of(kernel);
+        if blocks < self.blocks {
+            return Err(format!("{blocks} blocks fit an SM, the bar is {}", self.blocks));
+        }
+        let main = main_loop(kernel, self.marker).ok_or_else(|| format!("no loop with {}", self.marker))?;
+        if main.len() > self.instructions {
+            return Err(format!(
+                "{} instructions in the main loop, the bar is {}",
+                main.len(),
+                self.instructions
+            ));
+        }
+        for (opcode, bound) in self.mix {
+            let found = main.count(opcode);
+            let (holds, words) = match *bound {
+                Bound::Exactly(n) => (found == n, format!("exactly {n}")),
+            };
+            if !holds {
+                return Err(format!("{found} {opcode} in the main loop, the bar is {words}"));
+            }
+        }
+        let in_flight = main.before("LDG.128", "STG");
+        if in_flight < self.in_flight {
+            return Err(format!(
+                "{in_flight} vector loads before the first store, the bar is {}",
+                self.in_flight
+            ));
+        }
+        Ok(())
+    }
+
+    /// Blocks that fit an SM: registers are handed out by warps in units of 256, an SM has 2,048 threads
+    /// and, less 1 KB for each block, 227 KB of shared memory (163 KB and 1,536 threads where it is smaller).
+    fn blocks_of(&self, kernel: &Compiled) -> u32 {
+        let (threads, shared) = match &*kernel.arch {
+            "sm_80" => (2048, 164 << 10),
+            "sm_89" => (1536, 100 << 10),
+            _ => (2048, 228 << 10),
+        };
+        let warps = self.threads.div_ceil(32);
+        let by_registers = (65_536 / (kernel.registers * 32).next_multiple_of(256)) / warps;
+        let by_shared = shared / (self.dynamic_shared + kernel.shared_bytes + 1024);
+        by_registers.min(by_shared).min(threads / self.threads).min(32)
+    }
+}
+
+fn main_loop<'a>(kernel: &'a Compiled, marker: &str) -> Option<Loop<'a>> {
+    let loops = kernel.inner_loops().into_iter().filter(|found| found.count(marker) > 0);
+    // Of equals the shorter: the one without the work that only some iterations need.
+    loops.max_by_key(|found| (found.count(marker), usize::MAX - found.len()))
+}
+
+/// One line for each kernel and architecture.
+pub(crate) fn table(compiled: &[Compiled]) -> String {
+    let mut table = String::from(
+        "| kernel | chip | registers | static shared, B | blocks/SM | main loop | MMA | LDSM | LDG | MUFU | SHFL |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    let mut rows = compiled.iter().collect::<Vec<_>>();
+    rows.sort_by_key(|kernel| (kernel.entry.clone(), kernel.arch.clone()));
+    for kernel in rows {
+        let Some(bar) = BARS.iter().find(|bar| bar.covers(kernel)) else { continue };
+        let Compiled { entry, arch, registers, shared_bytes, .. } = kernel;
+        let blocks = bar.blocks_of(kernel);
+        write!(table, "| {entry} | {arch} | {registers} | {shared_bytes} | {blocks} |").expect("a string");
+        if let Some(main) = main_loop(kernel, bar.marker) {
+            let n = |opcodes: &[&str]| opcodes.iter().map(|opcode| main.count(opcode)).sum::<usize>();
+            let counts =
+                [n(&["HMMA", "HGMMA"]), n(&["LDSM"]), n(&["LDG", "LDGSTS"]), n(&["MUFU"]), n(&["SHFL"])];
+            write!(table, " {} |", main.len()).expect("a string");
+            counts.iter().for_each(|count| write!(table, " {count} |").expect("a string"));
+        } else {
+            table.push_str(" | | | | | |");
+        }
+        table.push('\n');
+    }
+    table
+}
