@@ -1,11 +1,16 @@
-//! Thread instructions per second, all checks on, on one core of the host.
+//! Thread instructions per second, all checks on, on one core of the host; and tiles of attention.
 
 // What criterion's macros write has no documentation.
 #![allow(missing_docs)]
 
+#[allow(dead_code, reason = "what is right is for tests and mutants")]
+#[path = "../tests/attention/problem.rs"]
+mod problem;
+
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use problem::Problem;
 use ptx_emulator::{Device, Launch};
 
 /// Tiles of 128 words through shared memory, 128 steps of arithmetic each.
@@ -32,8 +37,7 @@ fn tiles(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// A product of 64 x 128 x 64 by a warpgroup: four `wgmma`, of which an attention tile of 128 x 128 with
-/// heads of 128 has 32, and the loops that fill and empty shared memory.
+/// A product of 64 x 128 x 64 by a warpgroup: four `wgmma`, and the loops that fill and empty shared memory.
 fn products(criterion: &mut Criterion) {
     let mut device = Device::new();
     device.set_cores(1);
@@ -57,5 +61,27 @@ fn products(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, tiles, products);
+/// A warp-specialised attention kernel: 128 queries and 8 tiles of 128 keys, heads of 128. Once counted in
+/// thread instructions, once in tiles.
+fn attention(criterion: &mut Criterion) {
+    const TILES: usize = 8;
+    let mut device = Device::new();
+    device.set_cores(1);
+    device.load(include_str!("../tests/ptx/attention.ptx")).expect("PTX of the tests");
+    let problem = Problem::new(&[[128, TILES * 128]], 1, 1, 1);
+    let uploaded = problem.upload(&mut device).expect("maps that CUDA would take");
+    let counters = uploaded.launch(&mut device, 1).expect("a correct kernel");
+    for (name, elements) in
+        [("thread_instructions", counters.thread_instructions), ("tiles_of_128_by_128", TILES as u64)]
+    {
+        let mut group = criterion.benchmark_group(name);
+        group.throughput(Throughput::Elements(elements));
+        group.bench_function("attention", |bencher| {
+            bencher.iter(|| black_box(uploaded.launch(&mut device, 1)));
+        });
+        group.finish();
+    }
+}
+
+criterion_group!(benches, tiles, products, attention);
 criterion_main!(benches);

@@ -208,13 +208,13 @@ impl Cta<'_> {
                 if loads && cell.writer() == stamp {
                     return Ok(());
                 }
+                let writer = cell.writer();
+                unfenced |= writer.thread() < threads && !proxied.follows(writer);
                 if loads {
                     cell.write(&by, mask)?;
                     cell.land(stamp);
                     return Ok(());
                 }
-                let writer = cell.writer();
-                unfenced |= writer.thread() < threads && !proxied.follows(writer);
                 cell.read_by_engine(&by, stamp, mask)
             });
             if let Err(conflict) = checked {

@@ -3,7 +3,7 @@
 mod problem;
 
 use problem::{Problem, SCHEDULES};
-use ptx_emulator::{Counters, Device, Schedule};
+use ptx_emulator::{Counters, Device, Error, Hazard, Schedule};
 
 const PTX: &str = include_str!("../ptx/attention.ptx");
 
@@ -44,4 +44,43 @@ fn diagonals_beside_tiles() {
 fn nothing_to_see() {
     check(&[[0, 0], [3, 0], [0, 5], [140, 9], [1, 1], [0, 0]], 2, 1, 2);
     check(&[[0, 7]], 1, 1, 3);
+}
+
+/// Bugs planted in the PTX. `examples/mutants.rs` plants many more, in the source.
+#[test]
+fn finds_planted_bugs() {
+    let problem = Problem::new(&[[77, 733]], 2, 1, 1);
+    let run = |ptx: &str, schedule: Schedule| {
+        let mut device = Device::new();
+        device.set_schedule(schedule);
+        device.load(ptx).unwrap_or_else(|error| panic!("{error}"));
+        problem.run(&mut device, 1)
+    };
+    let commit = "wgmma.commit_group.sync.aligned;";
+    for (from, to, hazard) in [
+        ("wgmma.wait_group.sync.aligned 1;", "", Hazard::Async),
+        ("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", Hazard::Async),
+        (commit, "", Hazard::Async),
+        ("fence.proxy.async.shared::cta;", "", Hazard::Async),
+        ("bar.warp.sync \t-1;", "", Hazard::Race),
+        ("bar.arrive ", "bar.sync ", Hazard::Deadlock),
+        ("setmaxnreg.dec.sync.aligned.u32 24;", "ret;", Hazard::Deadlock),
+    ] {
+        assert!(PTX.contains(from), "{from}");
+        for schedule in SCHEDULES {
+            match run(&PTX.replace(from, to), schedule) {
+                Err(Error::Fault(fault)) => assert_eq!(fault.hazard, hazard, "{schedule:?}: {fault}"),
+                other => panic!("{from}, {schedule:?}: not found: {:?}", other.map(|(_, counters)| counters)),
+            }
+        }
+    }
+    for (from, to) in [
+        // Values as if their rows came first; the logarithm of a sum as a power.
+        (", 1, 1, 1, 1;", ", 1, 1, 1, 0;"),
+        ("lg2.approx", "ex2.approx"),
+    ] {
+        assert!(PTX.contains(from), "{from}");
+        let (attention, _) = run(&PTX.replace(from, to), Schedule::Eager).expect("no hazard");
+        problem.check(&attention).expect_err(from);
+    }
 }

@@ -62,6 +62,13 @@ impl Problem {
 
     /// Runs `attention`, which the device has loaded, with so many blocks.
     pub(crate) fn run(&self, device: &mut Device, blocks: u32) -> Result<(Attention, Counters), Error> {
+        let uploaded = self.upload(device)?;
+        let counters = uploaded.launch(device, blocks)?;
+        Ok((uploaded.attention(device)?, counters))
+    }
+
+    /// Puts everything on a device.
+    pub(crate) fn upload(&self, device: &mut Device) -> Result<Uploaded, Error> {
         let upload = |device: &mut Device, bytes: &[u8]| {
             let address = device.alloc(bytes.len());
             device.write(address, bytes).map(|()| address)
@@ -97,26 +104,13 @@ impl Problem {
         let [out, lse] = [out_bytes, lse_bytes].map(|bytes| device.alloc(bytes.max(1)));
         let (cu_queries, cu_keys) = (starts(device, 0)?, starts(device, 1)?);
         let queue = upload(device, &[0; 4])?;
-        params.extend([out, lse, cu_queries, cu_keys, queue].iter().flat_map(|address| address.to_le_bytes()));
+        params
+            .extend([out, lse, cu_queries, cu_keys, queue].iter().flat_map(|address| address.to_le_bytes()));
         let numbers = [self.lengths.len(), self.query_heads, self.kv_heads, queries];
         params.extend(numbers.iter().flat_map(|number| (*number as i32).to_le_bytes()));
         params.extend(self.scale.to_le_bytes());
         params.extend([0; 4]);
-        let counters = device.launch(&Launch {
-            kernel: "attention",
-            grid: [blocks, 1, 1],
-            cluster: [1; 3],
-            block: [384, 1, 1],
-            shared_bytes: 5 * TILE_BYTES as u32 + 1024,
-            params: &params,
-        })?;
-        let out = device.read(out, out_bytes)?;
-        let lse = device.read(lse, lse_bytes)?;
-        let attention = Attention {
-            out: out.chunks(2).map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]])).collect(),
-            lse: lse.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().expect("4 bytes"))).collect(),
-        };
-        Ok((attention, counters))
+        Ok(Uploaded { params, queue, out, out_bytes, lse, lse_bytes })
     }
 
     /// Compares with the formula, in f64 and plain loops.
@@ -130,7 +124,8 @@ impl Problem {
         let queries_of_all = self.queries();
         let (mut first_query, mut first_key) = (0, 0);
         for (sequence, [queries, keys]) in self.lengths.iter().copied().enumerate() {
-            for (head, row) in (0..self.query_heads).flat_map(|head| (0..queries).map(move |row| (head, row))) {
+            for (head, row) in (0..self.query_heads).flat_map(|head| (0..queries).map(move |row| (head, row)))
+            {
                 let kv_head = head / (self.query_heads / self.kv_heads);
                 let place = |token: usize, heads: usize, head: usize| (token * heads + head) * HEAD;
                 let q = &self.q[place(first_query + row, self.query_heads, head)..][..HEAD];
@@ -139,7 +134,8 @@ impl Problem {
                 let scores: Vec<f64> = (0..visible)
                     .map(|key| {
                         let k = &self.k[place(first_key + key, self.kv_heads, kv_head)..][..HEAD];
-                        let terms = q.iter().zip(k).map(|(q, k)| f64::from(of_bf16(*q)) * f64::from(of_bf16(*k)));
+                        let terms =
+                            q.iter().zip(k).map(|(q, k)| f64::from(of_bf16(*q)) * f64::from(of_bf16(*k)));
                         let (sum, absolute) =
                             terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
                         size = size.max(absolute * f64::from(self.scale));
@@ -182,6 +178,40 @@ impl Problem {
             first_key += keys;
         }
         Ok(())
+    }
+}
+
+/// A problem on a device.
+pub(crate) struct Uploaded {
+    params: Vec<u8>,
+    queue: u64,
+    out: u64,
+    out_bytes: usize,
+    lse: u64,
+    lse_bytes: usize,
+}
+
+impl Uploaded {
+    pub(crate) fn launch(&self, device: &mut Device, blocks: u32) -> Result<Counters, Error> {
+        device.fill(self.queue, 0, 4)?;
+        device.launch(&Launch {
+            kernel: "attention",
+            grid: [blocks, 1, 1],
+            cluster: [1; 3],
+            block: [384, 1, 1],
+            shared_bytes: 5 * TILE_BYTES as u32 + 1024,
+            params: &self.params,
+        })
+    }
+
+    fn attention(&self, device: &Device) -> Result<Attention, Error> {
+        let out = device.read(self.out, self.out_bytes)?;
+        let lse = device.read(self.lse, self.lse_bytes)?;
+        let word = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().expect("4 bytes"));
+        Ok(Attention {
+            out: out.chunks(2).map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]])).collect(),
+            lse: lse.chunks(4).map(word).collect(),
+        })
     }
 }
 
