@@ -151,7 +151,7 @@ impl Problem {
                 let same = visible == 0 && lse == f32::NEG_INFINITY;
                 // A logarithm turns relations into differences, and is rounded itself.
                 let room = in_f32 + expected.abs() * 2_f64.powi(-23);
-                if !same && !((f64::from(lse) - expected).abs() <= room) {
+                if !same && !within(lse, expected, room) {
                     return Err(format!(
                         "sequence {sequence}, head {head}, row {row}: lse {lse}, expected {expected} within {room:e}"
                     ));
@@ -167,7 +167,7 @@ impl Problem {
                     let out = of_bf16(found.out[place(first_query + row, self.query_heads, head) + column]);
                     let unrounded = absolute * (2_f64.powi(-8) + 2.0 * in_f32);
                     let room = unrounded + (expected.abs() + unrounded) * 2_f64.powi(-8);
-                    if !((f64::from(out) - expected).abs() <= room) {
+                    if !within(out, expected, room) {
                         return Err(format!(
                             "sequence {sequence}, head {head}, row {row}, column {column}: {out}, expected {expected} within {room:e}"
                         ));
@@ -213,6 +213,11 @@ impl Uploaded {
             lse: lse.chunks(4).map(word).collect(),
         })
     }
+}
+
+/// Not so for what is no number.
+fn within(found: f32, expected: f64, room: f64) -> bool {
+    (f64::from(found) - expected).abs() <= room
 }
 
 fn to_bf16(value: f32) -> u16 {
