@@ -5,7 +5,10 @@
 //! access carries thread and epoch; a later one is ordered behind it if its thread's clock has reached
 //! that epoch. Clocks are shared until they change, since most threads leave a barrier with the same.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
+};
 
 /// A thread of the launch, an epoch of it, and whether the access may meet other strong ones:
 /// 23 bits of CTA, 11 of thread, 1, 29 of epoch. Zero is nobody.
@@ -42,58 +45,107 @@ impl Stamp {
 }
 
 /// What a thread has heard of all others.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Clock {
-    /// The epochs of the threads of its own CTA.
-    own: Vec<u32>,
-    /// Those of other CTAs that it has heard of.
-    foreign: BTreeMap<u32, Arc<Vec<u32>>>,
+    /// The CTA of the thread.
+    home: u32,
+    /// The epochs of the threads of that CTA.
+    own: Arc<[u32]>,
+    /// Those of the other CTAs that it has heard of.
+    foreign: BTreeMap<u32, Arc<[u32]>>,
 }
 
 impl Clock {
-    pub(crate) fn new(threads: u32) -> Self {
-        Self { own: vec![0; threads as usize], foreign: BTreeMap::new() }
+    /// A clock of a thread of CTA `home` that has heard of nobody.
+    pub(crate) fn new(home: u32, threads: u32) -> Self {
+        Self { home, own: vec![0; threads as usize].into(), foreign: BTreeMap::new() }
     }
 
+    /// Hears of a thread of its own CTA up to an epoch.
     pub(crate) fn set(&mut self, thread: u32, epoch: u32) {
-        let known = &mut self.own[thread as usize];
+        let known = &mut Arc::make_mut(&mut self.own)[thread as usize];
         *known = (*known).max(epoch);
     }
 
-    /// Hears all that a thread of the same CTA has heard.
+    /// Hears of an access, wherever it was made.
+    pub(crate) fn note(&mut self, stamp: Stamp) {
+        if stamp.cta() == self.home {
+            return self.set(stamp.thread(), stamp.epoch());
+        }
+        let threads = self.own.len();
+        let epochs = self.foreign.entry(stamp.cta()).or_insert_with(|| vec![0; threads].into());
+        let known = &mut Arc::make_mut(epochs)[stamp.thread() as usize];
+        *known = (*known).max(stamp.epoch());
+    }
+
+    /// Hears that a CTA is there.
+    pub(crate) fn meet(&mut self, cta: u32) {
+        if cta != self.home && !self.foreign.contains_key(&cta) {
+            self.foreign.insert(cta, vec![0; self.own.len()].into());
+        }
+    }
+
+    /// Whether it has heard that a CTA is there.
+    pub(crate) fn has_met(&self, cta: u32) -> bool {
+        cta == self.home || self.foreign.contains_key(&cta)
+    }
+
+    /// Hears all that another has heard.
     pub(crate) fn join(&mut self, other: &Self) {
-        raise(&mut self.own, &other.own);
+        self.hear(other.home, &other.own);
         for (cta, epochs) in &other.foreign {
             self.hear(*cta, epochs);
         }
     }
 
-    /// Hears all that a thread of CTA `from` has heard, this being a clock of CTA `to`.
-    pub(crate) fn join_from(&mut self, to: u32, from: u32, other: &Self) {
-        if to == from {
-            return self.join(other);
+    fn hear(&mut self, cta: u32, epochs: &Arc<[u32]>) {
+        let known = if cta == self.home {
+            &mut self.own
+        } else {
+            match self.foreign.entry(cta) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(none) => {
+                    none.insert(epochs.clone());
+                    return;
+                }
+            }
+        };
+        if Arc::ptr_eq(known, epochs) {
+            return;
         }
-        self.hear(from, &Arc::new(other.own.clone()));
-        for (cta, epochs) in &other.foreign {
-            if *cta == to {
-                raise(&mut self.own, epochs);
-            } else {
-                self.hear(*cta, epochs);
+        // Who hears of more than it knew shares what it heard.
+        if known.iter().zip(epochs.iter()).all(|(known, epoch)| known <= epoch) {
+            *known = epochs.clone();
+        } else {
+            for (known, epoch) in Arc::make_mut(known).iter_mut().zip(epochs.iter()) {
+                *known = (*known).max(*epoch);
             }
         }
     }
 
-    fn hear(&mut self, cta: u32, epochs: &Arc<Vec<u32>>) {
-        let known = self.foreign.entry(cta).or_insert_with(|| epochs.clone());
-        if !Arc::ptr_eq(known, epochs) {
-            raise(Arc::<Vec<u32>>::make_mut(known).as_mut_slice(), epochs);
+    /// Whether it has heard of an access.
+    pub(crate) fn has_heard(&self, other: Stamp) -> bool {
+        if other == Stamp::NOBODY {
+            return true;
         }
+        let epochs = if other.cta() == self.home {
+            &self.own
+        } else {
+            match self.foreign.get(&other.cta()) {
+                Some(epochs) => epochs,
+                None => return false,
+            }
+        };
+        epochs.get(other.thread() as usize).is_some_and(|epoch| *epoch >= other.epoch())
     }
-}
 
-fn raise(epochs: &mut [u32], others: &[u32]) {
-    for (epoch, other) in epochs.iter_mut().zip(others) {
-        *epoch = (*epoch).max(*other);
+    /// An access noted here, in a CTA other than its own, that `other` has not heard of.
+    pub(crate) fn unheard_by(&self, other: &Self) -> Option<Stamp> {
+        self.foreign.iter().find_map(|(cta, epochs)| {
+            let stamps = epochs.iter().zip(0..).filter(|(epoch, _)| **epoch > 0);
+            let mut stamps = stamps.map(|(epoch, thread)| Stamp::new(*cta, thread, *epoch, false));
+            stamps.find(|stamp| !other.has_heard(*stamp))
+        })
     }
 }
 
@@ -107,19 +159,7 @@ pub(crate) struct Accessor<'a> {
 impl Accessor<'_> {
     /// Whether the access of `other` came before this one in every schedule.
     pub(crate) fn follows(&self, other: Stamp) -> bool {
-        // Thread and CTA in one comparison.
-        if other.0 >> 30 == self.stamp.0 >> 30 || other == Stamp::NOBODY {
-            return true;
-        }
-        let known = if other.cta() == self.stamp.cta() {
-            &self.clock.own
-        } else {
-            match self.clock.foreign.get(&other.cta()) {
-                Some(epochs) => &**epochs,
-                None => return false,
-            }
-        };
-        known.get(other.thread() as usize).is_some_and(|epoch| *epoch >= other.epoch())
+        other.is_same_thread(self.stamp) || self.clock.has_heard(other)
     }
 
     fn races(&self, other: Stamp) -> bool {
@@ -219,9 +259,9 @@ mod tests {
 
     #[test]
     fn orders_what_was_heard() {
-        let (mut mine, other) = (Clock::new(2), Stamp::new(0, 1, 5, false));
+        let (mut mine, other) = (Clock::new(0, 2), Stamp::new(0, 1, 5, false));
         let mut cell = Cell::default();
-        let nobody = Clock::new(2);
+        let nobody = Clock::new(0, 2);
         cell.write(&Accessor { clock: &nobody, stamp: other }, 0xf).unwrap();
         let stamp = Stamp::new(0, 0, 1, false);
         assert!(cell.read(&Accessor { clock: &mine, stamp }, 0xf).is_err());
@@ -234,22 +274,27 @@ mod tests {
 
     #[test]
     fn hears_across_ctas() {
-        let mut released = Clock::new(4);
+        let mut released = Clock::new(0, 4);
         released.set(3, 9);
-        let mut mine = Clock::new(4);
-        mine.join_from(1, 0, &released);
+        let mut mine = Clock::new(1, 4);
+        assert!(!mine.has_met(0));
+        mine.join(&released);
         let by = Accessor { clock: &mine, stamp: Stamp::new(1, 0, 1, false) };
         assert!(by.follows(Stamp::new(0, 3, 9, false)));
         assert!(!by.follows(Stamp::new(0, 3, 10, false)));
         assert!(!by.follows(Stamp::new(2, 3, 1, false)));
-        let mut back = Clock::new(4);
-        back.join_from(0, 1, &mine);
-        assert_eq!(back, Clock { own: vec![0, 0, 0, 9], foreign: [(1, Arc::new(vec![0; 4]))].into() });
+        mine.note(Stamp::new(2, 3, 1, false));
+        assert!(mine.has_heard(Stamp::new(2, 3, 1, false)));
+        let mut back = Clock::new(0, 4);
+        back.join(&mine);
+        assert!(back.has_heard(Stamp::new(0, 3, 9, false)) && back.has_met(1) && !back.has_met(3));
+        assert_eq!(mine.unheard_by(&back), None);
+        assert_eq!(mine.unheard_by(&released), Some(Stamp::new(2, 3, 1, false)));
     }
 
     #[test]
     fn tells_bytes_apart() {
-        let clock = Clock::new(2);
+        let clock = Clock::new(0, 2);
         let mut cell = Cell::default();
         let by = |thread| Accessor { clock: &clock, stamp: Stamp::new(0, thread, 1, false) };
         cell.write(&by(0), 0b0011).unwrap();

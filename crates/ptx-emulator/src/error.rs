@@ -64,6 +64,9 @@ pub enum Hazard {
     Deadlock,
     /// Shared memory or a result used while an asynchronous copy still owns it.
     Async,
+    /// Shared memory of another CTA of the cluster used where that CTA may not have begun, or may have
+    /// ended.
+    Peer,
     /// The kernel stopped itself.
     Trap,
     /// Operands that the instruction does not take.

@@ -109,6 +109,7 @@ pub(crate) enum Special {
     ClusterNctaid(u8),
     ClusterCtarank,
     ClusterNctarank,
+    ExplicitCluster,
     Laneid,
     Warpid,
     Nwarpid,
@@ -131,6 +132,8 @@ pub(crate) enum Space {
     Global,
     /// The CTA's own shared memory.
     Shared,
+    /// That of any CTA of the cluster.
+    Cluster,
     Local,
     Const,
     Param,
@@ -349,7 +352,7 @@ pub(crate) enum Op {
     },
     PredicateSet {
         d: u32,
-        value: bool,
+        a: Operand,
     },
     Branch {
         target: u32,
@@ -362,6 +365,8 @@ pub(crate) enum Op {
     Trap,
     /// A hint, or an order that this machine keeps anyway.
     Nothing,
+    /// `nanosleep`: the others first.
+    Yield,
     Load {
         space: Space,
         ty: Type,
@@ -408,6 +413,26 @@ pub(crate) enum Op {
         id: Operand,
         threads: Option<Operand>,
         reduce: Option<(Reduce, u32, Guard)>,
+    },
+    ClusterArrive {
+        aligned: bool,
+        releases: bool,
+    },
+    ClusterWait {
+        aligned: bool,
+    },
+    /// `mapa`.
+    MapAddress {
+        space: Space,
+        d: u32,
+        a: Operand,
+        rank: Operand,
+    },
+    /// `getctarank`.
+    AddressRank {
+        space: Space,
+        d: u32,
+        a: Operand,
     },
     WarpSync {
         mask: Operand,
@@ -483,13 +508,16 @@ pub(crate) enum Op {
         b: Vec<Operand>,
         c: Vec<Operand>,
     },
-    /// `cp.async.bulk`, to shared memory where it `loads`, else from there.
+    /// `cp.async.bulk`. What comes to shared memory is counted at an mbarrier, and may come to several
+    /// CTAs at once, those in `ctas`.
     Bulk {
-        loads: bool,
-        shared: Address,
-        global: Address,
+        from: Space,
+        to: Space,
+        source: Address,
+        destination: Address,
         bytes: Operand,
         barrier: Option<Address>,
+        ctas: Option<Operand>,
     },
     BulkTensor {
         loads: bool,
@@ -497,6 +525,15 @@ pub(crate) enum Op {
         map: Address,
         coordinates: Vec<Operand>,
         barrier: Option<Address>,
+        ctas: Option<Operand>,
+    },
+    /// `st.async`.
+    StoreAsync {
+        space: Space,
+        ty: Type,
+        address: Address,
+        a: Vec<Operand>,
+        barrier: Address,
     },
     BulkCommit,
     Product(Product),
@@ -509,13 +546,16 @@ pub(crate) enum Op {
     },
     ProxyFence,
     BarrierInit {
+        space: Space,
         address: Address,
         count: Operand,
     },
     BarrierInvalidate {
+        space: Space,
         address: Address,
     },
     BarrierArrive {
+        space: Space,
         address: Address,
         state: Option<u32>,
         count: Operand,
@@ -524,14 +564,17 @@ pub(crate) enum Op {
         complete: bool,
     },
     BarrierExpect {
+        space: Space,
         address: Address,
         bytes: Operand,
     },
     BarrierComplete {
+        space: Space,
         address: Address,
         bytes: Operand,
     },
     BarrierTest {
+        space: Space,
         address: Address,
         p: u32,
         phase: Operand,
@@ -539,6 +582,7 @@ pub(crate) enum Op {
         blocks: bool,
     },
     BarrierCopies {
+        space: Space,
         address: Address,
         counted: bool,
     },

@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     error::{Error, Fault},
-    exec::{Counters, Cta, Progress, Run},
+    exec::{Cluster, Counters, Progress, Run},
     isa::{Op, Space},
     memory::{Memory, Shadow},
     parse::{self, Kernel, Module},
@@ -36,7 +36,8 @@ pub struct Launch<'a> {
     pub kernel: &'a str,
     /// CTAs along x, y, z.
     pub grid: [u32; 3],
-    /// CTAs of a cluster along x, y, z; only `[1, 1, 1]` is implemented.
+    /// CTAs of a cluster along x, y, z, at most 16 in all. `[1, 1, 1]` leaves it to the kernel, which may
+    /// ask for clusters itself (`__cluster_dims__`).
     pub cluster: [u32; 3],
     /// Threads of a CTA along x, y, z.
     pub block: [u32; 3],
@@ -46,8 +47,12 @@ pub struct Launch<'a> {
     pub params: &'a [u8],
 }
 
-/// CTAs that are under way at once where they may talk to each other.
+/// CTAs that are under way at once where they may talk to each other, and clusters that are in the random
+/// schedule, as long as they get on.
 const RESIDENT: usize = 132;
+const FEW: usize = 8;
+/// CTAs that a cluster can have on an H100, if the kernel is allowed more than the portable 8.
+const MOST_CTAS: u32 = 16;
 /// Shared memory that a CTA can have, as on an H100.
 const MOST_SHARED: u64 = 227 * 1024;
 
@@ -82,7 +87,8 @@ impl Device {
         self.jitter = seed;
     }
 
-    /// Warp instructions that each CTA may execute before it is taken to run for ever.
+    /// Warp instructions that each cluster (each CTA, where there are none) may execute before it is taken
+    /// to run for ever.
     pub fn set_step_limit(&mut self, steps: u64) {
         self.step_limit = steps;
     }
@@ -161,20 +167,25 @@ impl Device {
     pub fn launch(&mut self, launch: &Launch<'_>) -> Result<Counters, Error> {
         let kernel = self.checked(launch)?;
         let shadow = Shadow::new(&self.memory);
+        let cluster = kernel.required_cluster.unwrap_or(launch.cluster);
+        let explicit_cluster = kernel.required_cluster.is_some() || cluster != [1; 3];
         let run = Run {
             kernel,
             memory: &self.memory,
             shadow: &shadow,
             params: launch.params,
             grid: launch.grid,
+            cluster,
+            explicit_cluster,
             block: launch.block,
             dynamic_shared: launch.shared_bytes,
             schedule: self.schedule,
             jitter: self.jitter,
             step_limit: self.step_limit,
         };
-        let ctas = launch.grid.iter().product();
-        let result = if talks(kernel) { in_turns(&run, ctas) } else { spread(&run, ctas, self.cores) };
+        let clusters = launch.grid.iter().product::<u32>() / cluster.iter().product::<u32>();
+        let result =
+            if talks(kernel) { in_turns(&run, clusters) } else { spread(&run, clusters, self.cores) };
         result.map_err(|fault| Error::Fault(Box::new(fault)))
     }
 
@@ -202,8 +213,16 @@ impl Device {
         if count(block) == 0 || count(block) > 1024 || block[2] > 64 {
             return refuse(format!("a block of {block:?}; it must have from 1 to 1024 threads"));
         }
-        if cluster != [1, 1, 1] {
-            return refuse(format!("a cluster of {cluster:?}: clusters are not implemented"));
+        let required = kernel.required_cluster.unwrap_or(cluster);
+        if cluster != [1; 3] && cluster != required {
+            return refuse(format!("a cluster of {cluster:?}, and .reqnctapercluster says {required:?}"));
+        }
+        let most = kernel.most_ctas.unwrap_or(MOST_CTAS).min(MOST_CTAS);
+        if !(1..=u64::from(most)).contains(&count(required)) {
+            return refuse(format!("a cluster of {required:?}; it must have from 1 to {most} CTAs"));
+        }
+        if grid.iter().zip(required).any(|(grid, cluster)| !grid.is_multiple_of(cluster)) {
+            return refuse(format!("a grid of {grid:?}, which clusters of {required:?} do not divide"));
         }
         if let Some(most) = kernel.most_threads.filter(|most| count(block) > u64::from(*most)) {
             return refuse(format!("a block of {block:?}, and .maxntid says {most}"));
@@ -232,11 +251,11 @@ fn talks(kernel: &Kernel) -> bool {
     })
 }
 
-/// CTAs on several cores, each as far as it gets.
-fn spread(run: &Run<'_>, ctas: u32, cores: usize) -> Result<Counters, Fault> {
+/// Clusters on several cores, each as far as it gets.
+fn spread(run: &Run<'_>, clusters: u32, cores: usize) -> Result<Counters, Fault> {
     let next = AtomicU32::new(0);
-    // CTAs from here on are not run: one before them has failed.
-    let end = AtomicU32::new(ctas);
+    // Clusters from here on are not run: one before them has failed.
+    let end = AtomicU32::new(clusters);
     let failed: Mutex<Option<(u32, Fault)>> = Mutex::new(None);
     let work = || {
         let mut counters = Counters::default();
@@ -245,15 +264,15 @@ fn spread(run: &Run<'_>, ctas: u32, cores: usize) -> Result<Counters, Fault> {
             if number >= end.load(Relaxed) {
                 return counters;
             }
-            let mut cta = Cta::new(run, number);
+            let mut cluster = Cluster::new(run, number);
             let result = loop {
-                match cta.advance() {
-                    Ok(Progress::Running) => {}
+                match cluster.advance() {
+                    Ok(Progress::Running | Progress::Idle) => {}
                     Ok(Progress::Done) => break None,
                     Err(fault) => break Some(fault),
                 }
             };
-            counters.add(&cta.counters);
+            counters.add(&cluster.counters);
             if let Some(fault) = result {
                 end.fetch_min(number, Relaxed);
                 let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -263,7 +282,7 @@ fn spread(run: &Run<'_>, ctas: u32, cores: usize) -> Result<Counters, Fault> {
             }
         }
     };
-    let cores = cores.min(ctas as usize);
+    let cores = cores.min(clusters as usize);
     let mut counters = Counters::default();
     if cores <= 1 {
         counters = work();
@@ -284,33 +303,38 @@ fn spread(run: &Run<'_>, ctas: u32, cores: usize) -> Result<Counters, Fault> {
     }
 }
 
-/// CTAs that take turns.
-fn in_turns(run: &Run<'_>, ctas: u32) -> Result<Counters, Fault> {
+/// Clusters that take turns.
+fn in_turns(run: &Run<'_>, clusters: u32) -> Result<Counters, Fault> {
     let mut random = crate::schedule::Random::new(run.schedule.seed());
     let mut counters = Counters::default();
-    let mut waiting = 0..ctas;
-    let mut resident: Vec<Cta<'_>> = Vec::new();
+    let mut waiting = 0..clusters;
+    let mut resident: Vec<Cluster<'_>> = Vec::new();
     let mut turn = 0;
+    let most = (RESIDENT / run.cluster.iter().product::<u32>() as usize).max(1);
+    let seeded = matches!(run.schedule, Schedule::Random(_));
+    // What waits may wait for what has not begun.
+    let mut idle = false;
     loop {
-        // Eagerly, a CTA begins when those before it have had their turn and are not done.
-        let room = if matches!(run.schedule, Schedule::Random(_)) { 8 } else { RESIDENT };
-        if turn >= resident.len() || matches!(run.schedule, Schedule::Random(_)) {
-            if resident.len() < room {
-                if let Some(number) = waiting.next() {
-                    resident.push(Cta::new(run, number));
-                } else if resident.is_empty() {
-                    return Ok(counters);
-                }
-            }
-            if turn >= resident.len() {
-                turn = 0;
-            }
+        // Eagerly, a cluster begins when those before it have had their turn and are not done.
+        let begins = if seeded { resident.len() < FEW || idle } else { turn >= resident.len() };
+        if begins
+            && resident.len() < most
+            && let Some(number) = waiting.next()
+        {
+            resident.push(Cluster::new(run, number));
         }
-        if matches!(run.schedule, Schedule::Random(_)) {
+        if resident.is_empty() {
+            return Ok(counters);
+        }
+        if seeded {
             turn = random.below(resident.len() as u64) as usize;
+        } else if turn >= resident.len() {
+            turn = 0;
         }
-        match resident[turn].advance()? {
-            Progress::Running => turn += 1,
+        let progress = resident[turn].advance()?;
+        idle = progress == Progress::Idle;
+        match progress {
+            Progress::Running | Progress::Idle => turn += 1,
             Progress::Done => {
                 let done = resident.remove(turn);
                 counters.add(&done.counters);

@@ -1,9 +1,12 @@
 //! Device memory: separate allocations with space between them, a bit for each byte that was written,
 //! and, during a launch, the last accesses to each word.
 
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicU32, Ordering::Relaxed},
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
 };
 
 use crate::clock::{Accessor, Cell, Clock, Conflict};
@@ -237,7 +240,7 @@ type Page = Option<Box<[Cell; PAGE]>>;
 pub(crate) struct Shadow {
     pages: Vec<Vec<Mutex<Page>>>,
     /// What releases at an address have told, for those who acquire there.
-    pub(crate) told: Mutex<std::collections::HashMap<u64, (u32, Arc<Clock>)>>,
+    pub(crate) told: Mutex<HashMap<u64, Arc<Clock>>>,
 }
 
 impl Shadow {

@@ -8,6 +8,7 @@ const SCHEDULES: [Schedule; 5] =
 
 /// A launch in the making: buffers of u32 and numbers in the order of the kernel's parameters.
 struct Bench {
+    schedule: Schedule,
     device: Device,
     params: Vec<u8>,
     buffers: Vec<(u64, usize)>,
@@ -18,7 +19,7 @@ impl Bench {
         let mut device = Device::new();
         device.set_schedule(schedule);
         device.load(include_str!("ptx/hazards.ptx")).unwrap();
-        Self { device, params: Vec::new(), buffers: Vec::new() }
+        Self { schedule, device, params: Vec::new(), buffers: Vec::new() }
     }
 
     fn input(self, values: &[u32]) -> Self {
@@ -192,6 +193,42 @@ fn a_cta_may_wait_for_an_earlier_one() {
         bench.run("flag", 2, 1).unwrap();
         assert_eq!(bench.words(2), [42]);
     }
+}
+
+/// Persistent CTAs that spin on what others do cost little, in every schedule.
+#[test]
+fn queues_and_barriers_of_the_grid() {
+    const COUNT: usize = 300;
+    let input: Vec<u32> = (0..COUNT as u32).map(|i| i * 3 + 1).collect();
+    let mut expected = vec![1_u32];
+    for i in 1..COUNT {
+        let before = expected[i / 2].wrapping_add(expected[i - 1].wrapping_mul(3));
+        expected.push(input[i].wrapping_add(before));
+    }
+    let run = |schedule, kernel, ctas| {
+        let bench = Bench::new(schedule).input(&input).input(&[0]).input(&[0; COUNT]).room(COUNT * 32);
+        let mut bench = bench.number(COUNT as u32);
+        bench.device.set_step_limit(200_000);
+        bench.run(kernel, ctas, 32).map(|counters| (bench.words(3), counters))
+    };
+    for schedule in SCHEDULES {
+        for ctas in [1, 7, 132, 200] {
+            let (found, counters) =
+                run(schedule, "queue_correct", ctas).unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
+            for (i, row) in found.chunks(32).enumerate() {
+                assert_eq!(row, [expected[i]; 32], "{schedule:?}: item {i}");
+            }
+            assert!(counters.warp_instructions < 2_000_000, "{schedule:?} {ctas}: {counters:?}");
+        }
+        let mut bench = Bench::new(schedule).input(&[0]).room(2 * 132).number(5);
+        bench.device.set_step_limit(200_000);
+        bench.run("grid_barrier", 132, 1).unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
+        let expected: Vec<u32> = (0..132).map(|cta| (cta + 4) % 132 + 4).collect();
+        assert_eq!(bench.words(1)[132..], expected);
+    }
+    found(Hazard::Race, |bench| run(bench.schedule, "queue_untold", 7).map(|run| run.1));
+    found(Hazard::Race, |bench| run(bench.schedule, "queue_unheard", 7).map(|run| run.1));
+    found(Hazard::Endless, |bench| run(bench.schedule, "queue_backwards", 1).map(|run| run.1));
 }
 
 #[test]

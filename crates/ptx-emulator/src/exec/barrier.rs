@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Cta, Flow, Step, Wait, lanes};
+use super::{Cluster, Flow, Step, Wait, lanes};
 use crate::{
     clock::Clock,
     error::{Hazard, Stop},
@@ -34,7 +34,7 @@ impl Barrier {
     }
 }
 
-impl Cta<'_> {
+impl Cluster<'_> {
     pub(super) fn barrier_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
         let Op::Barrier { waits, aligned, id, threads, reduce } = op else {
             unreachable!("{op:?} is not a barrier");
@@ -70,7 +70,7 @@ impl Cta<'_> {
             }
             self.warps[w].waiting |= mask;
         }
-        self.complete_barriers();
+        self.complete_barriers(self.warps[w].cta);
         Ok(if self.warps[w].waiting & active != 0 { Flow::Block(active) } else { Flow::Regroup })
     }
 
@@ -85,18 +85,20 @@ impl Cta<'_> {
         reduce: Option<&(Reduce, u32, Guard)>,
     ) -> Result<(), Stop> {
         let lane = mask.trailing_zeros();
-        let first = self.barriers[id as usize].arrived == 0;
-        if !first && self.barriers[id as usize].expected != expected {
+        let cta = self.warps[w].cta;
+        let barrier = &self.ctas[cta].barriers[id as usize];
+        if barrier.arrived != 0 && barrier.expected != expected {
             let name = |count: Option<u32>| count.map_or("all".to_string(), |count| count.to_string());
             let message = format!(
                 "barrier {id} was begun for {} threads and is now used for {}",
-                name(self.barriers[id as usize].expected),
+                name(barrier.expected),
                 name(expected)
             );
             return Err(Stop::new(Hazard::Arrival, lane, message));
         }
         for lane in lanes(mask) {
-            let barrier = &mut self.barriers[id as usize];
+            let thread = self.thread(w, lane);
+            let barrier = &mut self.ctas[cta].barriers[id as usize];
             let warp = &mut self.warps[w];
             let clock = &warp.clocks[lane];
             let told = barrier.told.get_or_insert_with(|| Clock::clone(clock));
@@ -104,7 +106,7 @@ impl Cta<'_> {
                 told.join(clock);
                 barrier.last_joined = Some(clock.clone());
             }
-            told.set((w * 32 + lane) as u32, warp.epochs[lane]);
+            told.set(thread, warp.epochs[lane]);
             warp.epochs[lane] += 1;
             if let Some(fenced) = &warp.fenced[lane] {
                 barrier.fenced.get_or_insert_with(|| Clock::clone(fenced)).join(fenced);
@@ -113,7 +115,7 @@ impl Cta<'_> {
         // A warp counts as a whole where it comes as a whole.
         let count = if aligned && expected.is_some() { 32 } else { mask.count_ones() };
         let held = reduce.map_or(0, |(_, _, guard)| (self.warps[w].guard(*guard) & mask).count_ones());
-        let barrier = &mut self.barriers[id as usize];
+        let barrier = &mut self.ctas[cta].barriers[id as usize];
         barrier.expected = expected;
         barrier.arrived += count;
         barrier.held += held;
@@ -131,16 +133,16 @@ impl Cta<'_> {
         Ok(())
     }
 
-    /// Lets everybody go on whose barrier is complete.
-    pub(super) fn complete_barriers(&mut self) {
-        let live: u32 = self.warps.iter().map(|warp| warp.live.count_ones()).sum();
-        for id in 0..self.barriers.len() {
-            let barrier = &self.barriers[id];
+    /// Lets everybody in a CTA go on whose barrier is complete.
+    pub(super) fn complete_barriers(&mut self, cta: usize) {
+        let cta = &mut self.ctas[cta];
+        let live: u32 = self.warps[cta.warps.clone()].iter().map(|warp| warp.live.count_ones()).sum();
+        for barrier in &mut cta.barriers {
             if barrier.arrived == 0 || barrier.arrived < barrier.expected.unwrap_or(live) {
                 continue;
             }
-            let barrier = std::mem::take(&mut self.barriers[id]);
-            let told = Arc::new(barrier.told.unwrap_or_default());
+            let barrier = std::mem::take(barrier);
+            let told = Arc::new(barrier.told.expect("somebody arrived"));
             let fenced = barrier.fenced.map(Arc::new);
             let arrived = barrier.arrived;
             for (w, mask, how, d) in barrier.results {

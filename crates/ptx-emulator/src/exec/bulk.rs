@@ -4,11 +4,11 @@
 //! until who issued the copy has waited for its group. What threads wrote the engine only sees behind a
 //! `fence.proxy.async`.
 
-use super::{Cta, Flow, Step, lanes};
+use super::{Cluster, Flow, Step, lanes, mbarrier::At};
 use crate::{
     clock::{Accessor, Stamp},
     error::{Fault, Hazard, Stop},
-    isa::{Address, Op},
+    isa::{Address, Op, Operand, Space},
     memory::Byte,
     schedule::Schedule,
     tensor_map::{Swizzle, Tiles},
@@ -17,47 +17,85 @@ use crate::{
 /// Engines of a CTA, each a thread of its own behind those of the launch.
 pub(crate) const ENGINES: u32 = 40;
 
-/// A copy to shared memory that has been issued and has not arrived.
+/// A copy to shared memory of one CTA that has been issued and has not arrived.
 #[derive(Debug)]
 pub(super) struct Flight {
     w: usize,
     lane: usize,
     pc: u32,
+    /// Rank of the CTA that it goes to.
+    cta: usize,
     pieces: Vec<Piece>,
     stamp: Stamp,
-    barrier: u32,
+    barrier: At,
     bytes: u32,
 }
 
-/// Adjacent bytes; without a source they are zero.
+/// Adjacent bytes of shared memory, and what comes to them or where they go.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     shared: u32,
-    global: Option<u64>,
+    other: Other,
     bytes: u32,
 }
 
-impl Cta<'_> {
+/// The other side of a piece.
+#[derive(Clone, Copy, Debug)]
+enum Other {
+    /// Outside of a tensor: zeros come, nothing goes.
+    Nothing,
+    Global(u64),
+    /// Rank of a CTA, and where in its shared memory.
+    Shared(usize, u32),
+    Value(u64),
+}
+
+impl Cluster<'_> {
     pub(super) fn bulk_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
         match op {
-            Op::Bulk { loads, shared, global, bytes, barrier } => {
-                let (at, from) = (self.addresses(w, *shared), self.addresses(w, *global));
+            Op::Bulk { from, to, source, destination, bytes, barrier, ctas } => {
+                let (sources, destinations) = (self.addresses(w, *source), self.addresses(w, *destination));
                 let sizes = self.value(w, *bytes);
                 for lane in lanes(active) {
+                    let (source, destination) = (sources[lane], destinations[lane]);
                     let bytes = sizes[lane] as u32;
-                    let at = self.bulk_place(lane, at[lane], bytes, 16)?;
-                    if !bytes.is_multiple_of(16) || !from[lane].is_multiple_of(16) {
-                        let message =
-                            format!("{bytes} bytes at {:#x}; both must be multiples of 16", from[lane]);
+                    if !bytes.is_multiple_of(16) {
+                        let message = format!("{bytes} bytes, which is not a multiple of 16");
                         return Err(Stop::new(Hazard::Misaligned, lane as u32, message));
                     }
-                    let piece =
-                        |n: u32| Piece { shared: at + n, global: Some(from[lane] + u64::from(n)), bytes: 16 };
-                    let pieces = (0..bytes).step_by(16).map(piece).collect();
-                    self.issue_bulk(w, pc, lane, *loads, pieces, *barrier)?;
+                    let pieces = |shared: u32, other: &dyn Fn(u32) -> Other| {
+                        let piece = |n| Piece { shared: shared + n, other: other(n), bytes: 16 };
+                        (0..bytes).step_by(16).map(piece).collect::<Vec<_>>()
+                    };
+                    let global = |address: u64| {
+                        if address.is_multiple_of(16) {
+                            return Ok(move |n: u32| Other::Global(address + u64::from(n)));
+                        }
+                        let message = format!("{address:#x}, which is not a multiple of 16");
+                        Err(Stop::new(Hazard::Misaligned, lane as u32, message))
+                    };
+                    if *to == Space::Global {
+                        let (_, at) = self.bulk_place(w, lane, *from, source, bytes, 16)?;
+                        self.issue_store(w, lane, pieces(at, &global(destination)?))?;
+                        continue;
+                    }
+                    let place = self.bulk_place(w, lane, *to, destination, bytes, 16)?;
+                    let pieces = if *from == Space::Global {
+                        pieces(place.1, &global(source)?)
+                    } else {
+                        let (cta, at) = self.bulk_place(w, lane, *from, source, bytes, 16)?;
+                        if cta == place.0 {
+                            let message =
+                                "a copy to shared memory of its own CTA, which must be that of another";
+                            return Err(Stop::new(Hazard::Operand, lane as u32, message));
+                        }
+                        pieces(place.1, &|n| Other::Shared(cta, at + n))
+                    };
+                    let barrier = barrier.expect("what comes to shared memory has an mbarrier");
+                    self.issue_loads(w, pc, lane, place.0, &pieces, barrier, *ctas)?;
                 }
             }
-            Op::BulkTensor { loads, shared, map, coordinates, barrier } => {
+            Op::BulkTensor { loads, shared, map, coordinates, barrier, ctas } => {
                 let (at, maps) = (self.addresses(w, *shared), self.addresses(w, *map));
                 let coordinates: Vec<_> = coordinates.iter().map(|operand| self.value(w, *operand)).collect();
                 for lane in lanes(active) {
@@ -76,17 +114,35 @@ impl Cta<'_> {
                         Swizzle::Bytes64 => 512,
                         Swizzle::Bytes128 => 1024,
                     };
-                    let at = self.bulk_place(lane, at[lane], tiles.bytes(), align)?;
+                    let space = if *loads { Space::Cluster } else { Space::Shared };
+                    let (cta, at) = self.bulk_place(w, lane, space, at[lane], tiles.bytes(), align)?;
                     let first: Vec<i32> = coordinates.iter().map(|values| values[lane] as i32).collect();
-                    let pieces =
-                        tiles.elements(&first).into_iter().filter(|(_, global)| *loads || global.is_some());
-                    let pieces = pieces.map(|(offset, global)| Piece {
+                    let pieces = tiles.elements(&first).into_iter().map(|(offset, global)| Piece {
                         shared: tiles.swizzle.apply(at + offset),
-                        global,
+                        other: global.map_or(Other::Nothing, Other::Global),
                         bytes: tiles.element_bytes,
                     });
                     let pieces = merged(&pieces.collect::<Vec<_>>());
-                    self.issue_bulk(w, pc, lane, *loads, pieces, *barrier)?;
+                    match barrier {
+                        Some(barrier) => self.issue_loads(w, pc, lane, cta, &pieces, *barrier, *ctas)?,
+                        None => self.issue_store(w, lane, pieces)?,
+                    }
+                }
+            }
+            Op::StoreAsync { space, ty, address, a, barrier } => {
+                let (at, size) = (self.addresses(w, *address), ty.bytes());
+                let values: Vec<_> = a.iter().map(|operand| self.value(w, *operand)).collect();
+                let barriers = self.addresses(w, *barrier);
+                for lane in lanes(active) {
+                    let (cta, at) =
+                        self.shared_place(w, *space, lane, at[lane], size * values.len() as u32)?;
+                    let barrier = self.met(w, lane, *space, barriers[lane])?;
+                    let pieces = values.iter().zip(0..).map(|(values, n)| Piece {
+                        shared: at + n * size,
+                        other: Other::Value(values[lane]),
+                        bytes: size,
+                    });
+                    self.issue_load(w, pc, lane, cta, pieces.collect(), barrier)?;
                 }
             }
             Op::BulkCommit => {
@@ -117,20 +173,32 @@ impl Cta<'_> {
     }
 
     fn hear_engine(&mut self, w: usize, lane: usize, stamp: Stamp) {
-        std::sync::Arc::make_mut(&mut self.warps[w].clocks[lane]).set(stamp.thread(), stamp.epoch());
+        std::sync::Arc::make_mut(&mut self.warps[w].clocks[lane]).note(stamp);
     }
 
-    fn bulk_place(&self, lane: usize, address: u64, bytes: u32, align: u32) -> Result<u32, Stop> {
-        let at = address & !super::memory::SHARED_WINDOW;
-        if !at.is_multiple_of(align.into()) {
-            let message = format!("{at:#x} in shared memory, which is not a multiple of {align}");
-            return Err(Stop::new(Hazard::Misaligned, lane as u32, message));
+    fn bulk_place(
+        &self,
+        w: usize,
+        lane: usize,
+        space: Space,
+        address: u64,
+        bytes: u32,
+        align: u32,
+    ) -> Result<At, Stop> {
+        let stop = |hazard, message| Err(Stop::new(hazard, lane as u32, message));
+        if !address.is_multiple_of(align.into()) {
+            let message = format!("{address:#x} in shared memory, which is not a multiple of {align}");
+            return stop(Hazard::Misaligned, message);
         }
-        if at + u64::from(bytes) > self.shared.len().into() {
-            let message = format!("{bytes} bytes at {at:#x} of {} bytes of shared memory", self.shared.len());
-            return Err(Stop::new(Hazard::OutOfBounds, lane as u32, message));
+        let (cta, at) = self.shared_place(w, space, lane, address, 1)?;
+        let size = self.ctas[cta].shared.len();
+        if u64::from(at) + u64::from(bytes) > size.into() {
+            return stop(
+                Hazard::OutOfBounds,
+                format!("{bytes} bytes at {at:#x} of {size} bytes of shared memory"),
+            );
         }
-        Ok(at as u32)
+        Ok((cta, at))
     }
 
     /// The tensor map at a generic address.
@@ -148,133 +216,205 @@ impl Cta<'_> {
         })
     }
 
-    fn issue_bulk(
+    /// Issues a copy to one CTA, or to the same place in each that a mask names.
+    fn issue_loads(
         &mut self,
         w: usize,
         pc: u32,
         lane: usize,
-        loads: bool,
-        pieces: Vec<Piece>,
-        barrier: Option<Address>,
+        cta: usize,
+        pieces: &[Piece],
+        barrier: Address,
+        ctas: Option<Operand>,
     ) -> Result<(), Stop> {
-        let barrier = match barrier {
-            Some(barrier) => {
-                let address = self.addresses(w, barrier)[lane];
-                Some(self.met(w, lane, address)?)
-            }
-            None => None,
+        let address = self.addresses(w, barrier)[lane];
+        let Some(ctas) = ctas else {
+            let barrier = self.met(w, lane, Space::Cluster, address)?;
+            return self.issue_load(w, pc, lane, cta, pieces.to_vec(), barrier);
         };
-        // Copies to one mbarrier share an engine, stores of one warp do.
-        let engine = barrier.map_or(16 + w as u32 % 16, |at| at / 8 % 16);
-        self.copies += 1;
-        let stamp = Stamp::new(self.number, self.run.threads() + engine, self.copies, false);
-        let stop = |hazard, message| Stop::new(hazard, lane as u32, message);
+        let (_, at) = self.shared_place(w, Space::Cluster, lane, address, 8)?;
+        let mask = self.value(w, ctas)[lane] as u16;
+        if mask == 0 || u32::from(mask) >> self.ctas.len() != 0 {
+            let message = format!("the mask {mask:#06x} for a cluster of {} CTAs", self.ctas.len());
+            return Err(Stop::new(Hazard::Operand, lane as u32, message));
+        }
+        for cta in lanes(mask.into()) {
+            self.meet(w, lane, (cta, at))?;
+            self.issue_load(w, pc, lane, cta, pieces.to_vec(), (cta, at))?;
+        }
+        Ok(())
+    }
+
+    /// The stamp of what an engine does next.
+    fn engine_stamp(&mut self, w: usize, engine: u32) -> Stamp {
+        let threads = self.run.threads();
+        let cta = self.cta_mut(w);
+        cta.copies += 1;
+        Stamp::new(cta.number, threads + engine, cta.copies, false)
+    }
+
+    fn issue_load(
+        &mut self,
+        w: usize,
+        pc: u32,
+        lane: usize,
+        cta: usize,
+        pieces: Vec<Piece>,
+        barrier: At,
+    ) -> Result<(), Stop> {
+        // Copies to one mbarrier share an engine.
+        let stamp = self.engine_stamp(w, barrier.1 / 8 % 16);
+        for peer in [cta, barrier.0] {
+            if peer != self.warps[w].cta {
+                self.visit_peer(w, lane, peer, stamp)?;
+            }
+        }
         for piece in &pieces {
-            if let Some(global) = piece.global
-                && loads
-            {
-                self.read_global(w, lane, global, piece.bytes)?;
+            match piece.other {
+                Other::Global(address) => drop(self.read_global(w, lane, address, piece.bytes)?),
+                Other::Shared(_, at) => self.engine_reads(w, lane, at, piece.bytes, stamp)?,
+                Other::Nothing | Other::Value(_) => {}
             }
-            let state = self.shared.unreadable(piece.shared, piece.bytes);
-            match state {
-                Some((at, Byte::InFlight)) => {
-                    let message =
-                        format!("byte {at:#x} of shared memory belongs to another copy that is under way");
-                    return Err(stop(Hazard::Async, message));
-                }
-                Some((at, Byte::Barrier)) => {
-                    return Err(stop(
-                        Hazard::Async,
-                        format!("byte {at:#x} of shared memory belongs to an mbarrier"),
-                    ));
-                }
-                Some((at, Byte::Uninitialised)) if !loads => {
-                    return Err(stop(
-                        Hazard::Uninitialised,
-                        format!("byte {at:#x} of shared memory was never written"),
-                    ));
-                }
-                _ => {}
-            }
-            // The engine has heard of all that its issuer has, and that is ordered behind a proxy fence.
-            let clock = self.warps[w].clocks[lane].clone();
-            let issuer = self.stamp(w, lane, false);
-            let by = Accessor { clock: &clock, stamp: issuer };
-            let proxied = Accessor { clock: &self.proxied, stamp };
-            let mut unfenced = false;
-            let threads = self.run.threads();
-            let checked = self.shared.visit(piece.shared, piece.bytes, |cell, mask| {
-                // The other half of the word may be of this copy too.
-                if loads && cell.writer() == stamp {
-                    return Ok(());
-                }
-                let writer = cell.writer();
-                unfenced |= writer.thread() < threads && !proxied.follows(writer);
-                if loads {
-                    cell.write(&by, mask)?;
-                    cell.land(stamp);
-                    return Ok(());
-                }
-                cell.read_by_engine(&by, stamp, mask)
-            });
-            if let Err(conflict) = checked {
-                let what = format!("a bulk copy of {:#x} in shared memory", piece.shared);
-                return Err(stop(Hazard::Race, self.race_message(&what, loads, conflict)));
-            }
-            if unfenced {
-                let message = format!(
-                    "byte {:#x} of shared memory was written by a thread, and no fence.proxy.async stands between",
-                    piece.shared
-                );
-                return Err(stop(Hazard::Async, message));
-            }
+            let is_proxy = !matches!(piece.other, Other::Value(_));
+            self.engine_writes(w, lane, (cta, piece.shared), piece.bytes, stamp, is_proxy)?;
         }
-        if loads {
-            for piece in &pieces {
-                self.shared.states[piece.shared as usize..][..piece.bytes as usize].fill(Byte::InFlight);
-            }
-            let bytes = pieces.iter().map(|piece| piece.bytes).sum();
-            let barrier = barrier.expect("a load has an mbarrier");
-            self.flights.push_back(Flight { w, lane, pc, pieces, stamp, barrier, bytes });
-            if self.run.schedule == Schedule::Eager {
-                self.land_flight(self.flights.len() - 1)?;
-            }
-            return Ok(());
+        for piece in &pieces {
+            let states = &mut self.ctas[cta].shared.states;
+            states[piece.shared as usize..][..piece.bytes as usize].fill(Byte::InFlight);
         }
+        let bytes = pieces.iter().map(|piece| piece.bytes).sum();
+        self.flights.push_back(Flight { w, lane, pc, cta, pieces, stamp, barrier, bytes });
+        if self.run.schedule == Schedule::Eager {
+            self.land_flight(self.flights.len() - 1)?;
+        }
+        Ok(())
+    }
+
+    fn issue_store(&mut self, w: usize, lane: usize, pieces: Vec<Piece>) -> Result<(), Stop> {
+        // Stores of one warp share an engine.
+        let stamp = self.engine_stamp(w, 16 + self.warps[w].place % 16);
         for piece in pieces {
-            let value = self.shared.load(piece.shared, piece.bytes.min(8));
-            let global = piece.global.expect("stores leave out what is outside");
-            self.write_global(w, lane, global, piece.bytes.min(8), value)?;
-            if piece.bytes == 16 {
-                let value = self.shared.load(piece.shared + 8, 8);
-                self.write_global(w, lane, global + 8, 8, value)?;
+            let Other::Global(global) = piece.other else {
+                continue;
+            };
+            self.engine_reads(w, lane, piece.shared, piece.bytes, stamp)?;
+            for n in (0..piece.bytes).step_by(8) {
+                let bytes = (piece.bytes - n).min(8);
+                let value = self.cta(w).shared.load(piece.shared + n, bytes);
+                self.write_global(w, lane, global + u64::from(n), bytes, value)?;
             }
         }
         self.warps[w].stores_open[lane].push(stamp);
         Ok(())
     }
 
+    /// That an engine may write bytes of shared memory for a thread: it may where the thread may, and what
+    /// threads wrote there it only overwrites behind a proxy fence, unless it is no proxy.
+    fn engine_writes(
+        &mut self,
+        w: usize,
+        lane: usize,
+        (cta, at): At,
+        bytes: u32,
+        engine: Stamp,
+        is_proxy: bool,
+    ) -> Result<(), Stop> {
+        let stop = |hazard, message| Err(Stop::new(hazard, lane as u32, message));
+        match self.ctas[cta].shared.unreadable(at, bytes) {
+            Some((at, Byte::InFlight)) => {
+                let message =
+                    format!("byte {at:#x} of shared memory belongs to another copy that is under way");
+                return stop(Hazard::Async, message);
+            }
+            Some((at, Byte::Barrier)) => {
+                return stop(Hazard::Async, format!("byte {at:#x} of shared memory belongs to an mbarrier"));
+            }
+            _ => {}
+        }
+        let stamp = self.stamp(w, lane, false);
+        let by = Accessor { clock: &self.warps[w].clocks[lane], stamp };
+        let threads = self.run.threads();
+        let mut unfenced = false;
+        let checked = self.ctas[cta].shared.visit(at, bytes, |cell, mask| {
+            let writer = cell.writer();
+            // The other half of the word may be of this copy too.
+            if writer != engine {
+                unfenced |= is_proxy && writer.thread() < threads && !self.proxied.has_heard(writer);
+                cell.write(&by, mask)?;
+                cell.land(engine);
+            }
+            Ok(())
+        });
+        if let Err(conflict) = checked {
+            let what = format!("a bulk copy of {at:#x} in shared memory");
+            return stop(Hazard::Race, self.race_message(&what, true, conflict));
+        }
+        if unfenced { stop(Hazard::Async, unfenced_message(at)) } else { Ok(()) }
+    }
+
+    /// That an engine may read bytes of the CTA's shared memory for a thread: it may where the thread may,
+    /// if a proxy fence has handed it what threads wrote there.
+    pub(super) fn engine_reads(
+        &mut self,
+        w: usize,
+        lane: usize,
+        at: u32,
+        bytes: u32,
+        engine: Stamp,
+    ) -> Result<(), Stop> {
+        let threads = self.run.threads();
+        let stamp = self.stamp(w, lane, false);
+        let stop = |hazard, message| Err(Stop::new(hazard, lane as u32, message));
+        let cta = &mut self.ctas[self.warps[w].cta];
+        if at + bytes > cta.shared.len() {
+            let message = format!("{bytes} bytes at {at:#x} of {} bytes of shared memory", cta.shared.len());
+            return stop(Hazard::OutOfBounds, message);
+        }
+        match cta.shared.unreadable(at, bytes) {
+            Some((at, Byte::Uninitialised)) => {
+                return stop(
+                    Hazard::Uninitialised,
+                    format!("byte {at:#x} of shared memory was never written"),
+                );
+            }
+            Some((at, state)) => {
+                let owner = if state == Byte::Barrier { "an mbarrier" } else { "a copy that is under way" };
+                return stop(Hazard::Async, format!("byte {at:#x} of shared memory belongs to {owner}"));
+            }
+            None => {}
+        }
+        let by = Accessor { clock: &self.warps[w].clocks[lane], stamp };
+        let mut unfenced = false;
+        let checked = cta.shared.visit(at, bytes, |cell, mask| {
+            let writer = cell.writer();
+            unfenced |= writer.thread() < threads && !self.proxied.has_heard(writer);
+            cell.read_by_engine(&by, engine, mask)
+        });
+        if let Err(conflict) = checked {
+            let what = format!("{bytes} bytes at {at:#x} in shared memory by an engine");
+            return stop(Hazard::Race, self.race_message(&what, false, conflict));
+        }
+        if unfenced { stop(Hazard::Async, unfenced_message(at)) } else { Ok(()) }
+    }
+
     /// A copy arrives.
     fn land_flight(&mut self, index: usize) -> Result<(), Stop> {
         let flight = self.flights.remove(index).expect("a copy under way");
         for piece in &flight.pieces {
-            let mut at = piece.shared;
-            let mut left = piece.bytes;
-            while left > 0 {
-                let bytes = left.min(8);
-                let value = match piece.global {
-                    None => 0,
-                    Some(global) => {
-                        let address = global + u64::from(piece.bytes - left);
-                        let found = self.run.memory.locate(address, bytes.into());
+            for n in (0..piece.bytes).step_by(8) {
+                let bytes = (piece.bytes - n).min(8);
+                let value = match piece.other {
+                    Other::Nothing => 0,
+                    Other::Value(value) => value,
+                    Other::Shared(cta, at) => self.ctas[cta].shared.load(at + n, bytes),
+                    Other::Global(global) => {
+                        let found = self.run.memory.locate(global + u64::from(n), bytes.into());
                         let (allocation, offset) = found
                             .map_err(|message| Stop::new(Hazard::OutOfBounds, flight.lane as u32, message))?;
                         self.run.memory.allocations()[allocation].load(offset, bytes)
                     }
                 };
-                self.shared.store(at, bytes, value);
-                at += bytes;
-                left -= bytes;
+                self.ctas[flight.cta].shared.store(piece.shared + n, bytes, value);
             }
         }
         self.complete_bytes(flight.lane, flight.barrier, flight.bytes, flight.stamp)
@@ -291,14 +431,20 @@ impl Cta<'_> {
     }
 }
 
+fn unfenced_message(at: u32) -> String {
+    format!(
+        "bytes at {at:#x} of shared memory were written by a thread, and no fence.proxy.async stands between"
+    )
+}
+
 /// The same bytes in as few pieces as can be: chunks of 16 bytes where both sides allow it.
 fn merged(pieces: &[Piece]) -> Vec<Piece> {
     let mut found: Vec<Piece> = Vec::with_capacity(pieces.len());
     for piece in pieces {
         if let Some(last) = found.last_mut() {
-            let adjacent = match (last.global, piece.global) {
-                (None, None) => true,
-                (Some(last_at), Some(at)) => {
+            let adjacent = match (last.other, piece.other) {
+                (Other::Nothing, Other::Nothing) => true,
+                (Other::Global(last_at), Other::Global(at)) => {
                     last_at.is_multiple_of(16) && last_at + u64::from(last.bytes) == at
                 }
                 _ => false,

@@ -4,7 +4,7 @@
 //! a bug. In the eager schedule it reads its source when it is issued, in the delayed one when it is
 //! waited for; both are allowed to a GPU.
 
-use super::{Cta, lanes};
+use super::{Cluster, lanes};
 use crate::{
     error::{Hazard, Stop},
     isa::{Address, Guard, Op, Operand},
@@ -26,7 +26,7 @@ struct Copy {
     from: Option<(usize, u64, u32)>,
 }
 
-impl Cta<'_> {
+impl Cluster<'_> {
     pub(super) fn copy_op(&mut self, w: usize, active: u32, op: &Op) -> Result<(), Stop> {
         match op {
             Op::CopyAsync { bytes, to, from, size, ignore } => {
@@ -99,16 +99,16 @@ impl Cta<'_> {
                 copy.from = Some((found.0, found.1, wanted));
             }
             if self.run.schedule != Schedule::Delayed {
-                self.transfer(&mut copy);
+                self.transfer(w, &mut copy);
             }
-            self.shared.states[at as usize..][..bytes as usize].fill(Byte::InFlight);
+            self.cta_mut(w).shared.states[at as usize..][..bytes as usize].fill(Byte::InFlight);
             self.warps[w].open[lane].copies.push(copy);
         }
         Ok(())
     }
 
     /// Moves the bytes of a copy, once.
-    fn transfer(&mut self, copy: &mut Copy) {
+    fn transfer(&mut self, w: usize, copy: &mut Copy) {
         let source = copy.from.take();
         for byte in 0..copy.bytes {
             let value = match source {
@@ -117,7 +117,7 @@ impl Cta<'_> {
                 }
                 _ => 0,
             };
-            self.shared.store(copy.to + byte, 1, value);
+            self.cta_mut(w).shared.store(copy.to + byte, 1, value);
         }
     }
 
@@ -125,9 +125,9 @@ impl Cta<'_> {
         let stamp = self.stamp(w, lane, false);
         for mut copy in group.copies {
             if self.run.schedule == Schedule::Delayed {
-                self.transfer(&mut copy);
+                self.transfer(w, &mut copy);
             }
-            self.land(copy.to, copy.bytes, stamp);
+            self.land(w, copy.to, copy.bytes, stamp);
         }
     }
 

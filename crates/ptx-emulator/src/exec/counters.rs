@@ -44,6 +44,8 @@ pub struct Counters {
     pub shared_passes: u64,
     /// Passes that bank conflicts add.
     pub bank_conflicts: u64,
+    /// Requests of a warp to shared memory of other CTAs of the cluster.
+    pub cluster_requests: u64,
     /// Requests to device memory of a warp.
     pub global_requests: u64,
     /// Sectors of 32 bytes that those requests touch.
@@ -134,6 +136,7 @@ impl Counters {
         self.shared_requests += other.shared_requests;
         self.shared_passes += other.shared_passes;
         self.bank_conflicts += other.bank_conflicts;
+        self.cluster_requests += other.cluster_requests;
         self.global_requests += other.global_requests;
         self.global_sectors += other.global_sectors;
     }
@@ -149,13 +152,16 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
             Class::Float
         }
         Op::Approximate { .. } | Op::Divide { .. } => Class::Special,
-        Op::Branch { .. } | Op::BranchTable { .. } | Op::Exit | Op::Trap | Op::Nothing => Class::Control,
+        Op::Branch { .. } | Op::BranchTable { .. } | Op::Exit | Op::Trap | Op::Nothing | Op::Yield => {
+            Class::Control
+        }
         Op::Load { .. }
         | Op::Store { .. }
         | Op::Atomic { .. }
         | Op::CopyAsync { .. }
         | Op::Bulk { .. }
         | Op::BulkTensor { .. }
+        | Op::StoreAsync { .. }
         | Op::LoadMatrix { .. }
         | Op::StoreMatrix { .. } => Class::Memory,
         Op::Fence
@@ -170,6 +176,8 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::Elect { .. }
         | Op::CommitGroup
         | Op::WaitGroup { .. }
+        | Op::ClusterArrive { .. }
+        | Op::ClusterWait { .. }
         | Op::BulkCommit
         | Op::ProductCommit
         | Op::ProductWait { .. }

@@ -1,6 +1,6 @@
 //! Matrices spread over the lanes of a warp: `ldmatrix`, `stmatrix`, `mma.sync`.
 
-use super::{Cta, Flow, Step, lanes, warp::then};
+use super::{Cluster, Flow, Step, lanes, warp::then};
 use crate::{
     error::Stop,
     isa::{Address, MatrixType, Op, Operand},
@@ -10,7 +10,7 @@ use crate::{
 /// Rows of an 8 x 8 matrix of 16-bit elements are this many bytes.
 const ROW_BYTES: u32 = 16;
 
-impl Cta<'_> {
+impl Cluster<'_> {
     pub(super) fn matrix_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
         if !self.rendezvous(w, pc, active, u32::MAX)? {
             return Ok(Flow::Block(active));
@@ -56,7 +56,7 @@ impl Cta<'_> {
             for (row, lane) in elements.iter_mut().zip(rows) {
                 let at = self.read_shared(w, lane, addresses[lane], ROW_BYTES)?;
                 for (pair, word) in row.chunks_mut(2).zip(0..) {
-                    let word = self.shared_word(at + 4 * word);
+                    let word = self.cta(w).shared.load(at + 4 * word, 4) as u32;
                     pair.copy_from_slice(&[word as u16, (word >> 16) as u16]);
                 }
             }
@@ -92,7 +92,7 @@ impl Cta<'_> {
             for (row, lane) in elements.iter().zip(rows) {
                 let at = self.write_shared(w, lane, addresses[lane], ROW_BYTES)?;
                 for (element, offset) in row.iter().zip((0..).step_by(2)) {
-                    self.shared.store(at + offset, 2, u64::from(*element));
+                    self.cta_mut(w).shared.store(at + offset, 2, u64::from(*element));
                 }
             }
         }

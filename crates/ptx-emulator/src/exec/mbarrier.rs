@@ -2,17 +2,20 @@
 
 use std::sync::Arc;
 
-use super::{Cta, Flow, Step, Wait, lanes};
+use super::{Cluster, Flow, Step, Wait, lanes};
 use crate::{
-    clock::{Clock, Stamp},
+    clock::{Accessor, Clock, Stamp},
     error::{Hazard, Stop},
-    isa::Op,
+    isa::{Op, Space},
     memory::Byte,
     schedule::Schedule,
 };
 
 /// The largest count that fits an mbarrier.
 const MOST: u32 = (1 << 20) - 1;
+
+/// Rank of a CTA, and an address in its shared memory.
+pub(super) type At = (usize, u32);
 
 #[derive(Debug)]
 pub(super) struct Phased {
@@ -51,22 +54,32 @@ pub(super) struct Owed {
     address: u32,
 }
 
-impl Cta<'_> {
+impl Cluster<'_> {
     pub(super) fn mbarrier_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
-        let (Op::BarrierInit { address, .. }
-        | Op::BarrierInvalidate { address }
-        | Op::BarrierArrive { address, .. }
-        | Op::BarrierExpect { address, .. }
-        | Op::BarrierComplete { address, .. }
-        | Op::BarrierTest { address, .. }
-        | Op::BarrierCopies { address, .. }) = op
+        let (Op::BarrierInit { space, address, .. }
+        | Op::BarrierInvalidate { space, address }
+        | Op::BarrierArrive { space, address, .. }
+        | Op::BarrierExpect { space, address, .. }
+        | Op::BarrierComplete { space, address, .. }
+        | Op::BarrierTest { space, address, .. }
+        | Op::BarrierCopies { space, address, .. }) = op
         else {
             unreachable!("{op:?} is not about an mbarrier");
         };
         let addresses = self.addresses(w, *address);
         let mut blocked = 0;
+        let mut asks_again = false;
         for lane in lanes(active) {
-            let at = self.phased_at(lane, addresses[lane])?;
+            let at = self.phased_at(w, lane, *space, addresses[lane])?;
+            let elsewhere = at.0 != self.warps[w].cta;
+            let local = !matches!(
+                op,
+                Op::BarrierArrive { state: None, .. } | Op::BarrierExpect { .. } | Op::BarrierComplete { .. }
+            );
+            if elsewhere && local {
+                let message = format!("the mbarrier at {:#x} belongs to another CTA", addresses[lane]);
+                return Err(Stop::new(Hazard::Operand, lane as u32, message));
+            }
             match op {
                 Op::BarrierInit { count, .. } => {
                     let count = self.value(w, *count)[lane] as u32;
@@ -77,8 +90,9 @@ impl Cta<'_> {
             }
             match op {
                 Op::BarrierInvalidate { .. } => {
-                    self.phased.remove(&at);
-                    self.shared.states[at as usize..][..8].fill(Byte::Uninitialised);
+                    let cta = &mut self.ctas[at.0];
+                    cta.phased.remove(&at.1);
+                    cta.shared.states[at.1 as usize..][..8].fill(Byte::Uninitialised);
                 }
                 Op::BarrierArrive { state, count, expect, drop, complete, .. } => {
                     let count = self.value(w, *count)[lane] as u32;
@@ -89,7 +103,8 @@ impl Cta<'_> {
                     let phase = self.known(at).phase;
                     self.arrive_at(w, lane, at, count, *drop)?;
                     if !complete && self.known(at).phase != phase {
-                        let message = format!("an arrival that must not end a phase ended one of {at:#x}");
+                        let message =
+                            format!("an arrival that must not end a phase ended one of {:#x}", at.1);
                         return Err(Stop::new(Hazard::Arrival, lane as u32, message));
                     }
                     if let Some(state) = state {
@@ -114,7 +129,7 @@ impl Cta<'_> {
                     let random = matches!(self.run.schedule, Schedule::Random(_));
                     let gives_up = random && self.random.below(8) == 0;
                     if !ended && *blocks && !gives_up {
-                        self.warps[w].waits[lane] = Wait::Phase { address: at, parity: phase & 1 };
+                        self.warps[w].waits[lane] = Wait::Phase { address: at.1, parity: phase & 1 };
                         self.warps[w].waiting |= 1 << lane;
                         blocked |= 1 << lane;
                         continue;
@@ -122,13 +137,14 @@ impl Cta<'_> {
                     if ended {
                         self.hear(w, lane, &heard);
                     }
+                    asks_again |= !ended;
                     self.warps[w].set_predicate(*p, if ended { u32::MAX } else { 0 }, 1 << lane);
                 }
                 Op::BarrierCopies { counted, .. } => {
                     if *counted {
                         self.known(at).pending += 1;
                     }
-                    self.owed.push_back(Owed { w, lane, pc, address: at });
+                    self.owed.push_back(Owed { w, lane, pc, address: at.1 });
                     if self.run.schedule != Schedule::Delayed {
                         self.pay()?;
                     }
@@ -136,25 +152,20 @@ impl Cta<'_> {
                 _ => {}
             }
         }
-        Ok(if blocked == 0 { Flow::Next } else { Flow::Block(blocked) })
+        Ok(match blocked {
+            0 if asks_again => Flow::Yield,
+            0 => Flow::Next,
+            blocked => Flow::Block(blocked),
+        })
     }
 
-    /// Where an mbarrier lies, if one can lie there.
-    fn phased_at(&self, lane: usize, address: u64) -> Result<u32, Stop> {
-        let at = address & !super::memory::SHARED_WINDOW;
-        if !at.is_multiple_of(8) {
-            let message = format!("an mbarrier at {at:#x}, which is not a multiple of 8");
-            return Err(Stop::new(Hazard::Misaligned, lane as u32, message));
-        }
-        if at + 8 > u64::from(self.shared.len()) {
-            let message = format!("an mbarrier at {at:#x} of {} bytes of shared memory", self.shared.len());
-            return Err(Stop::new(Hazard::OutOfBounds, lane as u32, message));
-        }
-        Ok(at as u32)
+    /// Where an mbarrier lies, if one can lie there: rank of the CTA, and address there.
+    fn phased_at(&self, w: usize, lane: usize, space: Space, address: u64) -> Result<At, Stop> {
+        self.shared_place(w, space, lane, address, 8)
     }
 
-    fn init(&mut self, w: usize, lane: usize, at: u32, count: u32) -> Result<(), Stop> {
-        if self.phased.contains_key(&at) {
+    fn init(&mut self, w: usize, lane: usize, (cta, at): At, count: u32) -> Result<(), Stop> {
+        if self.ctas[cta].phased.contains_key(&at) {
             let message = format!("there is an mbarrier at {at:#x} already");
             return Err(Stop::new(Hazard::Arrival, lane as u32, message));
         }
@@ -163,8 +174,9 @@ impl Cta<'_> {
             return Err(Stop::new(Hazard::Arrival, lane as u32, message));
         }
         self.write_shared(w, lane, at.into(), 8)?;
-        self.shared.states[at as usize..][..8].fill(Byte::Barrier);
-        let silent = Clock::new(self.run.clock_size());
+        let cta = &mut self.ctas[cta];
+        cta.shared.states[at as usize..][..8].fill(Byte::Barrier);
+        let silent = Clock::new(cta.number, self.run.clock_size());
         let barrier = Phased {
             expected: count,
             pending: count,
@@ -173,19 +185,20 @@ impl Cta<'_> {
             arriving: silent.clone(),
             ended: Arc::new(silent),
         };
-        self.phased.insert(at, barrier);
+        cta.phased.insert(at, barrier);
         Ok(())
     }
 
     /// That there is an mbarrier, and that this thread has heard of its beginning.
-    fn meet(&mut self, w: usize, lane: usize, at: u32) -> Result<(), Stop> {
-        if !self.phased.contains_key(&at) {
+    pub(super) fn meet(&mut self, w: usize, lane: usize, (cta, at): At) -> Result<(), Stop> {
+        self.reach(w, lane, cta)?;
+        if !self.ctas[cta].phased.contains_key(&at) {
             let message = format!("there is no mbarrier at {at:#x}");
             return Err(Stop::new(Hazard::Uninitialised, lane as u32, message));
         }
         let stamp = self.stamp(w, lane, true);
-        let by = crate::clock::Accessor { clock: &self.warps[w].clocks[lane], stamp };
-        let met = self.shared.visit(at, 8, |cell, mask| cell.read(&by, mask));
+        let by = Accessor { clock: &self.warps[w].clocks[lane], stamp };
+        let met = self.ctas[cta].shared.visit(at, 8, |cell, mask| cell.read(&by, mask));
         met.map_err(|conflict| {
             let message = self.race_message(&format!("the mbarrier at {at:#x}"), false, conflict);
             Stop::new(Hazard::Race, lane as u32, message)
@@ -193,8 +206,8 @@ impl Cta<'_> {
     }
 
     /// Where an mbarrier lies that this thread may use.
-    pub(super) fn met(&mut self, w: usize, lane: usize, address: u64) -> Result<u32, Stop> {
-        let at = self.phased_at(lane, address)?;
+    pub(super) fn met(&mut self, w: usize, lane: usize, space: Space, address: u64) -> Result<At, Stop> {
+        let at = self.phased_at(w, lane, space, address)?;
         self.meet(w, lane, at)?;
         Ok(at)
     }
@@ -203,30 +216,30 @@ impl Cta<'_> {
     pub(super) fn complete_bytes(
         &mut self,
         lane: usize,
-        at: u32,
+        at: At,
         bytes: u32,
         stamp: Stamp,
     ) -> Result<(), Stop> {
-        let Some(barrier) = self.phased.get_mut(&at) else {
-            let message = format!("the mbarrier at {at:#x} that a copy arrives at is gone");
+        let Some(barrier) = self.ctas[at.0].phased.get_mut(&at.1) else {
+            let message = format!("the mbarrier at {:#x} that a copy arrives at is gone", at.1);
             return Err(Stop::new(Hazard::Arrival, lane as u32, message));
         };
         barrier.bytes -= i64::from(bytes);
-        barrier.arriving.set(stamp.thread(), stamp.epoch());
+        barrier.arriving.note(stamp);
         self.end_phase(at);
         Ok(())
     }
 
     /// An mbarrier that was met.
-    fn known(&mut self, at: u32) -> &mut Phased {
-        self.phased.get_mut(&at).expect("an mbarrier that was met")
+    fn known(&mut self, (cta, at): At) -> &mut Phased {
+        self.ctas[cta].phased.get_mut(&at).expect("an mbarrier that was met")
     }
 
-    fn arrive_at(&mut self, w: usize, lane: usize, at: u32, count: u32, drop: bool) -> Result<(), Stop> {
+    fn arrive_at(&mut self, w: usize, lane: usize, at: At, count: u32, drop: bool) -> Result<(), Stop> {
         let told = self.tell(w, lane);
         let barrier = self.known(at);
         if count == 0 || count > barrier.pending {
-            let message = format!("{count} arrivals at {at:#x}, where {} are missing", barrier.pending);
+            let message = format!("{count} arrivals at {:#x}, where {} are missing", at.1, barrier.pending);
             return Err(Stop::new(Hazard::Arrival, lane as u32, message));
         }
         barrier.arriving.join(&told);
@@ -239,7 +252,7 @@ impl Cta<'_> {
     }
 
     /// Ends the phase if nothing is missing, and wakes who waits for that.
-    fn end_phase(&mut self, at: u32) {
+    fn end_phase(&mut self, at: At) {
         let barrier = self.known(at);
         if barrier.pending != 0 || barrier.bytes != 0 {
             return;
@@ -247,14 +260,9 @@ impl Cta<'_> {
         barrier.phase += 1;
         barrier.pending = barrier.expected;
         barrier.ended = Arc::new(barrier.arriving.clone());
-        for warp in &mut self.warps {
-            for lane in lanes(warp.waiting) {
-                if matches!(warp.waits[lane], Wait::Phase { address, .. } if address == at) {
-                    // It asks again.
-                    warp.waits[lane] = Wait::Nothing;
-                    warp.waiting &= !(1 << lane);
-                }
-            }
+        let cta = &self.ctas[at.0];
+        for warp in &mut self.warps[cta.warps.clone()] {
+            warp.wake(|wait| matches!(wait, Wait::Phase { address, .. } if address == at.1));
         }
     }
 
@@ -264,11 +272,12 @@ impl Cta<'_> {
             return Ok(false);
         };
         self.land_all(w, lane);
-        if !self.phased.contains_key(&address) {
+        let at = (self.warps[w].cta, address);
+        if !self.ctas[at.0].phased.contains_key(&address) {
             let message = format!("the mbarrier at {address:#x} that copies arrive at is gone");
             return Err(Stop::new(Hazard::Arrival, lane as u32, message));
         }
-        self.arrive_at(w, lane, address, 1, false)?;
+        self.arrive_at(w, lane, at, 1, false)?;
         Ok(true)
     }
 

@@ -1,19 +1,28 @@
 //! Loads, stores, atomics and fences, with all that is checked about them.
 
-use std::sync::{Arc, PoisonError};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    hash::Hash,
+    sync::{Arc, PoisonError},
+};
 
-use super::{Cta, lanes};
+use super::{Cluster, Flow, Step, lanes};
 use crate::{
-    clock::{Clock, Conflict, Stamp},
+    clock::{Accessor, Clock, Conflict, Stamp},
     error::{Hazard, Stop},
     isa::{Address, AtomicUpdate, Op, Operand, Order, Space, Type},
     memory::Byte,
     number::Lanes,
 };
 
-/// Generic addresses of shared, local and param space lie in windows of this size.
+/// Generic addresses of shared, local and param space lie in windows of this size. In the window of
+/// shared memory a CTA finds its own at the beginning, and that of rank r of its cluster from
+/// `(r + 1) << RANK_SHIFT` on; addresses in shared space are the same without the window.
 pub(super) const WINDOW: u64 = 1 << 56;
 pub(super) const SHARED_WINDOW: u64 = 1 << 56;
+pub(super) const RANK_SHIFT: u32 = 24;
+/// What lies within one CTA's part of that window.
+pub(super) const OWN: u64 = 1 << RANK_SHIFT;
 pub(super) const LOCAL_WINDOW: u64 = 2 << 56;
 pub(super) const PARAM_WINDOW: u64 = 3 << 56;
 
@@ -22,7 +31,8 @@ pub(super) const PARAM_WINDOW: u64 = 3 << 56;
 enum Place {
     /// Number of the allocation, and where in it.
     Global(usize, u64),
-    Shared(u32),
+    /// Rank of the CTA whose it is, and where in it.
+    Shared(usize, u32),
     /// Where in the local memory of the lane.
     Local(usize),
     Param(usize),
@@ -42,29 +52,31 @@ impl Access {
     }
 }
 
-impl Cta<'_> {
-    pub(super) fn memory_op(&mut self, w: usize, active: u32, op: &Op) -> Result<(), Stop> {
+impl Cluster<'_> {
+    pub(super) fn memory_op(&mut self, w: usize, active: u32, op: &Op) -> Step {
         match op {
             Op::Load { space, ty, order, constant, d, address } => {
                 let addresses = self.addresses(w, *address);
                 let bytes = ty.bytes() * d.len() as u32;
                 let space = if *space == Space::Const { Space::Global } else { *space };
-                self.count_access(space, &addresses, active, bytes);
+                self.count_access(w, space, &addresses, active, bytes);
+                let asked = d[0].filter(|_| *order != Order::Weak);
+                let before = asked.map(|d| self.warps[w].registers[d as usize]);
                 for lane in lanes(active) {
                     let access = Access { lane, address: addresses[lane], bytes };
                     self.load(w, space, access, *ty, *order, *constant, d)?;
                 }
-                Ok(())
+                Ok(self.answered(w, asked, before))
             }
             Op::Store { space, ty, order, address, a } => {
                 let addresses = self.addresses(w, *address);
                 let bytes = ty.bytes() * a.len() as u32;
-                self.count_access(*space, &addresses, active, bytes);
+                self.count_access(w, *space, &addresses, active, bytes);
                 for lane in lanes(active) {
                     let access = Access { lane, address: addresses[lane], bytes };
                     self.store(w, *space, access, *ty, *order, a)?;
                 }
-                Ok(())
+                Ok(Flow::Next)
             }
             Op::Atomic { space, ty, order, update, d, address, b } => {
                 let addresses = self.addresses(w, *address);
@@ -73,7 +85,8 @@ impl Cta<'_> {
                     AtomicUpdate::CompareSwap(compared) => self.value(w, *compared),
                     AtomicUpdate::Apply(_) => [0; 32],
                 };
-                self.count_access(*space, &addresses, active, ty.bytes());
+                self.count_access(w, *space, &addresses, active, ty.bytes());
+                let before = d.map(|d| self.warps[w].registers[d as usize]);
                 for lane in lanes(active) {
                     let access = Access { lane, address: addresses[lane], bytes: ty.bytes() };
                     let old = self.atomic(w, *space, access, *order, *update, b[lane], compared[lane])?;
@@ -81,15 +94,23 @@ impl Cta<'_> {
                         self.warps[w].registers[*d as usize][lane] = old;
                     }
                 }
-                Ok(())
+                Ok(self.answered(w, *d, before))
             }
             Op::Fence => {
                 for lane in lanes(active) {
                     self.fence(w, lane);
                 }
-                Ok(())
+                Ok(Flow::Next)
             }
             other => unreachable!("{other:?} is not a memory access"),
+        }
+    }
+
+    /// Who is told again what it knew lets the others run: it may be waiting for them.
+    fn answered(&self, w: usize, d: Option<u32>, before: Option<Lanes>) -> Flow {
+        match d.zip(before) {
+            Some((d, before)) if self.warps[w].registers[d as usize] == before => Flow::Yield,
+            _ => Flow::Next,
         }
     }
 
@@ -98,12 +119,13 @@ impl Cta<'_> {
         base.map(|base| base.wrapping_add_signed(address.offset))
     }
 
-    fn count_access(&mut self, space: Space, addresses: &Lanes, active: u32, bytes: u32) {
+    fn count_access(&mut self, w: usize, space: Space, addresses: &Lanes, active: u32, bytes: u32) {
         let first = addresses[active.trailing_zeros() as usize & 31];
         match space {
             Space::Shared => self.counters.shared_request(addresses, active, bytes),
+            Space::Cluster => self.count_cluster_access(w, addresses, active, bytes),
             Space::Generic if first & !(WINDOW - 1) == SHARED_WINDOW => {
-                self.counters.shared_request(addresses, active, bytes);
+                self.count_cluster_access(w, addresses, active, bytes);
             }
             Space::Global => self.counters.global_request(addresses, active, bytes),
             Space::Generic if first < WINDOW => self.counters.global_request(addresses, active, bytes),
@@ -112,7 +134,7 @@ impl Cta<'_> {
     }
 
     /// Finds where an access goes and checks that it may.
-    fn resolve(&self, space: Space, access: Access) -> Result<Place, Stop> {
+    fn resolve(&self, w: usize, space: Space, access: Access) -> Result<Place, Stop> {
         let Access { address, bytes, .. } = access;
         if !address.is_multiple_of(u64::from(bytes)) {
             let message = format!("{bytes} bytes at {address:#x}, which is not a multiple of {bytes}");
@@ -120,7 +142,7 @@ impl Cta<'_> {
         }
         let (space, offset) = match space {
             Space::Generic => match address & !(WINDOW - 1) {
-                SHARED_WINDOW => (Space::Shared, address - SHARED_WINDOW),
+                SHARED_WINDOW => (Space::Cluster, address - SHARED_WINDOW),
                 LOCAL_WINDOW => (Space::Local, address - LOCAL_WINDOW),
                 PARAM_WINDOW => (Space::Param, address - PARAM_WINDOW),
                 _ => (Space::Global, address),
@@ -137,9 +159,27 @@ impl Cta<'_> {
         };
         match space {
             Space::Shared => {
-                within(self.shared.len().into(), "shared")?;
-                Ok(Place::Shared(offset as u32))
+                within(self.cta(w).shared.len().into(), "shared")?;
+                Ok(Place::Shared(self.warps[w].cta, offset as u32))
             }
+            Space::Cluster => match self.rank(w, offset) {
+                Some(rank) => {
+                    let at = offset & (OWN - 1);
+                    if at + u64::from(bytes) <= self.ctas[rank].shared.len().into() {
+                        Ok(Place::Shared(rank, at as u32))
+                    } else {
+                        let size = self.ctas[rank].shared.len();
+                        let message = format!(
+                            "{bytes} bytes at {at:#x} of {size} bytes of shared memory of rank {rank}"
+                        );
+                        Err(access.stop(Hazard::OutOfBounds, message))
+                    }
+                }
+                None => {
+                    let message = format!("{offset:#x} belongs to no CTA of the cluster");
+                    Err(access.stop(Hazard::OutOfBounds, message))
+                }
+            },
             Space::Local => {
                 let size = self.run.kernel.local_bytes;
                 within(size.into(), "local")?;
@@ -166,7 +206,7 @@ impl Cta<'_> {
         constant: bool,
         d: &[Option<u32>],
     ) -> Result<(), Stop> {
-        let place = self.resolve(space, access)?;
+        let place = self.resolve(w, space, access)?;
         let size = ty.bytes();
         let mut values = [0_u64; 4];
         match place {
@@ -190,10 +230,10 @@ impl Cta<'_> {
                     *value = allocation.load(offset + at * u64::from(size), size);
                 }
             }
-            Place::Shared(at) => {
-                self.check_shared_read(w, access, at, order)?;
+            Place::Shared(cta, at) => {
+                self.check_shared_read(w, access, cta, at, order)?;
                 for (n, value) in (0..d.len() as u32).zip(&mut values) {
-                    *value = self.shared.load(at + n * size, size);
+                    *value = self.ctas[cta].shared.load(at + n * size, size);
                 }
             }
             Place::Local(at) => {
@@ -227,7 +267,7 @@ impl Cta<'_> {
         order: Order,
         a: &[Operand],
     ) -> Result<(), Stop> {
-        let place = self.resolve(space, access)?;
+        let place = self.resolve(w, space, access)?;
         let (lane, size) = (access.lane, ty.bytes());
         let mut values = [0_u64; 4];
         for (value, operand) in values.iter_mut().zip(a) {
@@ -250,10 +290,10 @@ impl Cta<'_> {
                     allocation.store(offset + at * u64::from(size), size, *value);
                 }
             }
-            Place::Shared(at) => {
-                self.check_shared_write(w, access, at, order)?;
+            Place::Shared(cta, at) => {
+                self.check_shared_write(w, access, cta, at, order)?;
                 for (n, value) in (0..).zip(values) {
-                    self.shared.store(at + n * size, size, *value);
+                    self.ctas[cta].shared.store(at + n * size, size, *value);
                 }
             }
             Place::Local(at) => {
@@ -280,7 +320,7 @@ impl Cta<'_> {
         b: u64,
         compared: u64,
     ) -> Result<u64, Stop> {
-        let place = self.resolve(space, access)?;
+        let place = self.resolve(w, space, access)?;
         let bytes = access.bytes;
         let mask = if bytes == 8 { u64::MAX } else { (1 << (8 * bytes)) - 1 };
         let new = |old: u64| match update {
@@ -302,11 +342,13 @@ impl Cta<'_> {
                 allocation.store(offset, bytes, new(old));
                 old
             }
-            Place::Shared(at) => {
-                self.check_shared_state(access, at, true)?;
-                self.check_shared_write(w, access, at, order)?;
-                let old = self.shared.load(at, bytes);
-                self.shared.store(at, bytes, new(old));
+            Place::Shared(cta, at) => {
+                self.reach(w, access.lane, cta)?;
+                self.check_shared_state(access, cta, at, true)?;
+                self.check_shared_write(w, access, cta, at, order)?;
+                let shared = &mut self.ctas[cta].shared;
+                let old = shared.load(at, bytes);
+                shared.store(at, bytes, new(old));
                 old
             }
             Place::Local(_) | Place::Param(_) => {
@@ -355,26 +397,27 @@ impl Cta<'_> {
     }
 
     pub(super) fn race_message(&self, what: &str, writes: bool, conflict: Conflict) -> String {
+        let verb = if writes { "the write of" } else { "the read of" };
+        let (other, wrote) = (conflict.other, conflict.wrote);
+        let done = match (other.thread() >= self.run.threads(), wrote) {
+            (true, _) => "",
+            (false, true) => "a write by ",
+            (false, false) => "a read by ",
+        };
+        format!("{verb} {what} and {done}{} are not ordered", self.name(other))
+    }
+
+    /// Who made an access, for a message.
+    pub(super) fn name(&self, stamp: Stamp) -> String {
+        let (cta, thread) = (stamp.cta(), stamp.thread());
         let [x, y, _] = self.run.grid;
-        let (cta, thread) = (conflict.other.cta(), conflict.other.thread());
+        let cta = [cta % x, cta / x % y, cta / x / y];
         if thread >= self.run.threads() {
-            let verb = if writes { "the write of" } else { "the read of" };
-            return format!(
-                "{verb} {what} and a bulk copy that this thread has not waited for are not ordered"
-            );
+            let whose = if self.ctas.len() > 1 { format!(" of CTA {cta:?}") } else { String::new() };
+            return format!("an asynchronous copy{whose} that this thread has not waited for");
         }
-        let [bx, by, _] = self.run.block;
-        format!(
-            "{} {what} and {} thread [{}, {}, {}] of CTA [{}, {}, {}] are not ordered",
-            if writes { "the write of" } else { "the read of" },
-            if conflict.wrote { "a write by" } else { "a read by" },
-            thread % bx,
-            thread / bx % by,
-            thread / bx / by,
-            cta % x,
-            cta / x % y,
-            cta / x / y,
-        )
+        let [x, y, _] = self.run.block;
+        format!("thread {:?} of CTA {cta:?}", [thread % x, thread / x % y, thread / x / y])
     }
 
     fn race(&self, access: Access, space: &str, writes: bool, conflict: Conflict) -> Stop {
@@ -383,8 +426,8 @@ impl Cta<'_> {
     }
 
     /// That bytes of shared memory are in a state that an access may meet.
-    fn check_shared_state(&self, access: Access, at: u32, reads: bool) -> Result<(), Stop> {
-        match self.shared.unreadable(at, access.bytes) {
+    fn check_shared_state(&self, access: Access, cta: usize, at: u32, reads: bool) -> Result<(), Stop> {
+        match self.ctas[cta].shared.unreadable(at, access.bytes) {
             Some((byte, Byte::Uninitialised)) if reads => {
                 let message = format!("byte {byte:#x} of shared memory was never written");
                 Err(access.stop(Hazard::Uninitialised, message))
@@ -403,23 +446,55 @@ impl Cta<'_> {
         }
     }
 
-    fn check_shared_read(&mut self, w: usize, access: Access, at: u32, order: Order) -> Result<(), Stop> {
-        self.check_shared_state(access, at, true)?;
+    fn check_shared_read(
+        &mut self,
+        w: usize,
+        access: Access,
+        cta: usize,
+        at: u32,
+        order: Order,
+    ) -> Result<(), Stop> {
+        self.reach(w, access.lane, cta)?;
+        self.check_shared_state(access, cta, at, true)?;
         let stamp = self.stamp(w, access.lane, order != Order::Weak);
-        let by = crate::clock::Accessor { clock: &self.warps[w].clocks[access.lane], stamp };
-        let checked = self.shared.visit(at, access.bytes, |cell, mask| cell.read(&by, mask));
+        let by = Accessor { clock: &self.warps[w].clocks[access.lane], stamp };
+        let checked = self.ctas[cta].shared.visit(at, access.bytes, |cell, mask| cell.read(&by, mask));
         checked.map_err(|conflict| self.race(access, "shared", false, conflict))
     }
 
-    fn check_shared_write(&mut self, w: usize, access: Access, at: u32, order: Order) -> Result<(), Stop> {
-        self.check_shared_state(access, at, false)?;
+    fn check_shared_write(
+        &mut self,
+        w: usize,
+        access: Access,
+        cta: usize,
+        at: u32,
+        order: Order,
+    ) -> Result<(), Stop> {
+        self.reach(w, access.lane, cta)?;
+        self.check_shared_state(access, cta, at, false)?;
         let stamp = self.stamp(w, access.lane, order != Order::Weak);
-        let by = crate::clock::Accessor { clock: &self.warps[w].clocks[access.lane], stamp };
-        let checked = self.shared.visit(at, access.bytes, |cell, mask| cell.write(&by, mask));
+        let by = Accessor { clock: &self.warps[w].clocks[access.lane], stamp };
+        let checked = self.ctas[cta].shared.visit(at, access.bytes, |cell, mask| cell.write(&by, mask));
         checked.map_err(|conflict| self.race(access, "shared", true, conflict))
     }
 
-    /// Reads of a matrix row or the like: aligned bytes of shared memory, all checks made.
+    /// Where aligned bytes of shared memory lie: rank of the CTA, and place in it.
+    pub(super) fn shared_place(
+        &self,
+        w: usize,
+        space: Space,
+        lane: usize,
+        address: u64,
+        bytes: u32,
+    ) -> Result<(usize, u32), Stop> {
+        let access = Access { lane, address, bytes };
+        match self.resolve(w, space, access)? {
+            Place::Shared(cta, at) => Ok((cta, at)),
+            _ => Err(access.stop(Hazard::OutOfBounds, format!("{address:#x} is not in shared memory"))),
+        }
+    }
+
+    /// Reads of a matrix row or the like: aligned bytes of the CTA's own shared memory, all checks made.
     pub(super) fn read_shared(
         &mut self,
         w: usize,
@@ -427,11 +502,9 @@ impl Cta<'_> {
         address: u64,
         bytes: u32,
     ) -> Result<u32, Stop> {
+        let (cta, at) = self.shared_place(w, Space::Shared, lane, address, bytes)?;
         let access = Access { lane, address, bytes };
-        match self.resolve(Space::Shared, Access { address: address & !SHARED_WINDOW, ..access })? {
-            Place::Shared(at) => self.check_shared_read(w, access, at, Order::Weak).map(|()| at),
-            other => unreachable!("{other:?} in shared space"),
-        }
+        self.check_shared_read(w, access, cta, at, Order::Weak).map(|()| at)
     }
 
     /// The same for writes.
@@ -442,11 +515,9 @@ impl Cta<'_> {
         address: u64,
         bytes: u32,
     ) -> Result<u32, Stop> {
+        let (cta, at) = self.shared_place(w, Space::Shared, lane, address, bytes)?;
         let access = Access { lane, address, bytes };
-        match self.resolve(Space::Shared, Access { address: address & !SHARED_WINDOW, ..access })? {
-            Place::Shared(at) => self.check_shared_write(w, access, at, Order::Weak).map(|()| at),
-            other => unreachable!("{other:?} in shared space"),
-        }
+        self.check_shared_write(w, access, cta, at, Order::Weak).map(|()| at)
     }
 
     /// Checks a read of device memory, and where it is.
@@ -458,7 +529,7 @@ impl Cta<'_> {
         bytes: u32,
     ) -> Result<(usize, u64), Stop> {
         let access = Access { lane, address, bytes };
-        let Place::Global(index, offset) = self.resolve(Space::Global, access)? else {
+        let Place::Global(index, offset) = self.resolve(w, Space::Global, access)? else {
             unreachable!("global space is global");
         };
         let allocation = &self.run.memory.allocations()[index];
@@ -480,7 +551,7 @@ impl Cta<'_> {
         value: u64,
     ) -> Result<(), Stop> {
         let access = Access { lane, address, bytes };
-        let Place::Global(index, offset) = self.resolve(Space::Global, access)? else {
+        let Place::Global(index, offset) = self.resolve(w, Space::Global, access)? else {
             unreachable!("global space is global");
         };
         self.check_global(w, access, index, offset, true, Order::Weak, false)?;
@@ -491,7 +562,7 @@ impl Cta<'_> {
     /// A byte at a generic address.
     pub(super) fn generic_byte(&mut self, w: usize, lane: usize, address: u64) -> Result<u8, Stop> {
         let access = Access { lane, address, bytes: 1 };
-        match self.resolve(Space::Generic, access)? {
+        match self.resolve(w, Space::Generic, access)? {
             Place::Param(at) => Ok(self.run.params[at]),
             Place::Global(..) => {
                 let (index, offset) = self.read_global(w, lane, address, 1)?;
@@ -519,17 +590,9 @@ impl Cta<'_> {
         let heard = match place {
             Place::Global(..) => {
                 let told = self.run.shadow.told.lock().unwrap_or_else(PoisonError::into_inner);
-                told.get(&address).map(|(cta, clock)| {
-                    if *cta == self.number {
-                        clock.clone()
-                    } else {
-                        let mut mine = Clock::new(self.run.clock_size());
-                        mine.join_from(self.number, *cta, clock);
-                        Arc::new(mine)
-                    }
-                })
+                told.get(&address).cloned()
             }
-            Place::Shared(at) => self.told.get(&at).cloned(),
+            Place::Shared(cta, at) => self.ctas[cta].told.get(&at).cloned(),
             Place::Local(_) | Place::Param(_) => None,
         };
         let Some(heard) = heard else {
@@ -549,57 +612,37 @@ impl Cta<'_> {
     fn tell_at(&mut self, w: usize, lane: usize, place: Place, address: u64, order: Order, keeps: bool) {
         let released =
             if order.releases() { Some(self.tell(w, lane)) } else { self.warps[w].fenced[lane].clone() };
-        let number = self.number;
         match place {
             Place::Global(..) => {
                 let mut told = self.run.shadow.told.lock().unwrap_or_else(PoisonError::into_inner);
-                let before = told.get(&address).filter(|_| keeps).cloned();
-                match (before, released) {
-                    (None, None) => {
-                        told.remove(&address);
-                    }
-                    (None, Some(new)) => {
-                        told.insert(address, (number, new));
-                    }
-                    (Some(_), None) => {}
-                    (Some((cta, old)), Some(new)) => {
-                        let mut both = Clock::clone(&new);
-                        both.join_from(number, cta, &old);
-                        told.insert(address, (number, Arc::new(both)));
-                    }
-                }
+                hand_on(&mut told, address, released, keeps);
             }
-            Place::Shared(at) => {
-                let before = self.told.get(&at).filter(|_| keeps).cloned();
-                match (before, released) {
-                    (None, None) => {
-                        self.told.remove(&at);
-                    }
-                    (None, Some(new)) => {
-                        self.told.insert(at, new);
-                    }
-                    (Some(_), None) => {}
-                    (Some(old), Some(new)) => {
-                        let mut both = Clock::clone(&new);
-                        both.join(&old);
-                        self.told.insert(at, Arc::new(both));
-                    }
-                }
-            }
+            Place::Shared(cta, at) => hand_on(&mut self.ctas[cta].told, at, released, keeps),
             Place::Local(_) | Place::Param(_) => {}
         }
     }
 
-    /// Bytes of shared memory as words, checked before.
-    pub(super) fn shared_word(&self, at: u32) -> u32 {
-        self.shared.load(at, 4) as u32
-    }
-
-    pub(super) fn land(&mut self, at: u32, bytes: u32, by: Stamp) {
-        for cell in &mut self.shared.cells[at as usize / 4..][..bytes as usize / 4] {
+    pub(super) fn land(&mut self, w: usize, at: u32, bytes: u32, by: Stamp) {
+        let shared = &mut self.cta_mut(w).shared;
+        for cell in &mut shared.cells[at as usize / 4..][..bytes as usize / 4] {
             cell.land(by);
         }
-        self.shared.states[at as usize..][..bytes as usize].fill(Byte::Written);
+        shared.states[at as usize..][..bytes as usize].fill(Byte::Written);
+    }
+}
+
+/// What is told at an address from now on: what is released there, and, if that is kept, what was before.
+fn hand_on<Key: Eq + Hash>(
+    told: &mut HashMap<Key, Arc<Clock>>,
+    at: Key,
+    released: Option<Arc<Clock>>,
+    keeps: bool,
+) {
+    match (told.entry(at), released) {
+        (Entry::Occupied(before), None) if !keeps => drop(before.remove()),
+        (Entry::Occupied(mut before), Some(new)) if keeps => Arc::make_mut(before.get_mut()).join(&new),
+        (_, None) => {}
+        (entry, Some(new)) => drop(entry.insert_entry(new)),
     }
 }
 

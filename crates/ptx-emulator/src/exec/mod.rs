@@ -1,4 +1,5 @@
-//! A CTA as it runs: its warps, what they wait for, and the loop that picks lanes and executes.
+//! A cluster of CTAs as it runs: its warps, what they wait for, and the loop that picks lanes and
+//! executes. A CTA of a launch without clusters is a cluster of one.
 //!
 //! Every lane has its own program counter. The lanes of a warp that stand at one instruction execute it
 //! together; of several groups the one furthest behind goes first, so that branches meet again. An
@@ -6,6 +7,7 @@
 
 mod barrier;
 mod bulk;
+mod cluster;
 mod copy;
 mod counters;
 mod matrix;
@@ -18,6 +20,7 @@ mod wgmma;
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     fmt::Write as _,
+    ops::Range,
     sync::Arc,
 };
 
@@ -42,11 +45,14 @@ pub(crate) struct Run<'a> {
     pub(crate) shadow: &'a Shadow,
     pub(crate) params: &'a [u8],
     pub(crate) grid: [u32; 3],
+    /// CTAs of a cluster along each axis, and whether the launch or the kernel asked for clusters.
+    pub(crate) cluster: [u32; 3],
+    pub(crate) explicit_cluster: bool,
     pub(crate) block: [u32; 3],
     pub(crate) dynamic_shared: u32,
     pub(crate) schedule: Schedule,
     pub(crate) jitter: Option<u64>,
-    /// Warp instructions that one CTA may execute.
+    /// Warp instructions that one cluster may execute.
     pub(crate) step_limit: u64,
 }
 
@@ -74,13 +80,15 @@ impl Run<'_> {
     }
 }
 
-/// What a CTA did with its time.
+/// What a cluster did with its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
     /// Every thread has ended.
     Done,
     /// There is more to do.
     Running,
+    /// Whoever can run asked for something again that had not changed: others should run first.
+    Idle,
 }
 
 /// Why a lane does not run.
@@ -91,7 +99,9 @@ enum Wait {
     Lanes(u32),
     /// For other warps, at a numbered barrier.
     Barrier(u32),
-    /// For a phase of the mbarrier at this address to end.
+    /// For all threads of the cluster to arrive.
+    Cluster,
+    /// For a phase of the mbarrier at this address of its CTA to end.
     Phase {
         address: u32,
         parity: u64,
@@ -101,6 +111,9 @@ enum Wait {
 }
 
 struct Warp {
+    /// The rank of its CTA in the cluster, and which of the CTA's warps it is.
+    cta: usize,
+    place: u32,
     registers: Vec<Lanes>,
     /// A bit for each lane.
     predicates: Vec<u32>,
@@ -127,6 +140,10 @@ struct Warp {
     /// Bulk stores of each lane: committed groups, oldest first, and the open one.
     stores: Vec<VecDeque<Vec<Stamp>>>,
     stores_open: Vec<Vec<Stamp>>,
+    /// Lanes that have arrived at the cluster's barrier in this phase, and lanes that still have to wait
+    /// for the phase before, which has ended.
+    arrived: u32,
+    passing: u32,
     /// Products of the warpgroup that this warp has issued, in all and at each commit not yet waited for.
     products: u32,
     product_groups: VecDeque<u32>,
@@ -134,9 +151,52 @@ struct Warp {
     taken: Vec<(u32, u32)>,
 }
 
+impl Warp {
+    fn new(run: &Run<'_>, cta: usize, place: u32, live: u32, silent: &Arc<Clock>) -> Self {
+        Self {
+            cta,
+            place,
+            registers: vec![[0; 32]; run.kernel.registers as usize],
+            predicates: vec![0; run.kernel.predicates as usize],
+            carry: 0,
+            counters: [0; 32],
+            live,
+            waiting: 0,
+            waits: [Wait::Nothing; 32],
+            tired: 0,
+            local: vec![0; run.kernel.local_bytes as usize * 32],
+            clocks: vec![silent.clone(); 32],
+            epochs: [1; 32],
+            fenced: vec![None; 32],
+            rumours: vec![None; 32],
+            groups: vec![VecDeque::new(); 32],
+            open: vec![Group::default(); 32],
+            stores: vec![VecDeque::new(); 32],
+            stores_open: vec![Vec::new(); 32],
+            arrived: 0,
+            passing: 0,
+            products: 0,
+            product_groups: VecDeque::new(),
+            taken: Vec::new(),
+        }
+    }
+
+    /// Lets lanes go on that wait for something of this kind, to ask again whether it has come.
+    fn wake(&mut self, wakes: impl Fn(Wait) -> bool) {
+        for lane in lanes(self.waiting) {
+            if wakes(self.waits[lane]) {
+                self.waits[lane] = Wait::Nothing;
+                self.waiting &= !(1 << lane);
+            }
+        }
+    }
+}
+
 /// How an instruction ended.
 enum Flow {
     Next,
+    /// On, but others first: this was asked before, and the answer has not changed.
+    Yield,
     /// These lanes go elsewhere, the others on.
     Jump(u32, u32),
     /// These lanes have ended.
@@ -151,23 +211,38 @@ enum Flow {
 
 type Step = Result<Flow, Stop>;
 
-pub(crate) struct Cta<'a> {
-    run: &'a Run<'a>,
+/// A CTA of the cluster: what its threads share.
+struct Cta {
     /// Place in the grid, x fastest.
     number: u32,
     id: [u32; 3],
-    warps: Vec<Warp>,
+    /// Which warps of the cluster are its own.
+    warps: Range<usize>,
     shared: Shared,
     barriers: Vec<Barrier>,
     phased: BTreeMap<u32, Phased>,
-    /// What releases at an address of shared memory have told.
+    /// What releases at an address of its shared memory have told.
     told: HashMap<u32, Arc<Clock>>,
+    /// Bulk copies that its threads have ever issued.
+    copies: u32,
+    /// What threads of other CTAs did to its shared memory, and what its own threads had heard of when they
+    /// ended.
+    visits: Clock,
+    heard: Clock,
+}
+
+pub(crate) struct Cluster<'a> {
+    run: &'a Run<'a>,
+    ctas: Vec<Cta>,
+    /// Those of the first CTA first.
+    warps: Vec<Warp>,
+    /// The barrier of the whole cluster.
+    barrier: cluster::Barrier,
     /// Arrivals that copies still owe to an mbarrier.
     owed: VecDeque<mbarrier::Owed>,
-    /// Bulk copies under way, and how many there ever were.
+    /// Bulk copies under way.
     flights: VecDeque<bulk::Flight>,
-    copies: u32,
-    /// What a proxy fence has handed to the copy engines.
+    /// What proxy fences have handed to the copy engines.
     proxied: Clock,
     pub(crate) counters: Counters,
     random: Random,
@@ -175,50 +250,49 @@ pub(crate) struct Cta<'a> {
     next_warp: usize,
 }
 
-impl<'a> Cta<'a> {
+impl<'a> Cluster<'a> {
+    /// The cluster with this place among the clusters of the grid, x fastest.
     pub(crate) fn new(run: &'a Run<'a>, number: u32) -> Self {
-        let [x, y, _] = run.grid;
-        let id = [number % x, number / x % y, number / x / y];
         let threads = run.threads();
-        let silent = Arc::new(Clock::new(run.clock_size()));
-        let warps = (0..threads.div_ceil(32)).map(|warp| {
-            let lanes = (threads - warp * 32).min(32);
-            Warp {
-                registers: vec![[0; 32]; run.kernel.registers as usize],
-                predicates: vec![0; run.kernel.predicates as usize],
-                carry: 0,
-                counters: [0; 32],
-                live: u32::MAX >> (32 - lanes),
-                waiting: 0,
-                waits: [Wait::Nothing; 32],
-                tired: 0,
-                local: vec![0; run.kernel.local_bytes as usize * 32],
-                clocks: vec![silent.clone(); 32],
-                epochs: [1; 32],
-                fenced: vec![None; 32],
-                rumours: vec![None; 32],
-                groups: vec![VecDeque::new(); 32],
-                open: vec![Group::default(); 32],
-                stores: vec![VecDeque::new(); 32],
-                stores_open: vec![Vec::new(); 32],
-                products: 0,
-                product_groups: VecDeque::new(),
-                taken: Vec::new(),
-            }
-        });
+        let in_cta = threads.div_ceil(32) as usize;
+        let [x, y, _] = run.grid;
+        let [columns, rows, _] = std::array::from_fn(|axis| run.grid[axis] / run.cluster[axis]);
+        let first = [number % columns, number / columns % rows, number / columns / rows];
+        let [width, height, _] = run.cluster;
+        let mut ctas = Vec::new();
+        let mut warps = Vec::new();
+        for rank in 0..run.cluster.iter().product::<u32>() {
+            let within = [rank % width, rank / width % height, rank / width / height];
+            let id: [u32; 3] = std::array::from_fn(|axis| first[axis] * run.cluster[axis] + within[axis]);
+            let number = id[0] + x * (id[1] + y * id[2]);
+            let silent = Clock::new(number, run.clock_size());
+            let clock = Arc::new(silent.clone());
+            warps.extend((0..in_cta as u32).map(|place| {
+                let lanes = (threads - place * 32).min(32);
+                Warp::new(run, rank as usize, place, u32::MAX >> (32 - lanes), &clock)
+            }));
+            ctas.push(Cta {
+                number,
+                id,
+                warps: warps.len() - in_cta..warps.len(),
+                shared: Shared::new(run.shared_bytes()),
+                barriers: (0..16).map(|_| Barrier::default()).collect(),
+                phased: BTreeMap::new(),
+                told: HashMap::new(),
+                copies: 0,
+                visits: silent.clone(),
+                heard: silent,
+            });
+        }
+        let proxied = ctas[0].heard.clone();
         Self {
             run,
-            number,
-            id,
-            warps: warps.collect(),
-            shared: Shared::new(run.shared_bytes()),
-            barriers: (0..16).map(|_| Barrier::default()).collect(),
-            phased: BTreeMap::new(),
-            told: HashMap::new(),
+            ctas,
+            warps,
+            barrier: cluster::Barrier::default(),
             owed: VecDeque::new(),
             flights: VecDeque::new(),
-            copies: 0,
-            proxied: Clock::new(run.clock_size()),
+            proxied,
             counters: Counters::default(),
             random: Random::new(run.schedule.seed() ^ u64::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15)),
             steps: 0,
@@ -226,11 +300,28 @@ impl<'a> Cta<'a> {
         }
     }
 
+    /// The CTA of a warp.
+    fn cta(&self, w: usize) -> &Cta {
+        &self.ctas[self.warps[w].cta]
+    }
+
+    fn cta_mut(&mut self, w: usize) -> &mut Cta {
+        &mut self.ctas[self.warps[w].cta]
+    }
+
+    /// The warps of the warpgroup that a warp belongs to.
+    fn warpgroup(&self, w: usize) -> Range<usize> {
+        let first = w - self.warps[w].place as usize % 4;
+        first..self.cta(w).warps.end.min(first + 4)
+    }
+
     /// Runs some warps for a time slice each.
     pub(crate) fn advance(&mut self) -> Result<Progress, Fault> {
         let random = matches!(self.run.schedule, Schedule::Random(_));
+        let runnable = |warp: &Warp| warp.live & !warp.waiting != 0;
+        // Slices in a row that were given up.
+        let mut given_up = 0;
         for _ in 0..64 {
-            let runnable = |warp: &Warp| warp.live & !warp.waiting != 0;
             let count = self.warps.len();
             let first = if random { self.random.below(count as u64) as usize } else { self.next_warp };
             let picked = (0..count).map(|n| (first + n) % count).find(|n| runnable(&self.warps[*n]));
@@ -248,7 +339,10 @@ impl<'a> Cta<'a> {
                 self.land_any(Some(index))?;
             }
             let budget = if random { 1 + self.random.below(64) as u32 } else { 20_000 };
-            self.run_warp(warp, budget, random)?;
+            given_up = if self.run_warp(warp, budget, random)? { given_up + 1 } else { 0 };
+            if given_up > 0 && given_up >= self.warps.iter().filter(|warp| runnable(warp)).count() {
+                return Ok(Progress::Idle);
+            }
             // Eagerly, a warp that can still run has used up its slice: the others come first.
             self.next_warp = (warp + usize::from(runnable(&self.warps[warp]))) % count;
         }
@@ -290,11 +384,13 @@ impl<'a> Cta<'a> {
         Some((pc, mask, limit))
     }
 
-    fn run_warp(&mut self, w: usize, mut budget: u32, random: bool) -> Result<(), Fault> {
+    /// Whether the warp gave up the rest of its slice.
+    fn run_warp(&mut self, w: usize, mut budget: u32, random: bool) -> Result<bool, Fault> {
+        let mut gave_up = false;
         let code = &self.run.kernel.instructions;
         while budget > 0 {
             let Some((mut pc, mask, limit)) = self.pick(w, random) else {
-                return Ok(());
+                return Ok(false);
             };
             loop {
                 let instruction = &code[pc as usize];
@@ -319,6 +415,11 @@ impl<'a> Cta<'a> {
                 };
                 match flow {
                     Flow::Next => pc += 1,
+                    Flow::Yield => {
+                        pc += 1;
+                        budget = 0;
+                        gave_up = true;
+                    }
                     Flow::Jump(taken, target) if taken == mask => pc = target,
                     Flow::Jump(taken, target) => {
                         self.place(w, taken, target);
@@ -327,7 +428,7 @@ impl<'a> Cta<'a> {
                     }
                     Flow::Exit(lanes) => {
                         self.place(w, mask & !lanes, pc + 1);
-                        self.end(w, lanes);
+                        self.end(w, lanes).map_err(|stop| self.fault(w, pc, stop))?;
                         break;
                     }
                     Flow::Block(lanes) => {
@@ -359,7 +460,7 @@ impl<'a> Cta<'a> {
             let pc = self.warps[w].counters[lane as usize];
             return Err(self.fault(w, pc, Stop::new(Hazard::Endless, lane, message)));
         }
-        Ok(())
+        Ok(gave_up)
     }
 
     fn place(&mut self, w: usize, mask: u32, pc: u32) {
@@ -369,20 +470,17 @@ impl<'a> Cta<'a> {
     }
 
     /// Lanes end: their copies land, and barriers no longer count on them.
-    fn end(&mut self, w: usize, mask: u32) {
+    fn end(&mut self, w: usize, mask: u32) -> Result<(), Stop> {
         for lane in lanes(mask) {
             self.land_all(w, lane);
         }
+        let cta = self.warps[w].cta;
         let warp = &mut self.warps[w];
         warp.live &= !mask;
         // Who waits for lanes of this warp asks again whom to wait for.
-        for lane in lanes(warp.live & warp.waiting) {
-            if matches!(warp.waits[lane], Wait::Lanes(_)) {
-                warp.waits[lane] = Wait::Nothing;
-                warp.waiting &= !(1 << lane);
-            }
-        }
-        self.complete_barriers();
+        warp.wake(|wait| matches!(wait, Wait::Lanes(_)));
+        self.complete_barriers(cta);
+        if self.ctas.len() > 1 { self.leave(w, mask) } else { Ok(()) }
     }
 
     fn execute(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
@@ -392,8 +490,9 @@ impl<'a> Cta<'a> {
             Op::Exit => Ok(Flow::Exit(active)),
             Op::Trap => Err(Stop::new(Hazard::Trap, active.trailing_zeros(), "the kernel executed a trap")),
             Op::Nothing => Ok(Flow::Next),
+            Op::Yield => Ok(Flow::Yield),
             Op::Load { .. } | Op::Store { .. } | Op::Atomic { .. } | Op::Fence => {
-                self.memory_op(w, active, op).map(|()| Flow::Next)
+                self.memory_op(w, active, op)
             }
             Op::Aligned
             | Op::WarpSync { .. }
@@ -409,8 +508,13 @@ impl<'a> Cta<'a> {
             Op::CopyAsync { .. } | Op::CommitGroup | Op::WaitGroup { .. } => {
                 self.copy_op(w, active, op).map(|()| Flow::Next)
             }
+            Op::ClusterArrive { .. }
+            | Op::ClusterWait { .. }
+            | Op::MapAddress { .. }
+            | Op::AddressRank { .. } => self.cluster_op(w, pc, active, op),
             Op::Bulk { .. }
             | Op::BulkTensor { .. }
+            | Op::StoreAsync { .. }
             | Op::BulkCommit
             | Op::BulkWait { .. }
             | Op::ProxyFence => self.bulk_op(w, pc, active, op),
@@ -448,9 +552,14 @@ impl<'a> Cta<'a> {
         }
     }
 
+    /// A lane's number among the threads of its CTA.
+    fn thread(&self, w: usize, lane: usize) -> u32 {
+        self.warps[w].place * 32 + lane as u32
+    }
+
     /// A lane as the maker of an access.
     fn stamp(&self, w: usize, lane: usize, strong: bool) -> Stamp {
-        Stamp::new(self.number, (w * 32 + lane) as u32, self.warps[w].epochs[lane], strong)
+        Stamp::new(self.cta(w).number, self.thread(w, lane), self.warps[w].epochs[lane], strong)
     }
 
     fn accessor(&self, w: usize, lane: usize, strong: bool) -> Accessor<'_> {
@@ -459,14 +568,15 @@ impl<'a> Cta<'a> {
 
     /// All that a lane did and heard of until now; what it does next is not part of it.
     fn tell(&mut self, w: usize, lane: usize) -> Arc<Clock> {
+        let thread = self.thread(w, lane);
         let warp = &mut self.warps[w];
         let mut clock = Clock::clone(&warp.clocks[lane]);
-        clock.set((w * 32 + lane) as u32, warp.epochs[lane]);
+        clock.set(thread, warp.epochs[lane]);
         warp.epochs[lane] += 1;
         Arc::new(clock)
     }
 
-    /// A lane hears of all that is in a clock of its CTA.
+    /// A lane hears of all that is in a clock.
     fn hear(&mut self, w: usize, lane: usize, clock: &Arc<Clock>) {
         let known = &mut self.warps[w].clocks[lane];
         if !Arc::ptr_eq(known, clock) {
@@ -477,13 +587,13 @@ impl<'a> Cta<'a> {
     fn fault(&self, w: usize, pc: u32, stop: Stop) -> Fault {
         let instruction = &self.run.kernel.instructions[pc as usize];
         let [x, y, _] = self.run.block;
-        let thread = w as u32 * 32 + stop.lane;
+        let thread = self.warps[w].place * 32 + stop.lane;
         Fault {
             hazard: stop.hazard,
             kernel: self.run.kernel.name.clone(),
             line: instruction.line,
             text: instruction.text.clone(),
-            cta: self.id,
+            cta: self.cta(w).id,
             thread: [thread % x, thread / x % y, thread / x / y],
             message: stop.message,
         }
@@ -496,7 +606,7 @@ impl<'a> Cta<'a> {
         for (w, warp) in self.warps.iter().enumerate() {
             for lane in lanes(warp.live) {
                 let pc = warp.counters[lane];
-                let threads = stands.entry(pc).or_insert_with(|| (0, self.waits_for(warp.waits[lane])));
+                let threads = stands.entry(pc).or_insert_with(|| (0, self.waits_for(w, warp.waits[lane])));
                 threads.0 += 1;
                 if let (Wait::Lanes(mask), None) = (warp.waits[lane], &reason) {
                     let gone = mask & !warp.live;
@@ -519,7 +629,18 @@ impl<'a> Cta<'a> {
             let w = self.warps.iter().position(|warp| warp.live != 0).expect("a thread that waits");
             let lane = self.warps[w].live.trailing_zeros() as usize;
             let pc = self.warps[w].counters[lane];
-            (w, pc, lane, (Hazard::Deadlock, "no thread of the CTA can go on".to_string()))
+            (
+                w,
+                pc,
+                lane,
+                (
+                    Hazard::Deadlock,
+                    format!(
+                        "no thread of the {} can go on",
+                        if self.ctas.len() > 1 { "cluster" } else { "CTA" }
+                    ),
+                ),
+            )
         });
         for (pc, (threads, what)) in stands {
             let instruction = &self.run.kernel.instructions[pc as usize];
@@ -532,13 +653,18 @@ impl<'a> Cta<'a> {
         self.fault(w, pc, Stop { hazard, lane: lane as u32, message })
     }
 
-    fn waits_for(&self, wait: Wait) -> String {
+    fn waits_for(&self, w: usize, wait: Wait) -> String {
         match wait {
             Wait::Nothing | Wait::Lanes(_) => String::new(),
             Wait::Products(count) => format!(" (for all warps of the warpgroup to issue {count} products)"),
-            Wait::Barrier(id) => self.barriers[id as usize].describe(),
+            Wait::Barrier(id) => self.cta(w).barriers[id as usize].describe(),
+            Wait::Cluster => {
+                let missing: u32 =
+                    self.warps.iter().map(|warp| (warp.live & !warp.arrived).count_ones()).sum();
+                format!(" ({missing} threads of the cluster have not arrived)")
+            }
             Wait::Phase { address, parity } => {
-                let found = self.phased.get(&address).map_or_else(String::new, Phased::describe);
+                let found = self.cta(w).phased.get(&address).map_or_else(String::new, Phased::describe);
                 format!(" (parity {parity} of {address:#x}{found})")
             }
         }

@@ -1,6 +1,6 @@
 //! Instructions of one lane alone: arithmetic, moves, predicates.
 
-use super::{Cta, Warp, lanes};
+use super::{Cluster, Warp, lanes};
 use crate::{
     alu,
     isa::{Approximation, Carry, Guard, Op, Operand, Space, Special},
@@ -32,7 +32,7 @@ impl Warp {
     }
 }
 
-impl Cta<'_> {
+impl Cluster<'_> {
     /// An operand in all lanes.
     pub(super) fn value(&self, w: usize, operand: Operand) -> Lanes {
         match operand {
@@ -44,7 +44,8 @@ impl Cta<'_> {
 
     fn special(&self, w: usize, special: Special) -> Lanes {
         let run = self.run;
-        let thread = |lane: usize| (w * 32 + lane) as u32;
+        let cta = self.cta(w);
+        let thread = |lane: usize| self.thread(w, lane);
         let [x, y, _] = run.block;
         let uniform = |value: u32| [u64::from(value); 32];
         let each = |f: &dyn Fn(usize) -> u32| std::array::from_fn(|lane| u64::from(f(lane)));
@@ -53,20 +54,25 @@ impl Cta<'_> {
             Special::Tid(1) => each(&|lane| thread(lane) / x % y),
             Special::Tid(_) => each(&|lane| thread(lane) / x / y),
             Special::Ntid(axis) => uniform(run.block[axis as usize]),
-            Special::Ctaid(axis) | Special::Clusterid(axis) => uniform(self.id[axis as usize]),
-            Special::Nctaid(axis) | Special::Nclusterid(axis) => uniform(run.grid[axis as usize]),
-            Special::ClusterCtaid(_) | Special::ClusterCtarank => uniform(0),
-            Special::ClusterNctaid(_) | Special::ClusterNctarank => uniform(1),
+            Special::Ctaid(axis) => uniform(cta.id[axis as usize]),
+            Special::Nctaid(axis) => uniform(run.grid[axis as usize]),
+            Special::Clusterid(axis) => uniform(cta.id[axis as usize] / run.cluster[axis as usize]),
+            Special::Nclusterid(axis) => uniform(run.grid[axis as usize] / run.cluster[axis as usize]),
+            Special::ClusterCtaid(axis) => uniform(cta.id[axis as usize] % run.cluster[axis as usize]),
+            Special::ClusterNctaid(axis) => uniform(run.cluster[axis as usize]),
+            Special::ClusterCtarank => uniform(self.warps[w].cta as u32),
+            Special::ClusterNctarank => uniform(self.ctas.len() as u32),
+            Special::ExplicitCluster => uniform(run.explicit_cluster.into()),
             Special::Laneid => each(&|lane| lane as u32),
-            Special::Warpid => uniform(w as u32),
-            Special::Nwarpid => uniform(self.warps.len() as u32),
+            Special::Warpid => uniform(self.warps[w].place),
+            Special::Nwarpid => uniform(cta.warps.len() as u32),
             Special::LanemaskEq => each(&|lane| 1 << lane),
             Special::LanemaskLt => each(&|lane| (1 << lane) - 1),
             Special::LanemaskLe => each(&|lane| u32::MAX >> (31 - lane)),
             Special::LanemaskGt => each(&|lane| !(u32::MAX >> (31 - lane))),
             Special::LanemaskGe => each(&|lane| u32::MAX << lane),
             Special::Clock => [self.steps; 32],
-            Special::Smid => uniform(self.number % 132),
+            Special::Smid => uniform(cta.number % 132),
             Special::DynamicSharedBase => uniform(run.dynamic_base()),
             Special::DynamicSharedBytes => uniform(run.dynamic_shared),
             Special::TotalSharedBytes => uniform(run.shared_bytes()),
@@ -199,8 +205,9 @@ impl Cta<'_> {
                 let bits = warp.guard(*a);
                 warp.set_predicate(*d, bits, active);
             }
-            Op::PredicateSet { d, value } => {
-                self.warps[w].set_predicate(*d, if *value { u32::MAX } else { 0 }, active);
+            Op::PredicateSet { d, a } => {
+                let bits = value(a).into_iter().rev().fold(0, |bits, a| bits << 1 | a as u32 & 1);
+                self.warps[w].set_predicate(*d, bits, active);
             }
             Op::ConvertAddress { space, to_space, d, a } => {
                 let window = window(*space);
@@ -213,6 +220,10 @@ impl Cta<'_> {
                 let window_of = |address: u64| address & !(WINDOW - 1);
                 let bits = value(a).map(|a| match space {
                     Space::Global => ![SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW].contains(&window_of(a)),
+                    Space::Shared => {
+                        window_of(a) == SHARED_WINDOW && self.rank(w, a) == Some(self.warps[w].cta)
+                    }
+                    Space::Cluster => window_of(a) == SHARED_WINDOW && self.rank(w, a).is_some(),
                     space => window_of(a) == window(*space),
                 });
                 let bits = (0..32).fold(0, |all, lane| all | u32::from(bits[lane]) << lane);
@@ -246,7 +257,7 @@ impl Cta<'_> {
 
 fn window(space: Space) -> u64 {
     match space {
-        Space::Shared => SHARED_WINDOW,
+        Space::Shared | Space::Cluster => SHARED_WINDOW,
         Space::Local => LOCAL_WINDOW,
         Space::Param => PARAM_WINDOW,
         Space::Generic | Space::Global | Space::Const => 0,

@@ -1,6 +1,6 @@
 //! Instructions that the lanes of a warp execute together.
 
-use super::{Cta, Flow, Step, Wait, lanes};
+use super::{Cluster, Flow, Step, Wait, lanes};
 use crate::{
     clock::Clock,
     error::{Hazard, Stop},
@@ -8,7 +8,7 @@ use crate::{
 };
 use std::sync::Arc;
 
-impl Cta<'_> {
+impl Cluster<'_> {
     /// Whether all of `required` stand at this instruction, now that `active` do. If so the others go
     /// on from it, if not `active` wait.
     pub(super) fn rendezvous(&mut self, w: usize, pc: u32, active: u32, required: u32) -> Result<bool, Stop> {
@@ -149,6 +149,7 @@ impl Cta<'_> {
 
     /// `bar.warp.sync`: what one did before, all have heard of.
     fn synchronise(&mut self, w: usize, mask: u32) {
+        let thread = self.thread(w, 0);
         let warp = &mut self.warps[w];
         let first = mask.trailing_zeros() as usize;
         let mut told = Clock::clone(&warp.clocks[first]);
@@ -158,7 +159,7 @@ impl Cta<'_> {
                 joined = warp.clocks[lane].clone();
                 told.join(&joined);
             }
-            told.set((w * 32 + lane) as u32, warp.epochs[lane]);
+            told.set(thread + lane as u32, warp.epochs[lane]);
             warp.epochs[lane] += 1;
         }
         let told = Arc::new(told);

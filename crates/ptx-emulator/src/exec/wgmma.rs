@@ -6,12 +6,11 @@
 
 use std::sync::Arc;
 
-use super::{Cta, Flow, Step, Wait, lanes, warp::then};
+use super::{Cluster, Flow, Step, Wait, warp::then};
 use crate::{
-    clock::{Accessor, Stamp},
+    clock::Stamp,
     error::{Hazard, Stop},
     isa::{MatrixType, Op, Operand, Product},
-    memory::Byte,
     number::{BF16, F16, Lanes},
 };
 
@@ -53,7 +52,7 @@ impl Layout {
     }
 }
 
-impl Cta<'_> {
+impl Cluster<'_> {
     pub(super) fn product_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
         if !self.rendezvous(w, pc, active, u32::MAX)? {
             return Ok(Flow::Block(active));
@@ -68,8 +67,7 @@ impl Cta<'_> {
                 let behind = self.warps[w].product_groups.len().saturating_sub(*pending as usize);
                 if behind > 0 {
                     let needed = self.warps[w].product_groups[behind - 1];
-                    let group = w / 4 * 4..self.warps.len().min(w / 4 * 4 + 4);
-                    if self.warps[group].iter().any(|warp| warp.products < needed) {
+                    if self.warps[self.warpgroup(w)].iter().any(|warp| warp.products < needed) {
                         // Everybody asks again, so all stand where they came from.
                         for lane in 0..32 {
                             self.warps[w].counters[lane] = pc;
@@ -87,9 +85,14 @@ impl Cta<'_> {
         Ok(then(active, u32::MAX))
     }
 
+    /// The engine of a warp's warpgroup, as a thread.
+    fn engine(&self, w: usize) -> u32 {
+        self.run.threads() + FIRST_ENGINE + self.warps[w].place / 4
+    }
+
     /// What a product has read and written is free again.
     fn finish_products(&mut self, w: usize, needed: u32) {
-        let engine = self.run.threads() + FIRST_ENGINE + w as u32 / 4;
+        let engine = self.engine(w);
         let warp = &mut self.warps[w];
         warp.taken.retain(|(_, product)| *product > needed);
         let before = warp.clocks[0].clone();
@@ -106,7 +109,7 @@ impl Cta<'_> {
 
     fn product(&mut self, w: usize, product: &Product) -> Result<(), Stop> {
         let stop = |message: String| Stop::new(Hazard::Operand, 0, message);
-        if self.warps.len() < w / 4 * 4 + 4 {
+        if self.warpgroup(w).len() < 4 {
             return Err(Stop::new(Hazard::NotConverged, 0, "the warpgroup has fewer than four warps"));
         }
         self.warps[w].products += 1;
@@ -119,7 +122,7 @@ impl Cta<'_> {
         let decode = |bits: u16| format.decode(u64::from(bits));
         // a[row][k] of this warp's 16 rows, b[k][column].
         let mut a = [[0.0_f64; 16]; 16];
-        let first_row = w as u32 % 4 * 16;
+        let first_row = self.warps[w].place % 4 * 16;
         match product.a.as_slice() {
             [descriptor] => {
                 let bits = self.uniform(w, u32::MAX, *descriptor, "the descriptor of a")?;
@@ -184,13 +187,9 @@ impl Cta<'_> {
         }
         self.counters.matrix_products += 1;
         // Who waits for this warp's share asks again.
-        for warp in &mut self.warps[w / 4 * 4..w / 4 * 4 + 4] {
-            for lane in lanes(warp.waiting) {
-                if matches!(warp.waits[lane], Wait::Products(_)) {
-                    warp.waits[lane] = Wait::Nothing;
-                    warp.waiting &= !(1 << lane);
-                }
-            }
+        let group = self.warpgroup(w);
+        for warp in &mut self.warps[group] {
+            warp.wake(|wait| matches!(wait, Wait::Products(_)));
         }
         Ok(())
     }
@@ -206,75 +205,20 @@ impl Cta<'_> {
         count: u32,
         mut visit: impl FnMut(usize, usize, u16),
     ) -> Result<(), Stop> {
-        let engine = self.run.threads() + FIRST_ENGINE + w as u32 / 4;
-        let stamp = Stamp::new(self.number, engine, issued, false);
-        let clock = self.warps[w].clocks[0].clone();
-        let issuer = self.stamp(w, 0, false);
+        let stamp = Stamp::new(self.cta(w).number, self.engine(w), issued, false);
         let (outer, inner) = if k_first { (count, 16) } else { (16, count) };
         for (o, i) in (0..outer).flat_map(|o| (0..inner).step_by(8).map(move |i| (o, i))) {
             let (mn, k) = if k_first { (first + o, i) } else { (first + i, o) };
             let at = layout.chunk(k_first, mn, k);
-            self.check_engine_read(at, &clock, [issuer, stamp])?;
+            self.engine_reads(w, 0, at, 16, stamp)?;
             for n in 0..8 {
-                let bits = self.shared.load(at + 2 * n, 2) as u16;
+                let bits = self.cta(w).shared.load(at + 2 * n, 2) as u16;
                 if k_first {
                     visit(o as usize, (i + n) as usize, bits);
                 } else {
                     visit((i + n) as usize, o as usize, bits);
                 }
             }
-        }
-        Ok(())
-    }
-
-    /// That an engine may read 16 bytes of shared memory on behalf of a thread.
-    fn check_engine_read(
-        &mut self,
-        at: u32,
-        clock: &crate::clock::Clock,
-        [issuer, engine]: [Stamp; 2],
-    ) -> Result<(), Stop> {
-        if at + 16 > self.shared.len() {
-            let message = format!("16 bytes at {at:#x} of {} bytes of shared memory", self.shared.len());
-            return Err(Stop::new(Hazard::OutOfBounds, 0, message));
-        }
-        match self.shared.unreadable(at, 16) {
-            Some((at, Byte::Uninitialised)) => {
-                return Err(Stop::new(
-                    Hazard::Uninitialised,
-                    0,
-                    format!("byte {at:#x} of shared memory was never written"),
-                ));
-            }
-            Some((at, state)) => {
-                let owner = if state == Byte::Barrier { "an mbarrier" } else { "a copy that is under way" };
-                return Err(Stop::new(
-                    Hazard::Async,
-                    0,
-                    format!("byte {at:#x} of shared memory belongs to {owner}"),
-                ));
-            }
-            None => {}
-        }
-        let threads = self.run.threads();
-        let proxied = Accessor { clock: &self.proxied, stamp: engine };
-        let by = Accessor { clock, stamp: issuer };
-        let mut unfenced = false;
-        let checked = self.shared.visit(at, 16, |cell, mask| {
-            let writer = cell.writer();
-            unfenced |= writer.thread() < threads && !proxied.follows(writer);
-            cell.read_by_engine(&by, engine, mask)
-        });
-        if let Err(conflict) = checked {
-            let message =
-                self.race_message(&format!("16 bytes at {at:#x} in shared memory"), false, conflict);
-            return Err(Stop::new(Hazard::Race, 0, message));
-        }
-        if unfenced {
-            let message = format!(
-                "bytes at {at:#x} of shared memory were written by a thread, and no fence.proxy.async stands between"
-            );
-            return Err(Stop::new(Hazard::Async, 0, message));
         }
         Ok(())
     }

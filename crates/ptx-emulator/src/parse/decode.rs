@@ -5,7 +5,7 @@ use crate::{
     alu,
     isa::{
         Address, Approximation, AtomicUpdate, Carry, Guard, MatrixType, Op, Operand, Order, Product, Reduce,
-        Shuffle, Space, Type, Vote,
+        Shuffle, Space, Special, Type, Vote,
     },
 };
 
@@ -152,7 +152,7 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
         }
         ["ret" | "exit"] | ["ret", "uni"] => Ok(Op::Exit),
         ["trap" | "brkpt"] => Ok(Op::Trap),
-        ["nanosleep", "u32"] => o.value().map(|_| Op::Nothing),
+        ["nanosleep", "u32"] => o.value().map(|_| Op::Yield),
         ["prefetch" | "prefetchu", ..] => o.address().map(|_| Op::Nothing),
         ["griddepcontrol", "wait" | "launch_dependents"] => Ok(Op::Nothing),
         ["setmaxnreg", "inc" | "dec", "sync", "aligned", "u32"] => match o.immediate()? {
@@ -165,6 +165,7 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
             let space = match *space {
                 "global" => Space::Global,
                 "shared" | "shared::cta" => Space::Shared,
+                "shared::cluster" => Space::Cluster,
                 "local" => Space::Local,
                 "param" => Space::Param,
                 _ => return Err(UNKNOWN.into()),
@@ -229,6 +230,7 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
             let (space, ty) = (access.space, access.ty);
             Ok(Op::Load { space, ty, order: access.order, constant: access.constant, d, address })
         }
+        ["st", "async", rest @ ..] => store_async(rest, o),
         ["st", rest @ ..] => {
             let access = access(rest)?;
             let address = o.address()?;
@@ -249,6 +251,15 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
                     | ["mbarrier_init", "release", "cluster"]
             );
             if known { Ok(Op::Fence) } else { Err(UNKNOWN.into()) }
+        }
+        ["barrier", "cluster", rest @ ..] => cluster_barrier(rest),
+        ["mapa", rest @ ..] => {
+            let space = cluster_space(rest)?;
+            Ok(Op::MapAddress { space, d: o.register()?, a: o.value()?, rank: o.value()? })
+        }
+        ["getctarank", rest @ ..] => {
+            let space = cluster_space(rest)?;
+            Ok(Op::AddressRank { space, d: o.register()?, a: o.value()? })
         }
         ["bar" | "barrier", rest @ ..] => barrier(words[0] == "bar", rest, o),
         ["shfl", "sync", mode, "b32"] => {
@@ -345,7 +356,12 @@ fn moves(ty: Type, o: &mut Operands<'_>) -> Result<Op> {
         let d = o.predicate()?;
         return match o.next()? {
             Argument::Predicate(a) => Ok(Op::PredicateMove { d, a: *a }),
-            Argument::Value(Operand::Immediate(value)) => Ok(Op::PredicateSet { d, value: *value & 1 == 1 }),
+            Argument::Value(Operand::Immediate(value)) => {
+                Ok(Op::PredicateSet { d, a: Operand::Immediate(*value) })
+            }
+            Argument::Value(special @ Operand::Special(Special::ExplicitCluster)) => {
+                Ok(Op::PredicateSet { d, a: *special })
+            }
             _ => Err("a predicate takes a predicate".into()),
         };
     }
@@ -376,6 +392,7 @@ fn address_conversion(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
         "global" => Space::Global,
         "const" => Space::Const,
         "shared" | "shared::cta" => Space::Shared,
+        "shared::cluster" => Space::Cluster,
         "local" => Space::Local,
         "param" => Space::Param,
         _ => return Err(UNKNOWN.into()),
@@ -439,6 +456,7 @@ fn access(words: &[&str]) -> Result<Access> {
         match *word {
             "global" => found.space = Space::Global,
             "shared" | "shared::cta" => found.space = Space::Shared,
+            "shared::cluster" => found.space = Space::Cluster,
             "local" => found.space = Space::Local,
             "const" => found.space = Space::Const,
             "param" | "param::entry" => found.space = Space::Param,
@@ -469,6 +487,7 @@ fn atomic(returns: bool, words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
         match *word {
             "global" => space = Space::Global,
             "shared" | "shared::cta" => space = Space::Shared,
+            "shared::cluster" => space = Space::Cluster,
             "relaxed" => order = Order::Relaxed,
             "acquire" => order = Order::Acquire,
             "release" => order = Order::Release,
@@ -489,6 +508,48 @@ fn atomic(returns: bool, words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
         alu::atomic(name, ty).ok_or(UNKNOWN)?
     };
     Ok(Op::Atomic { space, ty, order, update: AtomicUpdate::Apply(update), d, address, b })
+}
+
+/// `barrier.cluster.*`.
+fn cluster_barrier(words: &[&str]) -> Result<Op> {
+    let aligned = words.last() == Some(&"aligned");
+    match if aligned { &words[..words.len() - 1] } else { words } {
+        ["arrive"] | ["arrive", "release"] => Ok(Op::ClusterArrive { aligned, releases: true }),
+        ["arrive", "relaxed"] => Ok(Op::ClusterArrive { aligned, releases: false }),
+        ["wait"] | ["wait", "acquire"] => Ok(Op::ClusterWait { aligned }),
+        _ => Err(UNKNOWN.into()),
+    }
+}
+
+/// The space of `mapa` and `getctarank`.
+fn cluster_space(words: &[&str]) -> Result<Space> {
+    match words {
+        ["u32" | "u64"] => Ok(Space::Generic),
+        ["shared::cluster", "u32" | "u64"] => Ok(Space::Cluster),
+        _ => Err(UNKNOWN.into()),
+    }
+}
+
+/// `st.async` to shared memory of the cluster.
+fn store_async(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
+    let words = words.strip_prefix(&["weak"]).unwrap_or(words);
+    let (space, rest) = match words {
+        ["shared::cluster", COMPLETES, rest @ ..] => (Space::Cluster, rest),
+        [COMPLETES, rest @ ..] => (Space::Generic, rest),
+        _ => return Err(UNKNOWN.into()),
+    };
+    let (count, ty) = match rest {
+        [ty] => (1, ty),
+        ["v2", ty] => (2, ty),
+        ["v4", ty] => (4, ty),
+        _ => return Err(UNKNOWN.into()),
+    };
+    let ty = Type::parse(ty).filter(|ty| matches!(ty.bytes(), 4 | 8)).ok_or(UNKNOWN)?;
+    let (address, a, barrier) = (o.address()?, o.values()?, o.address()?);
+    if a.len() != count || count as u32 * ty.bytes() > 16 {
+        return Err("the vector of registers has another size than the access".into());
+    }
+    Ok(Op::StoreAsync { space, ty, address, a, barrier })
 }
 
 /// `bar.*` is aligned, `barrier.*` where it says so.
@@ -543,12 +604,14 @@ fn copy_async(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
         ["commit_group"] => Ok(Op::CommitGroup),
         ["wait_group"] => Ok(Op::WaitGroup { pending: Some(o.immediate()? as u32) }),
         ["wait_all"] => Ok(Op::WaitGroup { pending: None }),
-        ["mbarrier", "arrive", "b64"] | ["mbarrier", "arrive", "shared" | "shared::cta", "b64"] => {
-            Ok(Op::BarrierCopies { address: o.address()?, counted: true })
-        }
-        ["mbarrier", "arrive", "noinc", "b64"]
-        | ["mbarrier", "arrive", "noinc", "shared" | "shared::cta", "b64"] => {
-            Ok(Op::BarrierCopies { address: o.address()?, counted: false })
+        ["mbarrier", "arrive", rest @ .., "b64"] => {
+            let counted = !rest.starts_with(&["noinc"]);
+            let space = match rest.strip_prefix(&["noinc"]).unwrap_or(rest) {
+                [] => Space::Generic,
+                ["shared" | "shared::cta"] => Space::Shared,
+                _ => return Err(UNKNOWN.into()),
+            };
+            Ok(Op::BarrierCopies { space, address: o.address()?, counted })
         }
         ["ca" | "cg", "shared" | "shared::cta", "global", hints @ ..]
             if hints.iter().all(|hint| hint.starts_with("L2::") && *hint != "L2::cache_hint") =>
@@ -570,48 +633,72 @@ fn copy_async(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
     }
 }
 
+/// How an mbarrier hears of bytes that arrive.
+const COMPLETES: &str = "mbarrier::complete_tx::bytes";
+
 /// `cp.async.bulk.*`.
 fn bulk(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
-    const BYTES: &str = "mbarrier::complete_tx::bytes";
+    let shared = |space: &str| match space {
+        "shared::cta" => Ok(Space::Shared),
+        "shared::cluster" => Ok(Space::Cluster),
+        _ => Err(UNKNOWN),
+    };
     match words {
         ["commit_group"] => Ok(Op::BulkCommit),
         // Reading is waited for as if it were the whole store.
         ["wait_group"] | ["wait_group", "read"] => Ok(Op::BulkWait { pending: o.immediate()? as u32 }),
-        ["shared::cluster" | "shared::cta", "global", BYTES, hint @ ..]
-            if hint.is_empty() || hint == ["L2::cache_hint"] =>
-        {
-            let (shared, global, bytes, barrier) =
-                (o.address()?, o.address()?, o.value()?, Some(o.address()?));
-            if !hint.is_empty() {
-                o.value()?;
+        [to, from @ ("global" | "shared::cta"), COMPLETES, rest @ ..] if *to != "global" => {
+            let to = shared(to)?;
+            let from = if *from == "global" { Space::Global } else { Space::Shared };
+            if from == Space::Shared && (to == Space::Shared || !rest.is_empty()) {
+                return Err(UNKNOWN.into());
             }
-            Ok(Op::Bulk { loads: true, shared, global, bytes, barrier })
+            let (destination, source, bytes, barrier) =
+                (o.address()?, o.address()?, o.value()?, o.address()?);
+            let ctas = multicast(rest, to, o)?;
+            Ok(Op::Bulk { from, to, source, destination, bytes, barrier: Some(barrier), ctas })
         }
         ["global", "shared::cta", "bulk_group"] => {
-            let (global, shared, bytes) = (o.address()?, o.address()?, o.value()?);
-            Ok(Op::Bulk { loads: false, shared, global, bytes, barrier: None })
+            let (destination, source, bytes) = (o.address()?, o.address()?, o.value()?);
+            let (from, to) = (Space::Shared, Space::Global);
+            Ok(Op::Bulk { from, to, source, destination, bytes, barrier: None, ctas: None })
         }
-        ["tensor", rank, "shared::cluster" | "shared::cta", "global", rest @ ..]
-            if matches!(
-                rest,
-                [BYTES] | ["tile", BYTES] | [BYTES, "L2::cache_hint"] | ["tile", BYTES, "L2::cache_hint"]
-            ) =>
-        {
-            let shared = o.address()?;
+        ["tensor", rank, to @ ("shared::cluster" | "shared::cta"), "global", rest @ ..] => {
+            let rest =
+                rest.strip_prefix(&["tile"]).unwrap_or(rest).strip_prefix(&[COMPLETES]).ok_or(UNKNOWN)?;
+            let shared_at = o.address()?;
             let (map, coordinates) = tensor(rank, o)?;
             let barrier = Some(o.address()?);
-            if rest.ends_with(&["L2::cache_hint"]) {
-                o.value()?;
-            }
-            Ok(Op::BulkTensor { loads: true, shared, map, coordinates, barrier })
+            let ctas = multicast(rest, shared(to)?, o)?;
+            Ok(Op::BulkTensor { loads: true, shared: shared_at, map, coordinates, barrier, ctas })
         }
         ["tensor", rank, "global", "shared::cta", "bulk_group"]
         | ["tensor", rank, "global", "shared::cta", "tile", "bulk_group"] => {
             let (map, coordinates) = tensor(rank, o)?;
-            Ok(Op::BulkTensor { loads: false, shared: o.address()?, map, coordinates, barrier: None })
+            let shared = o.address()?;
+            Ok(Op::BulkTensor { loads: false, shared, map, coordinates, barrier: None, ctas: None })
         }
         _ => Err(UNKNOWN.into()),
     }
+}
+
+/// The mask of CTAs that a copy goes to, and a hint for the cache, which changes nothing here.
+fn multicast(words: &[&str], to: Space, o: &mut Operands<'_>) -> Result<Option<Operand>> {
+    let (many, hint) = match words {
+        [] => (false, false),
+        ["multicast::cluster"] => (true, false),
+        ["L2::cache_hint"] => (false, true),
+        ["multicast::cluster", "L2::cache_hint"] => (true, true),
+        _ => return Err(UNKNOWN.into()),
+    };
+    if many && to != Space::Cluster {
+        return Err(UNKNOWN.into());
+    }
+    let ctas = if many { Some(o.value()?) } else { None };
+    if hint {
+        o.value()?;
+    }
+    Ok(ctas)
 }
 
 /// `[map, {x, y}]` with as many coordinates as `2d` says.
@@ -671,23 +758,34 @@ fn product(shape: &str, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
 }
 
 fn mbarrier(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
-    // The space of the barrier, and orders and scopes that are the defaults.
-    let kept = |word: &&&str| {
-        !matches!(**word, "shared" | "shared::cta" | "b64" | "release" | "acquire" | "cta" | "relaxed")
+    let space = match () {
+        () if words.contains(&"shared::cluster") => Space::Cluster,
+        () if words.iter().any(|word| matches!(*word, "shared" | "shared::cta")) => Space::Shared,
+        () => Space::Generic,
     };
-    let is_shared = words.iter().any(|word| matches!(*word, "shared" | "shared::cta"));
-    let names: Vec<&str> = words.iter().filter(kept).copied().collect();
-    if !is_shared || words.contains(&"relaxed") {
+    // Beside the space, orders and scopes that are the defaults, or as good as they are.
+    let kept = |word: &&&str| {
+        let (space, order) =
+            (word.starts_with("shared"), matches!(**word, "release" | "acquire" | "cta" | "cluster"));
+        !(space || order || **word == "b64")
+    };
+    let relaxed = words.contains(&"relaxed");
+    let names: Vec<&str> = words.iter().filter(kept).copied().filter(|word| *word != "relaxed").collect();
+    // Only what counts bytes may be relaxed: it orders nothing here anyway.
+    if relaxed && !matches!(names.as_slice(), ["expect_tx" | "complete_tx"]) {
         return Err(UNKNOWN.into());
     }
     match names.as_slice() {
-        ["init"] => Ok(Op::BarrierInit { address: o.address()?, count: o.value()? }),
-        ["inval"] => Ok(Op::BarrierInvalidate { address: o.address()? }),
-        ["expect_tx"] => Ok(Op::BarrierExpect { address: o.address()?, bytes: o.value()? }),
-        ["complete_tx"] => Ok(Op::BarrierComplete { address: o.address()?, bytes: o.value()? }),
+        ["init"] => Ok(Op::BarrierInit { space, address: o.address()?, count: o.value()? }),
+        ["inval"] => Ok(Op::BarrierInvalidate { space, address: o.address()? }),
+        ["expect_tx"] => Ok(Op::BarrierExpect { space, address: o.address()?, bytes: o.value()? }),
+        ["complete_tx"] => Ok(Op::BarrierComplete { space, address: o.address()?, bytes: o.value()? }),
         ["arrive" | "arrive_drop", rest @ ..] => {
             let drop = names[0] == "arrive_drop";
             let state = o.registers()?.first().copied().flatten();
+            if state.is_some() && space == Space::Cluster {
+                return Err("an arrival in shared::cluster gives no state, so `_` stands there".into());
+            }
             let address = o.address()?;
             let (complete, expect) = match rest {
                 [] => (true, None),
@@ -696,7 +794,7 @@ fn mbarrier(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
                 _ => return Err(UNKNOWN.into()),
             };
             let count = if o.is_empty() || expect.is_some() { Operand::Immediate(1) } else { o.value()? };
-            Ok(Op::BarrierArrive { address, state, count, expect, drop, complete })
+            Ok(Op::BarrierArrive { space, address, state, count, expect, drop, complete })
         }
         ["test_wait" | "try_wait", rest @ ..] => {
             let parity = match rest {
@@ -710,7 +808,7 @@ fn mbarrier(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
             if blocks && !o.is_empty() {
                 o.value()?;
             }
-            Ok(Op::BarrierTest { address, p, phase, parity, blocks })
+            Ok(Op::BarrierTest { space, address, p, phase, parity, blocks })
         }
         _ => Err(UNKNOWN.into()),
     }

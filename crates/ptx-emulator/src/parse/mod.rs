@@ -46,6 +46,10 @@ pub(crate) struct Kernel {
     pub(crate) required_threads: Option<[u32; 3]>,
     /// `.maxntid`, as a count.
     pub(crate) most_threads: Option<u32>,
+    /// `.reqnctapercluster`.
+    pub(crate) required_cluster: Option<[u32; 3]>,
+    /// `.maxclusterrank`.
+    pub(crate) most_ctas: Option<u32>,
 }
 
 /// Versions of the PTX language whose meaning is known here.
@@ -235,19 +239,19 @@ impl<'a> Parser<'a> {
             }
         }
         let (mut required_threads, mut most_threads) = (None, None);
+        let (mut required_cluster, mut most_ctas) = (None, None);
         loop {
             let token = self.next("the body of the kernel")?;
             match token.text {
                 "{" => break,
                 ".maxntid" => most_threads = Some(self.extents()?.iter().product()),
                 ".reqntid" => required_threads = Some(self.extents()?),
-                ".minnctapersm" | ".maxnreg" | ".maxclusterrank" => {
+                ".minnctapersm" | ".maxnreg" => {
                     self.extents()?;
                 }
-                ".reqnctapercluster" | ".explicitcluster" | ".blocksareclusters" => {
-                    return Err(self.error(token, "clusters are not implemented"));
-                }
-                ".noreturn" => {}
+                ".reqnctapercluster" => required_cluster = Some(self.extents()?),
+                ".maxclusterrank" => most_ctas = Some(self.number()? as u32),
+                ".explicitcluster" | ".noreturn" => {}
                 ".pragma" => self.skip_past(b';')?,
                 ";" => return Ok(()),
                 _ => return Err(self.error(token, "not a directive of an entry that is known here")),
@@ -266,6 +270,8 @@ impl<'a> Parser<'a> {
             local_bytes: body.local_bytes,
             required_threads,
             most_threads,
+            required_cluster,
+            most_ctas,
         });
         Ok(())
     }
@@ -747,6 +753,7 @@ fn special(name: &str) -> Option<Special> {
         ("%cluster_nctaid", Some(axis)) => Special::ClusterNctaid(axis),
         ("%cluster_ctarank", None) => Special::ClusterCtarank,
         ("%cluster_nctarank", None) => Special::ClusterNctarank,
+        ("%is_explicit_cluster", None) => Special::ExplicitCluster,
         ("%laneid", None) => Special::Laneid,
         ("%warpid", None) => Special::Warpid,
         ("%nwarpid", None) => Special::Nwarpid,

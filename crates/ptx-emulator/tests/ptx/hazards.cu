@@ -299,3 +299,58 @@ KERNEL cases(const uint32_t* in, uint32_t* out) {
     }
     out[threadIdx.x + 1] = r;
 }
+
+// Persistent CTAs take items from a queue; item i needs what items i / 2 and i - 1 gave, which an earlier
+// taker may still be at. BUG 1 the flag is raised without a fence, 2 it is read without one, 3 an item
+// waits for one that is taken later.
+template <int BUG> __device__ void queue(const uint32_t* in, uint32_t* taken, uint32_t* flags, uint32_t* out, uint32_t count) {
+    __shared__ uint32_t item;
+    for (;;) {
+        __syncthreads();
+        if (threadIdx.x == 0) item = atomicAdd(taken, 1);
+        __syncthreads();
+        uint32_t i = item;
+        if (i >= count) return;
+        uint32_t needed[2] = {i / 2, BUG == 3 ? i + 1 : i - 1};
+        if (i > 0 && i + (BUG == 3) < count && threadIdx.x < 2) {
+            uint32_t raised;
+            do {
+                if (BUG == 2)
+                    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flags + needed[threadIdx.x]) : "memory");
+                else
+                    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flags + needed[threadIdx.x]) : "memory");
+            } while (raised == 0);
+        }
+        __syncthreads();
+        uint32_t before = i == 0 ? 0 : out[needed[0] * blockDim.x + threadIdx.x] + 3 * out[needed[1] * blockDim.x + threadIdx.x];
+        out[i * blockDim.x + threadIdx.x] = in[i] + before;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            if (BUG == 1)
+                asm volatile("st.relaxed.gpu.global.u32 [%0], 1;" ::"l"(flags + i) : "memory");
+            else {
+                __threadfence();
+                atomicExch(flags + i, 1);
+            }
+        }
+    }
+}
+KERNEL queue_correct(const uint32_t* in, uint32_t* taken, uint32_t* flags, uint32_t* out, uint32_t count) { queue<0>(in, taken, flags, out, count); }
+KERNEL queue_untold(const uint32_t* in, uint32_t* taken, uint32_t* flags, uint32_t* out, uint32_t count) { queue<1>(in, taken, flags, out, count); }
+KERNEL queue_unheard(const uint32_t* in, uint32_t* taken, uint32_t* flags, uint32_t* out, uint32_t count) { queue<2>(in, taken, flags, out, count); }
+KERNEL queue_backwards(const uint32_t* in, uint32_t* taken, uint32_t* flags, uint32_t* out, uint32_t count) { queue<3>(in, taken, flags, out, count); }
+
+// All CTAs wait for each other, again and again, as in a cooperative launch.
+KERNEL grid_barrier(uint32_t* arrived, uint32_t* values, int rounds) {
+    for (int round = 1; round <= rounds; ++round) {
+        values[round % 2 * gridDim.x + blockIdx.x] = round == 1 ? blockIdx.x : values[(round - 1) % 2 * gridDim.x + (blockIdx.x + 1) % gridDim.x] + 1;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            __threadfence();
+            atomicAdd(arrived, 1);
+            while (*reinterpret_cast<volatile uint32_t*>(arrived) < round * gridDim.x) __nanosleep(20);
+            __threadfence();
+        }
+        __syncthreads();
+    }
+}
