@@ -20,6 +20,18 @@ static const int32_t FASTKV_GATHER_KV_THREADS = 128;
 /** Rows that each thread of `fastkv_gather_kv` has in flight at once. */
 static const int32_t FASTKV_GATHER_KV_ROWS = 4;
 
+/** Pooling that takes the largest score in reach. */
+static const int32_t FASTKV_POOLING_MAX = 0;
+
+/** Pooling that takes the mean score in reach. */
+static const int32_t FASTKV_POOLING_AVERAGE = 1;
+
+/** Reduction over heads that adds their scores. */
+static const int32_t FASTKV_REDUCTION_SUM = 0;
+
+/** Reduction over heads that takes the largest score. */
+static const int32_t FASTKV_REDUCTION_MAX = 1;
+
 /**
  * Which rows to take and where they go: for each (sequence, head) a list of token indices, its
  * length, and the place of its first row in a ragged destination `[out_rows, ...]`. The lists,
@@ -79,6 +91,14 @@ typedef struct fastkv_rows {
     /** Elements from one token to the next. */
     int64_t token_stride;
 } fastkv_rows;
+
+/** Pooling of scores along the keys: stride 1, padded by half the kernel. */
+typedef struct fastkv_pooling {
+    /** `FASTKV_POOLING_MAX`, whose padding is -inf, or `FASTKV_POOLING_AVERAGE`, whose zeros count. */
+    int32_t kind;
+    /** Keys in reach, odd, 1 to 63; 1 leaves scores as they are. */
+    int32_t kernel;
+} fastkv_pooling;
 
 /** Parameters of `fastkv_gather_kv`: the kept rows of K and of V, moved to ragged caches. */
 typedef struct fastkv_gather_kv_params {

@@ -6,6 +6,14 @@ pub const VECTOR_BYTES: i32 = 16;
 pub const GATHER_KV_THREADS: i32 = 128;
 /// Rows that each thread of `fastkv_gather_kv` has in flight at once.
 pub const GATHER_KV_ROWS: i32 = 4;
+/// Pooling that takes the largest score in reach.
+pub const POOLING_MAX: i32 = 0;
+/// Pooling that takes the mean score in reach.
+pub const POOLING_AVERAGE: i32 = 1;
+/// Reduction over heads that adds their scores.
+pub const REDUCTION_SUM: i32 = 0;
+/// Reduction over heads that takes the largest score.
+pub const REDUCTION_MAX: i32 = 1;
 /** Which rows to take and where they go: for each (sequence, head) a list of token indices, its
  length, and the place of its first row in a ragged destination `[out_rows, ...]`. The lists,
  lengths and starts live on the device, so that nothing has to come back to the host to launch.
@@ -128,6 +136,34 @@ const _: () = {
     [
         "Offset of field: Rows::token_stride",
     ][::core::mem::offset_of!(Rows, token_stride) - 24usize];
+};
+/// Pooling of scores along the keys: stride 1, padded by half the kernel.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct Pooling {
+    /// `FASTKV_POOLING_MAX`, whose padding is -inf, or `FASTKV_POOLING_AVERAGE`, whose zeros count.
+    pub kind: i32,
+    /// Keys in reach, odd, 1 to 63; 1 leaves scores as they are.
+    pub kernel: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Pooling"][::core::mem::size_of::<Pooling>() - 8usize];
+    ["Alignment of Pooling"][::core::mem::align_of::<Pooling>() - 4usize];
+    ["Offset of field: Pooling::kind"][::core::mem::offset_of!(Pooling, kind) - 0usize];
+    [
+        "Offset of field: Pooling::kernel",
+    ][::core::mem::offset_of!(Pooling, kernel) - 4usize];
 };
 /// Parameters of `fastkv_gather_kv`: the kept rows of K and of V, moved to ragged caches.
 #[repr(C)]
