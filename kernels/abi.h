@@ -32,6 +32,18 @@ static const int32_t FASTKV_REDUCTION_SUM = 0;
 /** Reduction over heads that takes the largest score. */
 static const int32_t FASTKV_REDUCTION_MAX = 1;
 
+/** Threads of a block of `fastkv_window_scores_*` and of `fastkv_window_partials_*`. */
+static const int32_t FASTKV_SCORES_THREADS = 128;
+
+/** Keys of a block of `fastkv_window_partials_*`. */
+static const int32_t FASTKV_PARTIAL_KEYS = 512;
+
+/** Threads of a block of `fastkv_pool_scores`. */
+static const int32_t FASTKV_POOL_THREADS = 256;
+
+/** Keys of a block of `fastkv_pool_scores`. */
+static const int32_t FASTKV_POOL_KEYS = 128;
+
 /**
  * Which rows to take and where they go: for each (sequence, head) a list of token indices, its
  * length, and the place of its first row in a ragged destination `[out_rows, ...]`. The lists,
@@ -135,5 +147,119 @@ typedef struct fastkv_gather_rows_params {
     /** Bytes of an element, the unit of the strides. */
     int32_t element_bytes;
 } fastkv_gather_rows_params;
+
+/**
+ * Parameters of `fastkv_window_scores_*`: the softmax probabilities of each sequence's last queries,
+ * summed per key. Where there is no LSE, `fastkv_window_partials_*` and `fastkv_window_lse`, which take
+ * the same parameters, make one of the window before.
+ *
+ * Query i of a sequence sees keys 0..=positions[i] of it. Lengths are clipped to what is described here.
+ */
+typedef struct fastkv_window_scores_params {
+    /** Queries, `[sequence][query head][token][d]`. */
+    fastkv_rows q;
+    /** Keys, `[sequence][kv head][token][d]`. */
+    fastkv_rows k;
+    /** i32 `[sequences + 1]`: first query of each sequence on the token axis. 0: `q_tokens` each. */
+    uint64_t cu_seqlens_q;
+    /** i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each. */
+    uint64_t cu_seqlens_k;
+    /**
+     * i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
+     * in any order; below 0 it sees none. 0: the queries are the last of the keys.
+     */
+    uint64_t positions;
+    /**
+     * f32, natural log; -inf: the query has no probabilities. `[query head][lse_stride]`, queries sequence
+     * after sequence; with `partials`, `window` for each sequence, which `fastkv_window_lse` writes.
+     */
+    uint64_t lse;
+    /** Elements of `lse` from one head to the next. */
+    int64_t lse_stride;
+    /** u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none. */
+    uint64_t bias_heads;
+    /** u32 words, a bit for each key of a sequence, lowest bit first: keys that are biased. 0: none. */
+    uint64_t bias_keys;
+    /** Words of `bias_keys` from one sequence to the next. */
+    int64_t bias_key_stride;
+    /** Receives f32 `[sequence][score head][key]`; what lies behind a sequence's keys stays as it is. */
+    uint64_t scores;
+    /** Elements of `scores` from one sequence to the next. */
+    int64_t score_sequence_stride;
+    /** Elements of `scores` from one head to the next. */
+    int64_t score_head_stride;
+    /**
+     * f32 pairs `[sequence][kv head][FASTKV_PARTIAL_KEYS keys][partial_columns]`: largest logit, in powers
+     * of two, and sum of exponentials relative to it. 0: `lse` is the caller's.
+     */
+    uint64_t partials;
+    /** Factor of the products of queries and keys. */
+    float scale;
+    /** Added to the scaled product where the query head and the key are biased. */
+    float bias;
+    /** Sequences in the batch. */
+    int32_t sequences;
+    /** Query heads, a multiple of `kv_heads`. */
+    int32_t query_heads;
+    /** Heads of keys. */
+    int32_t kv_heads;
+    /** Queries of each sequence, or of all together where `cu_seqlens_q` packs them. */
+    int32_t q_tokens;
+    /** Keys of each sequence, or of all together where `cu_seqlens_k` packs them. */
+    int32_t k_tokens;
+    /** Queries of the longest sequence, or more. */
+    int32_t max_q_tokens;
+    /** Keys of the longest sequence, or more. */
+    int32_t max_k_tokens;
+    /** Last queries of each sequence whose probabilities are summed; all where there are fewer. */
+    int32_t window;
+    /** `query_heads`, or `kv_heads` where scores are summed over the GQA group. */
+    int32_t score_heads;
+    /** Keys of a block of `fastkv_window_scores_*`, a multiple of 32. */
+    int32_t block_keys;
+    /** Room for queries in shared memory, in slots of 64; two or more. */
+    int32_t slots;
+    /** Queries of a group's heads, each head's window padded to a multiple of 8. */
+    int32_t partial_columns;
+} fastkv_window_scores_params;
+
+/**
+ * Parameters of `fastkv_pool_scores`: scores pooled along the keys per query head, then summed over the
+ * query heads of each kv head, and these over the kv heads.
+ */
+typedef struct fastkv_pool_scores_params {
+    /** f32 `[sequence][query head][key]`. */
+    uint64_t scores;
+    /** Elements of `scores` from one sequence to the next. */
+    int64_t sequence_stride;
+    /** Elements of `scores` from one head to the next. */
+    int64_t head_stride;
+    /** i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `tokens` each. */
+    uint64_t cu_seqlens;
+    /** Receives f32 `[sequence][kv head][key]`, sums over groups. 0: not wanted. */
+    uint64_t groups;
+    /** Elements of `groups` from one sequence to the next. */
+    int64_t group_sequence_stride;
+    /** Elements of `groups` from one head to the next. */
+    int64_t group_head_stride;
+    /** Receives f32 `[sequence][key]`, the sum over all heads. 0: not wanted. */
+    uint64_t total;
+    /** Elements of `total` from one sequence to the next. */
+    int64_t total_sequence_stride;
+    /** How scores are pooled. */
+    fastkv_pooling pooling;
+    /** Sequences in the batch. */
+    int32_t sequences;
+    /** Query heads, a multiple of `kv_heads`. */
+    int32_t query_heads;
+    /** Groups of query heads. */
+    int32_t kv_heads;
+    /** Keys of each sequence, or of all together where sequences are packed. */
+    int32_t tokens;
+    /** Keys of the longest sequence, or more. */
+    int32_t max_tokens;
+    /** Last keys of each sequence that are left out, as the window's are: nothing is read or written there. */
+    int32_t tail;
+} fastkv_pool_scores_params;
 
 #endif

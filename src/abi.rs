@@ -14,6 +14,14 @@ pub const POOLING_AVERAGE: i32 = 1;
 pub const REDUCTION_SUM: i32 = 0;
 /// Reduction over heads that takes the largest score.
 pub const REDUCTION_MAX: i32 = 1;
+/// Threads of a block of `fastkv_window_scores_*` and of `fastkv_window_partials_*`.
+pub const SCORES_THREADS: i32 = 128;
+/// Keys of a block of `fastkv_window_partials_*`.
+pub const PARTIAL_KEYS: i32 = 512;
+/// Threads of a block of `fastkv_pool_scores`.
+pub const POOL_THREADS: i32 = 256;
+/// Keys of a block of `fastkv_pool_scores`.
+pub const POOL_KEYS: i32 = 128;
 /** Which rows to take and where they go: for each (sequence, head) a list of token indices, its
  length, and the place of its first row in a ragged destination `[out_rows, ...]`. The lists,
  lengths and starts live on the device, so that nothing has to come back to the host to launch.
@@ -276,4 +284,268 @@ const _: () = {
     [
         "Offset of field: GatherRowsParams::element_bytes",
     ][::core::mem::offset_of!(GatherRowsParams, element_bytes) - 132usize];
+};
+/** Parameters of `fastkv_window_scores_*`: the softmax probabilities of each sequence's last queries,
+ summed per key. Where there is no LSE, `fastkv_window_partials_*` and `fastkv_window_lse`, which take
+ the same parameters, make one of the window before.
+
+ Query i of a sequence sees keys 0..=positions[i] of it. Lengths are clipped to what is described here.*/
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct WindowScoresParams {
+    /// Queries, `[sequence][query head][token][d]`.
+    pub q: Rows,
+    /// Keys, `[sequence][kv head][token][d]`.
+    pub k: Rows,
+    /// i32 `[sequences + 1]`: first query of each sequence on the token axis. 0: `q_tokens` each.
+    pub cu_seqlens_q: u64,
+    /// i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each.
+    pub cu_seqlens_k: u64,
+    /** i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
+ in any order; below 0 it sees none. 0: the queries are the last of the keys.*/
+    pub positions: u64,
+    /** f32, natural log; -inf: the query has no probabilities. `[query head][lse_stride]`, queries sequence
+ after sequence; with `partials`, `window` for each sequence, which `fastkv_window_lse` writes.*/
+    pub lse: u64,
+    /// Elements of `lse` from one head to the next.
+    pub lse_stride: i64,
+    /// u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none.
+    pub bias_heads: u64,
+    /// u32 words, a bit for each key of a sequence, lowest bit first: keys that are biased. 0: none.
+    pub bias_keys: u64,
+    /// Words of `bias_keys` from one sequence to the next.
+    pub bias_key_stride: i64,
+    /// Receives f32 `[sequence][score head][key]`; what lies behind a sequence's keys stays as it is.
+    pub scores: u64,
+    /// Elements of `scores` from one sequence to the next.
+    pub score_sequence_stride: i64,
+    /// Elements of `scores` from one head to the next.
+    pub score_head_stride: i64,
+    /** f32 pairs `[sequence][kv head][FASTKV_PARTIAL_KEYS keys][partial_columns]`: largest logit, in powers
+ of two, and sum of exponentials relative to it. 0: `lse` is the caller's.*/
+    pub partials: u64,
+    /// Factor of the products of queries and keys.
+    pub scale: f32,
+    /// Added to the scaled product where the query head and the key are biased.
+    pub bias: f32,
+    /// Sequences in the batch.
+    pub sequences: i32,
+    /// Query heads, a multiple of `kv_heads`.
+    pub query_heads: i32,
+    /// Heads of keys.
+    pub kv_heads: i32,
+    /// Queries of each sequence, or of all together where `cu_seqlens_q` packs them.
+    pub q_tokens: i32,
+    /// Keys of each sequence, or of all together where `cu_seqlens_k` packs them.
+    pub k_tokens: i32,
+    /// Queries of the longest sequence, or more.
+    pub max_q_tokens: i32,
+    /// Keys of the longest sequence, or more.
+    pub max_k_tokens: i32,
+    /// Last queries of each sequence whose probabilities are summed; all where there are fewer.
+    pub window: i32,
+    /// `query_heads`, or `kv_heads` where scores are summed over the GQA group.
+    pub score_heads: i32,
+    /// Keys of a block of `fastkv_window_scores_*`, a multiple of 32.
+    pub block_keys: i32,
+    /// Room for queries in shared memory, in slots of 64; two or more.
+    pub slots: i32,
+    /// Queries of a group's heads, each head's window padded to a multiple of 8.
+    pub partial_columns: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of WindowScoresParams",
+    ][::core::mem::size_of::<WindowScoresParams>() - 216usize];
+    [
+        "Alignment of WindowScoresParams",
+    ][::core::mem::align_of::<WindowScoresParams>() - 8usize];
+    [
+        "Offset of field: WindowScoresParams::q",
+    ][::core::mem::offset_of!(WindowScoresParams, q) - 0usize];
+    [
+        "Offset of field: WindowScoresParams::k",
+    ][::core::mem::offset_of!(WindowScoresParams, k) - 32usize];
+    [
+        "Offset of field: WindowScoresParams::cu_seqlens_q",
+    ][::core::mem::offset_of!(WindowScoresParams, cu_seqlens_q) - 64usize];
+    [
+        "Offset of field: WindowScoresParams::cu_seqlens_k",
+    ][::core::mem::offset_of!(WindowScoresParams, cu_seqlens_k) - 72usize];
+    [
+        "Offset of field: WindowScoresParams::positions",
+    ][::core::mem::offset_of!(WindowScoresParams, positions) - 80usize];
+    [
+        "Offset of field: WindowScoresParams::lse",
+    ][::core::mem::offset_of!(WindowScoresParams, lse) - 88usize];
+    [
+        "Offset of field: WindowScoresParams::lse_stride",
+    ][::core::mem::offset_of!(WindowScoresParams, lse_stride) - 96usize];
+    [
+        "Offset of field: WindowScoresParams::bias_heads",
+    ][::core::mem::offset_of!(WindowScoresParams, bias_heads) - 104usize];
+    [
+        "Offset of field: WindowScoresParams::bias_keys",
+    ][::core::mem::offset_of!(WindowScoresParams, bias_keys) - 112usize];
+    [
+        "Offset of field: WindowScoresParams::bias_key_stride",
+    ][::core::mem::offset_of!(WindowScoresParams, bias_key_stride) - 120usize];
+    [
+        "Offset of field: WindowScoresParams::scores",
+    ][::core::mem::offset_of!(WindowScoresParams, scores) - 128usize];
+    [
+        "Offset of field: WindowScoresParams::score_sequence_stride",
+    ][::core::mem::offset_of!(WindowScoresParams, score_sequence_stride) - 136usize];
+    [
+        "Offset of field: WindowScoresParams::score_head_stride",
+    ][::core::mem::offset_of!(WindowScoresParams, score_head_stride) - 144usize];
+    [
+        "Offset of field: WindowScoresParams::partials",
+    ][::core::mem::offset_of!(WindowScoresParams, partials) - 152usize];
+    [
+        "Offset of field: WindowScoresParams::scale",
+    ][::core::mem::offset_of!(WindowScoresParams, scale) - 160usize];
+    [
+        "Offset of field: WindowScoresParams::bias",
+    ][::core::mem::offset_of!(WindowScoresParams, bias) - 164usize];
+    [
+        "Offset of field: WindowScoresParams::sequences",
+    ][::core::mem::offset_of!(WindowScoresParams, sequences) - 168usize];
+    [
+        "Offset of field: WindowScoresParams::query_heads",
+    ][::core::mem::offset_of!(WindowScoresParams, query_heads) - 172usize];
+    [
+        "Offset of field: WindowScoresParams::kv_heads",
+    ][::core::mem::offset_of!(WindowScoresParams, kv_heads) - 176usize];
+    [
+        "Offset of field: WindowScoresParams::q_tokens",
+    ][::core::mem::offset_of!(WindowScoresParams, q_tokens) - 180usize];
+    [
+        "Offset of field: WindowScoresParams::k_tokens",
+    ][::core::mem::offset_of!(WindowScoresParams, k_tokens) - 184usize];
+    [
+        "Offset of field: WindowScoresParams::max_q_tokens",
+    ][::core::mem::offset_of!(WindowScoresParams, max_q_tokens) - 188usize];
+    [
+        "Offset of field: WindowScoresParams::max_k_tokens",
+    ][::core::mem::offset_of!(WindowScoresParams, max_k_tokens) - 192usize];
+    [
+        "Offset of field: WindowScoresParams::window",
+    ][::core::mem::offset_of!(WindowScoresParams, window) - 196usize];
+    [
+        "Offset of field: WindowScoresParams::score_heads",
+    ][::core::mem::offset_of!(WindowScoresParams, score_heads) - 200usize];
+    [
+        "Offset of field: WindowScoresParams::block_keys",
+    ][::core::mem::offset_of!(WindowScoresParams, block_keys) - 204usize];
+    [
+        "Offset of field: WindowScoresParams::slots",
+    ][::core::mem::offset_of!(WindowScoresParams, slots) - 208usize];
+    [
+        "Offset of field: WindowScoresParams::partial_columns",
+    ][::core::mem::offset_of!(WindowScoresParams, partial_columns) - 212usize];
+};
+/** Parameters of `fastkv_pool_scores`: scores pooled along the keys per query head, then summed over the
+ query heads of each kv head, and these over the kv heads.*/
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct PoolScoresParams {
+    /// f32 `[sequence][query head][key]`.
+    pub scores: u64,
+    /// Elements of `scores` from one sequence to the next.
+    pub sequence_stride: i64,
+    /// Elements of `scores` from one head to the next.
+    pub head_stride: i64,
+    /// i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `tokens` each.
+    pub cu_seqlens: u64,
+    /// Receives f32 `[sequence][kv head][key]`, sums over groups. 0: not wanted.
+    pub groups: u64,
+    /// Elements of `groups` from one sequence to the next.
+    pub group_sequence_stride: i64,
+    /// Elements of `groups` from one head to the next.
+    pub group_head_stride: i64,
+    /// Receives f32 `[sequence][key]`, the sum over all heads. 0: not wanted.
+    pub total: u64,
+    /// Elements of `total` from one sequence to the next.
+    pub total_sequence_stride: i64,
+    /// How scores are pooled.
+    pub pooling: Pooling,
+    /// Sequences in the batch.
+    pub sequences: i32,
+    /// Query heads, a multiple of `kv_heads`.
+    pub query_heads: i32,
+    /// Groups of query heads.
+    pub kv_heads: i32,
+    /// Keys of each sequence, or of all together where sequences are packed.
+    pub tokens: i32,
+    /// Keys of the longest sequence, or more.
+    pub max_tokens: i32,
+    /// Last keys of each sequence that are left out, as the window's are: nothing is read or written there.
+    pub tail: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PoolScoresParams"][::core::mem::size_of::<PoolScoresParams>() - 104usize];
+    [
+        "Alignment of PoolScoresParams",
+    ][::core::mem::align_of::<PoolScoresParams>() - 8usize];
+    [
+        "Offset of field: PoolScoresParams::scores",
+    ][::core::mem::offset_of!(PoolScoresParams, scores) - 0usize];
+    [
+        "Offset of field: PoolScoresParams::sequence_stride",
+    ][::core::mem::offset_of!(PoolScoresParams, sequence_stride) - 8usize];
+    [
+        "Offset of field: PoolScoresParams::head_stride",
+    ][::core::mem::offset_of!(PoolScoresParams, head_stride) - 16usize];
+    [
+        "Offset of field: PoolScoresParams::cu_seqlens",
+    ][::core::mem::offset_of!(PoolScoresParams, cu_seqlens) - 24usize];
+    [
+        "Offset of field: PoolScoresParams::groups",
+    ][::core::mem::offset_of!(PoolScoresParams, groups) - 32usize];
+    [
+        "Offset of field: PoolScoresParams::group_sequence_stride",
+    ][::core::mem::offset_of!(PoolScoresParams, group_sequence_stride) - 40usize];
+    [
+        "Offset of field: PoolScoresParams::group_head_stride",
+    ][::core::mem::offset_of!(PoolScoresParams, group_head_stride) - 48usize];
+    [
+        "Offset of field: PoolScoresParams::total",
+    ][::core::mem::offset_of!(PoolScoresParams, total) - 56usize];
+    [
+        "Offset of field: PoolScoresParams::total_sequence_stride",
+    ][::core::mem::offset_of!(PoolScoresParams, total_sequence_stride) - 64usize];
+    [
+        "Offset of field: PoolScoresParams::pooling",
+    ][::core::mem::offset_of!(PoolScoresParams, pooling) - 72usize];
+    [
+        "Offset of field: PoolScoresParams::sequences",
+    ][::core::mem::offset_of!(PoolScoresParams, sequences) - 80usize];
+    [
+        "Offset of field: PoolScoresParams::query_heads",
+    ][::core::mem::offset_of!(PoolScoresParams, query_heads) - 84usize];
+    [
+        "Offset of field: PoolScoresParams::kv_heads",
+    ][::core::mem::offset_of!(PoolScoresParams, kv_heads) - 88usize];
+    [
+        "Offset of field: PoolScoresParams::tokens",
+    ][::core::mem::offset_of!(PoolScoresParams, tokens) - 92usize];
+    [
+        "Offset of field: PoolScoresParams::max_tokens",
+    ][::core::mem::offset_of!(PoolScoresParams, max_tokens) - 96usize];
+    [
+        "Offset of field: PoolScoresParams::tail",
+    ][::core::mem::offset_of!(PoolScoresParams, tail) - 100usize];
 };
