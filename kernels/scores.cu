@@ -110,7 +110,8 @@ __device__ __forceinline__ void window_partials(const fastkv_window_scores_param
     const int32_t tile = blockIdx.x % parts * Partials::TILES;
     const int32_t kv_head = blockIdx.y;
     const int32_t sequence = blockIdx.z;
-    const Window window = window_of(p, sequence, kv_head);
+    Window window = window_of(p, sequence, kv_head);
+    window.lse = nullptr; // that is what is to be found
     const int32_t first = chunk * FASTKV_PARTIAL_KEYS;
     if (first < window.keys && tile < window.heads * window.tiles()) {
         Partial* out = partials_of(p, sequence, kv_head) + int64_t(chunk) * p.partial_columns + tile * 8;

@@ -23,7 +23,7 @@ struct Window {
     int64_t q_token_stride;
     uint64_t k; // first key of the sequence
     int64_t k_token_stride;
-    const float* lse; // natural, first query of the window, first head of the group
+    const float* lse; // natural, first query of the window, first head of the group; or null
     int64_t lse_stride;
     const int32_t* positions; // the last key that each query of the window sees; or null
     int32_t first_sees;       // where positions is null: the last key that the first query sees

@@ -124,3 +124,13 @@ pub(super) fn disjoint(
     }
     Ok(())
 }
+
+/// That no output overlaps an input or another output.
+pub(super) fn apart(outputs: &[(&str, Range<u64>)], inputs: &[(&str, Range<u64>)]) -> Result<(), Error> {
+    for (number, (name, output)) in outputs.iter().enumerate() {
+        for (other_name, other) in inputs.iter().chain(&outputs[..number]) {
+            disjoint(name, output, other_name, other)?;
+        }
+    }
+    Ok(())
+}

@@ -104,16 +104,91 @@ pub enum Kernel {
     GatherKv,
     /// `fastkv_gather_rows`, with [`abi::GatherRowsParams`](crate::abi::GatherRowsParams).
     GatherRows,
+    /// `fastkv_pool_scores`, with [`abi::PoolScoresParams`](crate::abi::PoolScoresParams).
+    PoolScores,
+    /// `fastkv_window_lse`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowLse,
+    /// `fastkv_window_partials_f16_64`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowPartialsF16D64,
+    /// `fastkv_window_partials_f16_96`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowPartialsF16D96,
+    /// `fastkv_window_partials_f16_128`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowPartialsF16D128,
+    /// `fastkv_window_partials_f16_256`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowPartialsF16D256,
+    /// `fastkv_window_partials_bf16_64`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowPartialsBf16D64,
+    /// `fastkv_window_partials_bf16_96`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowPartialsBf16D96,
+    /// `fastkv_window_partials_bf16_128`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowPartialsBf16D128,
+    /// `fastkv_window_partials_bf16_256`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowPartialsBf16D256,
+    /// `fastkv_window_scores_f16_64`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowScoresF16D64,
+    /// `fastkv_window_scores_f16_96`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowScoresF16D96,
+    /// `fastkv_window_scores_f16_128`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowScoresF16D128,
+    /// `fastkv_window_scores_f16_256`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowScoresF16D256,
+    /// `fastkv_window_scores_bf16_64`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowScoresBf16D64,
+    /// `fastkv_window_scores_bf16_96`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowScoresBf16D96,
+    /// `fastkv_window_scores_bf16_128`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowScoresBf16D128,
+    /// `fastkv_window_scores_bf16_256`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
+    WindowScoresBf16D256,
 }
 
 impl Kernel {
     /// All of them; `ALL[kernel as usize] == kernel`.
-    pub const ALL: &'static [Self] = &[Self::GatherKv, Self::GatherRows];
+    pub const ALL: &'static [Self] = &[
+        Self::GatherKv,
+        Self::GatherRows,
+        Self::PoolScores,
+        Self::WindowLse,
+        Self::WindowPartialsF16D64,
+        Self::WindowPartialsF16D96,
+        Self::WindowPartialsF16D128,
+        Self::WindowPartialsF16D256,
+        Self::WindowPartialsBf16D64,
+        Self::WindowPartialsBf16D96,
+        Self::WindowPartialsBf16D128,
+        Self::WindowPartialsBf16D256,
+        Self::WindowScoresF16D64,
+        Self::WindowScoresF16D96,
+        Self::WindowScoresF16D128,
+        Self::WindowScoresF16D256,
+        Self::WindowScoresBf16D64,
+        Self::WindowScoresBf16D96,
+        Self::WindowScoresBf16D128,
+        Self::WindowScoresBf16D256,
+    ];
 
     /// The image that holds it: the name of its source file without `.cu`.
     pub const fn image(self) -> &'static str {
         match self {
             Self::GatherKv | Self::GatherRows => "gather",
+            Self::PoolScores
+            | Self::WindowLse
+            | Self::WindowPartialsF16D64
+            | Self::WindowPartialsF16D96
+            | Self::WindowPartialsF16D128
+            | Self::WindowPartialsF16D256
+            | Self::WindowPartialsBf16D64
+            | Self::WindowPartialsBf16D96
+            | Self::WindowPartialsBf16D128
+            | Self::WindowPartialsBf16D256
+            | Self::WindowScoresF16D64
+            | Self::WindowScoresF16D96
+            | Self::WindowScoresF16D128
+            | Self::WindowScoresF16D256
+            | Self::WindowScoresBf16D64
+            | Self::WindowScoresBf16D96
+            | Self::WindowScoresBf16D128
+            | Self::WindowScoresBf16D256 => "scores",
         }
     }
 
@@ -122,6 +197,24 @@ impl Kernel {
         match self {
             Self::GatherKv => "fastkv_gather_kv",
             Self::GatherRows => "fastkv_gather_rows",
+            Self::PoolScores => "fastkv_pool_scores",
+            Self::WindowLse => "fastkv_window_lse",
+            Self::WindowPartialsF16D64 => "fastkv_window_partials_f16_64",
+            Self::WindowPartialsF16D96 => "fastkv_window_partials_f16_96",
+            Self::WindowPartialsF16D128 => "fastkv_window_partials_f16_128",
+            Self::WindowPartialsF16D256 => "fastkv_window_partials_f16_256",
+            Self::WindowPartialsBf16D64 => "fastkv_window_partials_bf16_64",
+            Self::WindowPartialsBf16D96 => "fastkv_window_partials_bf16_96",
+            Self::WindowPartialsBf16D128 => "fastkv_window_partials_bf16_128",
+            Self::WindowPartialsBf16D256 => "fastkv_window_partials_bf16_256",
+            Self::WindowScoresF16D64 => "fastkv_window_scores_f16_64",
+            Self::WindowScoresF16D96 => "fastkv_window_scores_f16_96",
+            Self::WindowScoresF16D128 => "fastkv_window_scores_f16_128",
+            Self::WindowScoresF16D256 => "fastkv_window_scores_f16_256",
+            Self::WindowScoresBf16D64 => "fastkv_window_scores_bf16_64",
+            Self::WindowScoresBf16D96 => "fastkv_window_scores_bf16_96",
+            Self::WindowScoresBf16D128 => "fastkv_window_scores_bf16_128",
+            Self::WindowScoresBf16D256 => "fastkv_window_scores_bf16_256",
         }
     }
 }

@@ -6,14 +6,19 @@
 //! any CUDA binding can call.
 //!
 //! * [`gather`]: moves kept rows of K and V, and of hidden states.
+//! * [`scores`]: scores of keys by a window of queries, and their pooling.
+//! * [`batch`]: descriptions that attention and scores share.
 //! * [`images`]: the compiled kernels inside this library.
 
+pub mod batch;
 mod check;
 mod device;
 mod error;
 pub mod gather;
 pub mod images;
+mod pooling;
 mod rows;
+pub mod scores;
 
 pub use device::{Device, Kernel, Launch};
 pub use error::{Error, cuda_error_name};

@@ -7,6 +7,7 @@ pub(crate) mod gather;
 pub(crate) mod memory;
 pub(crate) mod random;
 pub(crate) mod recorder;
+pub(crate) mod scores;
 
 use fastkv::kernels::Device;
 
@@ -29,7 +30,7 @@ impl<D> Check<D> {
 
 /// Every check that is small enough for the emulator.
 pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
-    gather::checks()
+    gather::checks().into_iter().chain(scores::checks()).collect()
 }
 
 /// Runs a check on cases, and names the first that fails.

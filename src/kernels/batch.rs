@@ -1,0 +1,265 @@
+//! How a batch of queries and keys is described: what attention, and scores by themselves, have in common.
+
+use std::ops::Range;
+
+use super::{
+    Error,
+    check::{Presence, range},
+};
+
+/// Queries that a window may have.
+const MAX_WINDOW: u32 = 64;
+
+/// Query heads that may share a kv head.
+const MAX_GROUP: u32 = 16;
+
+/// How many tokens each sequence has, and where they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lengths {
+    /// Address of i32 `[sequences + 1]`: the first token of each sequence, and the end of the last, where
+    /// sequences are packed along the token axis. 0: every sequence has `tokens`.
+    pub cu_seqlens: u64,
+    /// Tokens of each sequence, or of all together where they are packed.
+    pub tokens: u32,
+    /// Tokens of the longest sequence, or more: what the work is sized by. Tokens past it are not read.
+    pub longest: u32,
+}
+
+/// A number that is added to the scaled logit of a query head and a key where both are marked: attention
+/// steering as in PASTA (arXiv 2311.02262), whose rescaling by a factor is a bias of its logarithm.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bias {
+    /// Address of u32 words, bit `h % 32` of word `h / 32` for query head h.
+    pub heads: u64,
+    /// Address of u32 words for each sequence, bit `k % 32` of word `k / 32` for key k of the sequence.
+    pub keys: u64,
+    /// Words of `keys` from one sequence to the next.
+    pub key_stride: i64,
+    /// What to add; finite.
+    pub value: f32,
+}
+
+/// Where the natural logarithm of each query's softmax denominator is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lse {
+    /// Address of f32 `[query_heads][stride]`; a head's queries lie sequence after sequence.
+    pub base: u64,
+    /// Elements from one head to the next.
+    pub stride: i64,
+}
+
+/// Probabilities summed over queries, for every key of a sequence: `scores[sequence][head][key]`, f32.
+/// What lies past a sequence's keys is not written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scores {
+    /// Address of the first.
+    pub base: u64,
+    /// Elements from one sequence to the next.
+    pub sequence_stride: i64,
+    /// Elements from one head to the next.
+    pub head_stride: i64,
+    /// Which queries to sum over.
+    pub window: Window,
+    /// What `head` counts.
+    pub heads: ScoreHeads,
+}
+
+/// Scores of keys: `scores[sequence][head][key]`, f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScoreRows {
+    /// Address of the first.
+    pub base: u64,
+    /// Elements from one sequence to the next.
+    pub sequence_stride: i64,
+    /// Elements from one head to the next.
+    pub head_stride: i64,
+}
+
+/// The queries whose probabilities are summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Window {
+    /// The last of each sequence, 1 to 64; all of them where there are fewer.
+    Last(u32),
+    /// All queries, as H2O (arXiv 2306.14048) and FastGen (arXiv 2310.01801) want.
+    All,
+}
+
+/// Whose probabilities are summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScoreHeads {
+    /// Each query head has scores of its own.
+    Query,
+    /// The query heads of a GQA group are summed, too: scores of each kv head.
+    Group,
+}
+
+/// `1 / sqrt(head_dim)`.
+pub fn default_scale(head_dim: u32) -> f32 {
+    1.0 / (head_dim as f32).sqrt()
+}
+
+/// A head size that kernels exist for.
+pub(super) fn check_head_dim(head_dim: u32) -> Result<(), Error> {
+    if ![64, 96, 128, 256].contains(&head_dim) {
+        return Err(Error::argument("head_dim", head_dim, "64, 96, 128 or 256"));
+    }
+    Ok(())
+}
+
+/// Query heads in groups.
+pub(super) fn check_heads(query_heads: u32, kv_heads: u32) -> Result<(), Error> {
+    if kv_heads == 0 {
+        return Err(Error::argument("kv_heads", 0, "1 or more"));
+    }
+    if !query_heads.is_multiple_of(kv_heads) || !(1..=MAX_GROUP).contains(&(query_heads / kv_heads)) {
+        let expected = format!("1 to {MAX_GROUP} times kv_heads = {kv_heads}");
+        return Err(Error::argument("query_heads", query_heads, expected));
+    }
+    Ok(())
+}
+
+pub(super) fn check_scale(scale: f32) -> Result<(), Error> {
+    if !(scale.is_finite() && scale > 0.0) {
+        return Err(Error::argument("scale", scale, "a positive number"));
+    }
+    Ok(())
+}
+
+impl Lengths {
+    /// Every sequence has `tokens`.
+    pub const fn dense(tokens: u32) -> Self {
+        Self { cu_seqlens: 0, tokens, longest: tokens }
+    }
+
+    /// Sequences of up to `longest` tokens packed along an axis of `tokens`, at the address of their
+    /// `cu_seqlens`.
+    pub const fn packed(cu_seqlens: u64, tokens: u32, longest: u32) -> Self {
+        Self { cu_seqlens, tokens, longest }
+    }
+
+    pub(super) fn check(self, name: &str) -> Result<(), Error> {
+        let Self { cu_seqlens, tokens, longest } = self;
+        // What kernels count in i32 may overshoot by a tile.
+        const MOST: u32 = 1 << 30;
+        if tokens > MOST {
+            return Err(Error::argument(format!("{name}.tokens"), tokens, format!("at most {MOST}")));
+        }
+        let fits = if cu_seqlens == 0 { longest == tokens } else { longest <= tokens };
+        if !fits {
+            let relation = if cu_seqlens == 0 { "without cu_seqlens" } else { "at most" };
+            let expected = format!("{relation} the tokens there are, {tokens}");
+            return Err(Error::argument(format!("{name}.longest"), longest, expected));
+        }
+        Ok(())
+    }
+
+    /// Tokens of all sequences.
+    pub(super) fn rows(self, sequences: u32) -> i128 {
+        let sequences = if self.cu_seqlens == 0 { sequences } else { 1 };
+        i128::from(sequences) * i128::from(self.tokens)
+    }
+
+    /// The addresses of `cu_seqlens`.
+    pub(super) fn check_starts(self, name: &str, sequences: u32) -> Result<Range<u64>, Error> {
+        let name = format!("{name}.cu_seqlens");
+        range(&name, self.cu_seqlens, i128::from(sequences) + 1, 4, Presence::Optional)
+    }
+}
+
+impl Bias {
+    /// The addresses of the words for heads, and of those for keys.
+    pub(super) fn check(
+        self,
+        sequences: u32,
+        query_heads: u32,
+        keys: Lengths,
+        scale: f32,
+    ) -> Result<[Range<u64>; 2], Error> {
+        if !self.value.is_finite() || !(self.value / scale).is_finite() {
+            let expected = "finite, and finite when divided by scale: to hide keys is what positions are for";
+            return Err(Error::argument("bias.value", self.value, expected));
+        }
+        let words = i64::from(keys.longest.div_ceil(32));
+        if self.key_stride < words && sequences > 1 || self.key_stride < 0 {
+            let expected = format!("{words} or more: a bit for each of {} keys", keys.longest);
+            return Err(Error::argument("bias.key_stride", self.key_stride, expected));
+        }
+        let words = i128::from(sequences.saturating_sub(1)) * i128::from(self.key_stride) + i128::from(words);
+        let head_words = query_heads.div_ceil(32).into();
+        Ok([
+            range("bias.heads", self.heads, head_words, 4, Presence::Needed)?,
+            range("bias.keys", self.keys, words, 4, Presence::Needed)?,
+        ])
+    }
+}
+
+impl Lse {
+    /// Its addresses for so many queries of all sequences.
+    pub(super) fn check(self, query_heads: u32, queries: i128) -> Result<Range<u64>, Error> {
+        if i128::from(self.stride) < queries {
+            let expected = format!("{queries} or more: the queries of all sequences");
+            return Err(Error::argument("lse.stride", self.stride, expected));
+        }
+        let elements = i128::from(query_heads - 1) * i128::from(self.stride) + queries;
+        range("lse", self.base, elements, 4, Presence::Needed)
+    }
+}
+
+impl Scores {
+    /// Heads that have scores.
+    pub(super) fn count(self, query_heads: u32, kv_heads: u32) -> u32 {
+        match self.heads {
+            ScoreHeads::Query => query_heads,
+            ScoreHeads::Group => kv_heads,
+        }
+    }
+
+    /// Their addresses for one sequence or more.
+    pub(super) fn check(self, sequences: u32, heads: u32, keys: Lengths) -> Result<Range<u64>, Error> {
+        let Self { base, sequence_stride, head_stride, .. } = self;
+        ScoreRows { base, sequence_stride, head_stride }.check("scores", sequences, heads, keys)
+    }
+}
+
+impl ScoreRows {
+    /// Their addresses for one sequence or more.
+    pub(super) fn check(
+        self,
+        name: &str,
+        sequences: u32,
+        heads: u32,
+        keys: Lengths,
+    ) -> Result<Range<u64>, Error> {
+        let keys = i64::from(keys.longest);
+        if self.head_stride < keys {
+            let expected = format!("{keys} or more: the keys of the longest sequence");
+            return Err(Error::argument(format!("{name}.head_stride"), self.head_stride, expected));
+        }
+        let sequence = i128::from(heads - 1) * i128::from(self.head_stride) + i128::from(keys);
+        if sequences > 1 && i128::from(self.sequence_stride) < sequence {
+            let expected = format!("{sequence} or more: {heads} heads");
+            return Err(Error::argument(format!("{name}.sequence_stride"), self.sequence_stride, expected));
+        }
+        let before = i128::from(sequences - 1) * i128::from(self.sequence_stride.max(0));
+        range(name, self.base, before + sequence, 4, Presence::Needed)
+    }
+}
+
+impl Window {
+    pub(super) fn check(self) -> Result<(), Error> {
+        match self {
+            Self::Last(queries) if !(1..=MAX_WINDOW).contains(&queries) => {
+                Err(Error::argument("scores.window", queries, format!("1 to {MAX_WINDOW} queries")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The most queries of a sequence that it holds.
+    pub(super) fn queries(self, longest: u32) -> u32 {
+        match self {
+            Self::Last(queries) => queries,
+            Self::All => longest,
+        }
+    }
+}

@@ -1,0 +1,953 @@
+//! Scores of keys and their pooling: descriptions of work, plain loops in f64 that say what should come
+//! out, and runs on a device.
+
+use fastkv::{
+    abi::{Pooling, Rows, WindowScoresParams},
+    kernels::{
+        DType, Device, Error, Kernel, Launch,
+        batch::{Bias, Lengths, Lse, ScoreHeads, ScoreRows, Scores, Window, default_scale},
+        scores,
+    },
+};
+use half::{bf16, f16};
+
+use super::{
+    Check, all,
+    memory::{Memory, UNTOUCHED},
+    random::Random,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    TokenMajor,
+    HeadMajor,
+    /// Token-major with sequences of different lengths, one after the other.
+    Packed,
+}
+
+/// One run of `window_scores`.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) layout: Layout,
+    pub(crate) dtype: DType,
+    pub(crate) head_dim: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) group: usize,
+    /// Queries and keys of each sequence; all the same unless packed.
+    pub(crate) sequences: Vec<[usize; 2]>,
+    pub(crate) window: Window,
+    /// Of every query, sequence after sequence.
+    pub(crate) positions: Option<Vec<i32>>,
+    pub(crate) bias: Option<f32>,
+    pub(crate) heads: ScoreHeads,
+    /// Whether LSE is given; otherwise the driver finds it.
+    pub(crate) lse: bool,
+    pub(crate) seed: u64,
+}
+
+impl Case {
+    /// One sequence, its queries the last of the keys, LSE given, scores of every query head.
+    pub(crate) fn plain(dtype: DType, head_dim: usize, group: usize, window: usize, keys: usize) -> Self {
+        Self {
+            layout: Layout::TokenMajor,
+            dtype,
+            head_dim,
+            kv_heads: 1,
+            group,
+            sequences: vec![[window.min(keys), keys]],
+            window: Window::Last(window as u32),
+            positions: None,
+            bias: None,
+            heads: ScoreHeads::Query,
+            lse: true,
+            seed: (head_dim * 31 + group * 7 + window * 1000 + keys) as u64,
+        }
+    }
+
+    /// Everything that may vary, drawn from `seed`.
+    pub(crate) fn random(seed: u64) -> Self {
+        let mut random = Random(seed);
+        let layout = random.of(&[Layout::TokenMajor, Layout::HeadMajor, Layout::Packed]);
+        let lengths = |random: &mut Random| {
+            let keys = random.below(300);
+            let queries = match random.below(3) {
+                0 => random.below(keys + 1),
+                1 => random.below(80),
+                _ => random.below(12),
+            };
+            [queries, keys]
+        };
+        let uniform = lengths(&mut random);
+        let sequences: Vec<_> = (0..1 + random.below(3))
+            .map(|_| if layout == Layout::Packed { lengths(&mut random) } else { uniform })
+            .collect();
+        let window =
+            if random.below(4) == 0 { Window::All } else { Window::Last(1 + random.below(64) as u32) };
+        let positions = (random.below(3) == 0).then(|| {
+            let keys = sequences.iter().flat_map(|&[queries, keys]| std::iter::repeat_n(keys, queries));
+            keys.map(|keys| random.below(keys + 8) as i32 - 4).collect()
+        });
+        Self {
+            layout,
+            dtype: random.of(&[DType::F16, DType::BF16]),
+            head_dim: random.of(&[64, 96, 128, 256]),
+            kv_heads: 1 + random.below(2),
+            group: random.of(&[1, 2, 3, 4, 5, 8]),
+            sequences,
+            window,
+            positions,
+            bias: (random.below(3) == 0).then(|| random.symmetric() * 5.0),
+            heads: random.of(&[ScoreHeads::Query, ScoreHeads::Group]),
+            lse: window == Window::All || random.below(2) == 0,
+            seed,
+        }
+    }
+
+    fn query_heads(&self) -> usize {
+        self.kv_heads * self.group
+    }
+
+    /// Tokens of the sequences before one.
+    fn before(&self, sequence: usize, axis: usize) -> usize {
+        self.sequences[..sequence].iter().map(|lengths| lengths[axis]).sum()
+    }
+
+    fn longest(&self, axis: usize) -> usize {
+        self.sequences.iter().map(|lengths| lengths[axis]).max().unwrap_or(0)
+    }
+
+    /// First query of a sequence's window, and its queries.
+    fn window(&self, sequence: usize) -> std::ops::Range<usize> {
+        let queries = self.sequences[sequence][0];
+        match self.window {
+            Window::Last(window) => queries.saturating_sub(window as usize)..queries,
+            Window::All => 0..queries,
+        }
+    }
+
+    /// How many keys a query sees.
+    fn seen(&self, sequence: usize, query: usize) -> usize {
+        let [queries, keys] = self.sequences[sequence];
+        let last = match &self.positions {
+            Some(positions) => i64::from(positions[self.before(sequence, 0) + query]),
+            None => query as i64 + keys as i64 - queries as i64,
+        };
+        (last + 1).clamp(0, keys as i64) as usize
+    }
+
+    /// Whether the bias applies, by a rule that has no pattern in common with tiles.
+    fn biased(&self, sequence: usize, head: usize, key: usize) -> bool {
+        self.bias.is_some() && Self::biased_head(head) && self.biased_key(sequence, key)
+    }
+
+    fn biased_head(head: usize) -> bool {
+        head % 3 != 1
+    }
+
+    fn biased_key(&self, sequence: usize, key: usize) -> bool {
+        Random(self.seed ^ (key / 5 + 1000 * sequence) as u64).next() & 3 == 0
+    }
+
+    /// Elements from one row to the next: the heads of a token, and a gap that no kernel may read.
+    fn rows(&self, base: u64, heads: usize, axis: usize) -> Rows {
+        let tokens = self.longest(axis);
+        let width = self.head_dim + 8;
+        let token_stride = heads * width;
+        match self.layout {
+            Layout::TokenMajor | Layout::Packed => Rows {
+                base,
+                sequence_stride: if self.layout == Layout::Packed { 0 } else { tokens * token_stride } as i64,
+                head_stride: width as i64,
+                token_stride: token_stride as i64,
+            },
+            Layout::HeadMajor => Rows {
+                base,
+                sequence_stride: (tokens * token_stride) as i64,
+                head_stride: (tokens * width) as i64,
+                token_stride: width as i64,
+            },
+        }
+    }
+
+    /// Index of the first element of a token's row.
+    fn element(&self, rows: &Rows, axis: usize, [sequence, head, token]: [usize; 3]) -> usize {
+        let token = token + if self.layout == Layout::Packed { self.before(sequence, axis) } else { 0 };
+        sequence * rows.sequence_stride as usize
+            + head * rows.head_stride as usize
+            + token * rows.token_stride as usize
+    }
+
+    /// A tensor of random elements with NaN in the gaps.
+    fn tensor(&self, salt: u64, heads: usize, axis: usize) -> Tensor {
+        let mut random = Random(self.seed ^ salt);
+        let rows = self.rows(0, heads, axis);
+        let tokens: usize = self.sequences.iter().map(|lengths| lengths[axis]).sum();
+        let mut tensor =
+            Tensor { dtype: self.dtype, bits: vec![0x7FFF; tokens * heads * (self.head_dim + 8)] };
+        for (sequence, lengths) in self.sequences.iter().enumerate() {
+            for head in 0..heads {
+                for token in 0..lengths[axis] {
+                    let first = self.element(&rows, axis, [sequence, head, token]);
+                    for element in first..first + self.head_dim {
+                        tensor.set(element, 2.0 * random.symmetric());
+                    }
+                }
+            }
+        }
+        tensor
+    }
+
+    /// What should come out.
+    fn oracle(&self, q: &Tensor, k: &Tensor) -> Oracle {
+        let (q_rows, k_rows) = (self.rows(0, self.query_heads(), 0), self.rows(0, self.kv_heads, 1));
+        let scale = f64::from(default_scale(self.head_dim as u32));
+        let mut oracle = Oracle { lse: Vec::new(), scores: Vec::new() };
+        for head in 0..self.query_heads() {
+            for (sequence, &[queries, keys]) in self.sequences.iter().enumerate() {
+                let mut scores = vec![Bounded::default(); keys];
+                for query in 0..queries {
+                    let q_row = self.element(&q_rows, 0, [sequence, head, query]);
+                    let logits: Vec<_> = (0..self.seen(sequence, query))
+                        .map(|key| {
+                            let k_row = self.element(&k_rows, 1, [sequence, head / self.group, key]);
+                            let products = (0..self.head_dim).map(|i| q.get(q_row + i) * k.get(k_row + i));
+                            let bias =
+                                if self.biased(sequence, head, key) { self.bias.unwrap() } else { 0.0 };
+                            let magnitude: f64 = products.clone().map(f64::abs).sum();
+                            let logit = products.sum::<f64>() * scale + f64::from(bias);
+                            // Of the accumulation; then of the factor, of adding the bias, and of the result.
+                            let steps = (self.head_dim / 16 + 1) as f64;
+                            let error = steps * magnitude * scale * 2.0 * ULP
+                                + 4.0 * (logit.abs() + 2.0 * f64::from(bias).abs()) * ULP;
+                            Bounded { value: logit, error }
+                        })
+                        .collect();
+                    let most = logits.iter().map(|logit| logit.value).fold(f64::NEG_INFINITY, f64::max);
+                    let sum: f64 = logits.iter().map(|logit| (logit.value - most).exp()).sum();
+                    let lse = if logits.is_empty() { f64::NEG_INFINITY } else { most + sum.ln() };
+                    // Rounded when given, and once more in the kernel. When found: as far off as a logit and
+                    // the sum, which has at most 512 / 128 + 8 additions in a block and one for each block.
+                    let mut lse_error = 3.0 * lse.abs() * ULP;
+                    if !self.lse {
+                        let logit = logits.iter().map(|logit| logit.error).fold(0.0, f64::max);
+                        let additions = 16.0 + (keys / 512) as f64;
+                        lse_error += logit + additions * ULP + 2.0 * APPROXIMATION + 2.0 * lse.abs() * ULP;
+                    }
+                    oracle.lse.push(lse);
+                    if self.window(sequence).contains(&query) {
+                        for (score, logit) in scores.iter_mut().zip(&logits) {
+                            let probability = (logit.value - lse).exp();
+                            score.value += probability;
+                            score.error += probability * (logit.error + lse_error + APPROXIMATION)
+                                + f64::from(f32::MIN_POSITIVE);
+                        }
+                    }
+                }
+                // A lane adds 16 columns of a block, four lanes come together, then the blocks.
+                let additions = (20 + queries / 64) as f64;
+                for score in &mut scores {
+                    score.error += score.value * additions * ULP;
+                }
+                oracle.scores.push(scores);
+            }
+        }
+        oracle
+    }
+}
+
+/// Half a unit in the last place of an f32, relative.
+const ULP: f64 = 1.0 / (1 << 24) as f64;
+
+/// Of `ex2.approx` and `lg2.approx`, 2 ulp each.
+const APPROXIMATION: f64 = 4.0 * ULP;
+
+/// A number and how far off an f32 computation of it may be.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Bounded {
+    value: f64,
+    error: f64,
+}
+
+/// Results by query head, then sequence, then query or key.
+struct Oracle {
+    lse: Vec<f64>,
+    scores: Vec<Vec<Bounded>>,
+}
+
+/// 16-bit elements.
+#[derive(Clone)]
+pub(crate) struct Tensor {
+    dtype: DType,
+    bits: Vec<u16>,
+}
+
+impl Tensor {
+    fn get(&self, element: usize) -> f64 {
+        let bits = self.bits[element];
+        match self.dtype {
+            DType::F16 => f16::from_bits(bits).to_f64(),
+            _ => bf16::from_bits(bits).to_f64(),
+        }
+    }
+
+    fn set(&mut self, element: usize, value: f32) {
+        self.bits[element] = match self.dtype {
+            DType::F16 => f16::from_f32(value).to_bits(),
+            _ => bf16::from_f32(value).to_bits(),
+        };
+    }
+}
+
+/// The tensors of a case.
+#[derive(Clone)]
+struct Inputs {
+    q: Tensor,
+    k: Tensor,
+    /// `[query head][query]`.
+    lse: Vec<f32>,
+}
+
+impl Inputs {
+    fn of(case: &Case) -> (Self, Oracle) {
+        let q = case.tensor(1, case.query_heads(), 0);
+        let k = case.tensor(2, case.kv_heads, 1);
+        let oracle = case.oracle(&q, &k);
+        let lse = oracle.lse.iter().map(|lse| *lse as f32).collect();
+        (Self { q, k, lse }, oracle)
+    }
+}
+
+/// Runs the driver; scores by sequence, then head, then key.
+fn run<D: Device>(device: &D, case: &Case, inputs: &Inputs) -> Result<Vec<Vec<Vec<f32>>>, String> {
+    let mut memory = Memory::new(device);
+    let packed = case.layout == Layout::Packed;
+    let count = case.sequences.len();
+    let mut lengths = |axis| {
+        let longest = case.longest(axis) as u32;
+        if packed {
+            let starts: Vec<_> = (0..=count).map(|sequence| case.before(sequence, axis) as i32).collect();
+            let starts = memory.put(bytemuck::cast_slice(&starts));
+            Lengths::packed(starts, case.before(count, axis) as u32, longest)
+        } else {
+            Lengths::dense(longest)
+        }
+    };
+    let (queries, keys) = (lengths(0), lengths(1));
+    let score_heads = if case.heads == ScoreHeads::Query { case.query_heads() } else { case.kv_heads };
+    // Rows stand apart, and not in steps of vectors.
+    let head_stride = case.longest(1) + 3;
+    let sequence_stride = score_heads * head_stride + 5;
+    let score_bytes = (count * sequence_stride).max(1) * 4;
+    let mut work = scores::WindowScores {
+        q: case.rows(memory.put(bytemuck::cast_slice(&inputs.q.bits)), case.query_heads(), 0),
+        k: case.rows(memory.put(bytemuck::cast_slice(&inputs.k.bits)), case.kv_heads, 1),
+        sequences: count as u32,
+        query_heads: case.query_heads() as u32,
+        kv_heads: case.kv_heads as u32,
+        head_dim: case.head_dim as u32,
+        dtype: case.dtype,
+        queries,
+        keys,
+        positions: case.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
+        scale: default_scale(case.head_dim as u32),
+        bias: case.bias.map(|value| put_bias(&mut memory, case, value)),
+        lse: case.lse.then(|| Lse {
+            base: memory.put(bytemuck::cast_slice(&inputs.lse)),
+            stride: case.before(count, 0) as i64,
+        }),
+        scores: Scores {
+            base: memory.untouched(score_bytes),
+            sequence_stride: sequence_stride as i64,
+            head_stride: head_stride as i64,
+            window: case.window,
+            heads: case.heads,
+        },
+        workspace: 0,
+        workspace_bytes: 0,
+    };
+    work.workspace_bytes = scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
+    work.workspace = memory.reserve(work.workspace_bytes);
+    // SAFETY: every address is a block of `memory` of the size that its field states.
+    unsafe { scores::window_scores(device, &work) }.map_err(|error| error.to_string())?;
+
+    let bytes = memory.get(work.scores.base, score_bytes)?;
+    let found: &[f32] = bytemuck::cast_slice(&bytes);
+    let untouched = f32::from_ne_bytes([UNTOUCHED; 4]).to_bits();
+    let mut expected_untouched = vec![true; found.len()];
+    let scores = (0..count)
+        .map(|sequence| {
+            (0..score_heads)
+                .map(|head| {
+                    let first = sequence * sequence_stride + head * head_stride;
+                    let keys = first..first + case.sequences[sequence][1];
+                    expected_untouched[keys.clone()].fill(false);
+                    found[keys].to_vec()
+                })
+                .collect()
+        })
+        .collect();
+    let changed = (0..found.len()).find(|&at| expected_untouched[at] && found[at].to_bits() != untouched);
+    match changed {
+        None => Ok(scores),
+        Some(at) => Err(format!("element {at} of the scores belongs to no key and was written")),
+    }
+}
+
+fn put_bias<D: Device>(memory: &mut Memory<'_, D>, case: &Case, value: f32) -> Bias {
+    let words = |bits: &dyn Fn(usize) -> bool, count: usize| -> Vec<u32> {
+        // Bits behind the last are set, and mean nothing.
+        (0..count.div_ceil(32))
+            .map(|word| {
+                (0..32).map(|bit| u32::from(word * 32 + bit >= count || bits(word * 32 + bit)) << bit).sum()
+            })
+            .collect()
+    };
+    let key_stride = case.longest(1).div_ceil(32) + 1;
+    let mut keys = vec![u32::MAX; key_stride * case.sequences.len()];
+    for (sequence, &[_, count]) in case.sequences.iter().enumerate() {
+        let words = words(&|key| case.biased_key(sequence, key), count);
+        keys[sequence * key_stride..][..words.len()].copy_from_slice(&words);
+    }
+    Bias {
+        heads: memory.put(bytemuck::cast_slice(&words(&Case::biased_head, case.query_heads()))),
+        keys: memory.put(bytemuck::cast_slice(&keys)),
+        key_stride: key_stride as i64,
+        value,
+    }
+}
+
+/// Runs a case and compares it with the oracle.
+pub(crate) fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
+    let (inputs, oracle) = Inputs::of(case);
+    let found = run(device, case, &inputs)?;
+    for (sequence, found) in found.iter().enumerate() {
+        for (head, found) in found.iter().enumerate() {
+            let heads = match case.heads {
+                ScoreHeads::Query => head..head + 1,
+                ScoreHeads::Group => head * case.group..(head + 1) * case.group,
+            };
+            for (key, found) in found.iter().enumerate() {
+                let mut expected = Bounded::default();
+                for head in heads.clone() {
+                    let one = oracle.scores[head * case.sequences.len() + sequence][key];
+                    expected.value += one.value;
+                    expected.error += one.error + expected.value * ULP;
+                }
+                let off = (f64::from(*found) - expected.value).abs();
+                // Written so that NaN fails.
+                if !(off <= expected.error) {
+                    return Err(format!(
+                        "sequence {sequence}, head {head}, key {key}: {found}, not {} within {:e}",
+                        expected.value, expected.error
+                    ));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
+    vec![
+        Check::portable("window_scores_edges", |device, _| all(edges(), |case| check(device, case))),
+        Check::portable("window_scores_random", |device, seed| {
+            all((0..12).map(|n| Case::random(seed * 12 + n)), |case| check(device, case))
+        }),
+        Check::portable("window_scores_order_of_sums", |device, _| order_of_sums(device)),
+        Check::portable("window_scores_nan", |device, _| nan(device)),
+        Check::portable("window_scores_hostile", |device, _| hostile(device)),
+        Check::portable("pool_scores", |device, seed| {
+            all((0..25).map(|n| PoolCase::random(seed * 25 + n)), |case| check_pool(device, case))
+        }),
+    ]
+}
+
+/// Windows, groups and lengths around every tile and block there is.
+fn edges() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let windows = [1, 7, 8, 9, 32, 63, 64];
+    let groups = [1, 2, 3, 4, 7, 8, 16];
+    let dims = [64, 96, 128, 256];
+    let types = [DType::F16, DType::BF16];
+    for (number, window) in windows.into_iter().enumerate() {
+        for (other, group) in groups.into_iter().enumerate() {
+            // Every window with every group, everything else in turn.
+            let turn = number + 2 * other;
+            let keys = [1, window - 1, 31, 33, 129][(number + other) % 5];
+            cases.push(Case {
+                heads: [ScoreHeads::Query, ScoreHeads::Group][other % 2],
+                lse: turn % 3 > 0,
+                ..Case::plain(types[number % 2], dims[turn % 4], group, window, keys)
+            });
+        }
+    }
+    for (number, keys) in
+        [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 511, 512, 513, 1025].into_iter().enumerate()
+    {
+        for lse in [true, false] {
+            cases.push(Case {
+                lse,
+                ..Case::plain(types[number % 2], dims[(number + usize::from(lse)) % 4], 2, 8, keys)
+            });
+        }
+    }
+    // All queries: blocks of 64 that see none, some and all of a block's keys.
+    for (number, keys) in [1, 64, 130, 257].into_iter().enumerate() {
+        let plain = Case::plain(types[number % 2], dims[number], 2, keys, keys);
+        cases.push(Case { window: Window::All, ..plain.clone() });
+        cases.push(Case {
+            window: Window::All,
+            sequences: vec![[keys / 2, keys]],
+            heads: ScoreHeads::Group,
+            ..plain.clone()
+        });
+        // Gathered queries, in no order.
+        let positions = (0..keys).map(|query| ((query * 37 + 5) % (keys + 3)) as i32 - 1).collect();
+        cases.push(Case { window: Window::All, positions: Some(positions), ..plain });
+    }
+    // Sequences without queries, without keys, with more queries than keys.
+    for lse in [true, false] {
+        cases.push(Case {
+            layout: Layout::Packed,
+            kv_heads: 2,
+            sequences: vec![[3, 40], [0, 17], [5, 0], [30, 9], [0, 0], [9, 200]],
+            bias: Some(-4.6),
+            lse,
+            ..Case::plain(DType::BF16, 64, 3, 9, 0)
+        });
+        cases.push(Case { sequences: vec![[0, 70]; 2], lse, ..Case::plain(DType::F16, 64, 2, 8, 0) });
+    }
+    cases
+}
+
+/// A score has the same bits whatever the block, its memory and the rest of the batch; and the score of a
+/// group is the sum of its heads' in their order.
+fn order_of_sums<D: Device>(device: &D) -> Result<(), String> {
+    let cases = [
+        Case { bias: Some(1.5), ..Case::plain(DType::BF16, 128, 4, 64, 300) },
+        Case { kv_heads: 2, ..Case::plain(DType::F16, 64, 7, 9, 200) },
+        Case { window: Window::All, ..Case::plain(DType::F16, 96, 2, 150, 150) },
+        Case { ..Case::plain(DType::BF16, 256, 3, 33, 140) },
+    ];
+    all(cases, |case| {
+        let (inputs, _) = Inputs::of(case);
+        let apart = run(device, case, &inputs)?;
+        for (block_keys, slots) in [(32, 2), (64, 3), (96, 9), (128, 2), (512, 6)] {
+            let device = Divided { device, block_keys, slots };
+            same("other blocks", &run(&device, case, &inputs)?, &apart)?;
+        }
+
+        let group = Case { heads: ScoreHeads::Group, ..case.clone() };
+        let sums = vec![
+            apart[0]
+                .chunks(case.group)
+                .map(|heads| {
+                    (0..heads[0].len())
+                        .map(|key| heads.iter().fold(0.0, |sum, head| sum + head[key]))
+                        .collect()
+                })
+                .collect::<Vec<Vec<f32>>>(),
+        ];
+        same("sums over a group", &run(device, &group, &inputs)?, &sums)?;
+        for slots in [2, 9] {
+            let device = Divided { device, block_keys: 64, slots };
+            same("sums in other blocks", &run(&device, &group, &inputs)?, &sums)?;
+        }
+
+        // What the window gives away is what its queries have.
+        let queries = case.window(0).len();
+        for head in &apart[0] {
+            let given: f64 = head.iter().map(|score| f64::from(*score)).sum();
+            if (given - queries as f64).abs() > 1e-4 * queries as f64 {
+                return Err(format!("{queries} queries gave {given}"));
+            }
+        }
+        Ok(())
+    })?;
+
+    // Alone, and between others.
+    for lse in [true, false] {
+        let alone = Case { layout: Layout::Packed, lse, ..Case::plain(DType::F16, 64, 2, 8, 600) };
+        let (inputs, _) = Inputs::of(&alone);
+        let expected = run(device, &alone, &inputs)?;
+        let batch = Case { sequences: vec![[20, 77], [8, 600], [3, 9]], ..alone.clone() };
+        let (mut others, _) = Inputs::of(&batch);
+        for (axis, heads, to, from) in [(0, 2, &mut others.q, &inputs.q), (1, 1, &mut others.k, &inputs.k)] {
+            let row = heads * (batch.head_dim + 8);
+            let first = batch.before(1, axis) * row;
+            to.bits[first..first + from.bits.len()].copy_from_slice(&from.bits);
+        }
+        for head in 0..2 {
+            others.lse[head * 31 + 20..][..8].copy_from_slice(&inputs.lse[head * 8..][..8]);
+        }
+        same("in a batch", &run(device, &batch, &others)?[1..2], &expected)?;
+    }
+    Ok(())
+}
+
+fn same(what: &str, found: &[Vec<Vec<f32>>], expected: &[Vec<Vec<f32>>]) -> Result<(), String> {
+    for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+        if let Some(key) = (0..expected.len()).find(|&key| found[key].to_bits() != expected[key].to_bits()) {
+            return Err(format!("{what}: key {key} has {}, not {}", found[key], expected[key]));
+        }
+    }
+    Ok(())
+}
+
+/// NaN in a key, a query and an LSE reaches what it touches; infinities have the limits that they have.
+fn nan<D: Device>(device: &D) -> Result<(), String> {
+    for dtype in [DType::F16, DType::BF16] {
+        let case = Case { sequences: vec![[20, 150]], ..Case::plain(dtype, 64, 2, 20, 150) };
+        let (inputs, _) = Inputs::of(&case);
+        let clean = run(device, &case, &inputs)?;
+        let expect = |inputs: &Inputs, touched: &dyn Fn(usize, usize) -> bool| {
+            let found = run(device, &case, inputs)?;
+            for (head, found) in found[0].iter().enumerate() {
+                for (key, found) in found.iter().enumerate() {
+                    let clean = clean[0][head][key];
+                    if touched(head, key) != found.is_nan() || !found.is_nan() && *found != clean {
+                        return Err(format!("head {head}, key {key}: {found} where {clean} was"));
+                    }
+                }
+            }
+            Ok(())
+        };
+        let mut other = inputs.clone();
+        other.k.set(37 * 72 + 3, f32::NAN);
+        expect(&other, &|_, key| key == 37)?;
+        // Query 5 of the second head is token 135 and sees the keys up to there.
+        let mut other = inputs.clone();
+        other.q.set(5 * 2 * 72 + 72, f32::NAN);
+        expect(&other, &|head, key| head == 1 && key <= 135)?;
+        let mut other = inputs.clone();
+        other.lse[20 + 5] = f32::NAN;
+        expect(&other, &|head, key| head == 1 && key <= 135)?;
+
+        // LSE of either infinity takes a query out.
+        let mut without = inputs.clone();
+        for lse in &mut without.lse[..19] {
+            *lse = f32::NEG_INFINITY;
+        }
+        let mut infinite = without.clone();
+        for lse in &mut infinite.lse[..19] {
+            *lse = f32::INFINITY;
+        }
+        let (without, infinite) = (run(device, &case, &without)?, run(device, &case, &infinite)?);
+        same("LSE of infinity", &infinite, &without)?;
+        let given: f64 = without[0][0].iter().map(|score| f64::from(*score)).sum();
+        if (given - 1.0).abs() > 1e-4 {
+            return Err(format!("one query gave {given}"));
+        }
+        // Without LSE a NaN makes every probability of a query that sees it NaN.
+        let case = Case { lse: false, ..case.clone() };
+        let mut other = inputs.clone();
+        other.k.set(140 * 72 + 3, f32::NAN);
+        let found = run(device, &case, &other)?;
+        if !found[0].iter().flatten().all(|score| score.is_nan()) {
+            return Err("a NaN that the last query sees must reach its every key".into());
+        }
+    }
+    Ok(())
+}
+
+/// Lengths and positions on the device that nobody should write there lead nowhere outside the tensors.
+fn hostile<D: Device>(device: &D) -> Result<(), String> {
+    for starts in
+        [[0, 50, 100, i32::MAX], [-5, 10, 5, 40], [i32::MIN, i32::MAX, 3, i32::MIN], [90, 100, 101, 200]]
+    {
+        for lse in [true, false] {
+            let mut memory = Memory::new(device);
+            let cu_seqlens = memory.put(bytemuck::cast_slice(&starts));
+            let lengths = Lengths::packed(cu_seqlens, 100, 60);
+            let (query_heads, kv_heads, width) = (4, 2, 64);
+            let positions: Vec<i32> =
+                (0..100).map(|query| [i32::MIN, -1, i32::MAX, 1 << 30, 7][query % 5]).collect();
+            let mut work = scores::WindowScores {
+                q: Rows::packed(memory.put(&vec![0; 100 * 4 * 64 * 2]), query_heads, width),
+                k: Rows::packed(memory.put(&vec![0; 100 * 2 * 64 * 2]), kv_heads, width),
+                sequences: 3,
+                query_heads,
+                kv_heads,
+                head_dim: width,
+                dtype: DType::F16,
+                queries: lengths,
+                keys: lengths,
+                positions: memory.put(bytemuck::cast_slice(&positions)),
+                scale: 1.0,
+                bias: None,
+                lse: lse.then(|| Lse { base: memory.put(&[0; 1600]), stride: 100 }),
+                scores: Scores {
+                    base: memory.reserve(3 * 4 * 60 * 4),
+                    sequence_stride: 240,
+                    head_stride: 60,
+                    window: Window::Last(9),
+                    heads: ScoreHeads::Query,
+                },
+                workspace: 0,
+                workspace_bytes: 0,
+            };
+            work.workspace_bytes =
+                scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
+            work.workspace = memory.reserve(work.workspace_bytes);
+            // SAFETY: every address is a block of `memory` of the size that its field states.
+            unsafe { scores::window_scores(device, &work) }
+                .map_err(|error| format!("{starts:?}: {error}"))?;
+            device.synchronize().map_err(|error| error.to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// A device on which scores are divided among blocks in another way than the driver's.
+struct Divided<'a, D> {
+    device: &'a D,
+    block_keys: i32,
+    slots: i32,
+}
+
+impl<D: Device> Device for Divided<'_, D> {
+    type Event = D::Event;
+
+    fn alloc(&self, bytes: usize) -> Result<u64, Error> {
+        self.device.alloc(bytes)
+    }
+
+    unsafe fn free(&self, address: u64) -> Result<(), Error> {
+        // SAFETY: as the caller says.
+        unsafe { self.device.free(address) }
+    }
+
+    unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
+        // SAFETY: as the caller says.
+        unsafe { self.device.upload(to, from) }
+    }
+
+    unsafe fn download(&self, to: &mut [u8], from: u64) -> Result<(), Error> {
+        // SAFETY: as the caller says.
+        unsafe { self.device.download(to, from) }
+    }
+
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        // SAFETY: as the caller says.
+        unsafe { self.device.copy(to, from, bytes) }
+    }
+
+    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
+        // SAFETY: as the caller says.
+        unsafe { self.device.fill(to, value, bytes) }
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        assert!(!matches!(launch.kernel, Kernel::WindowLse), "scores alone can be divided");
+        let mut params: WindowScoresParams = bytemuck::pod_read_unaligned(launch.params);
+        let [keys, slot] = {
+            let width = (launch.shared_bytes / 64 - 8 * params.slots as u32) / 2;
+            // Keys of a step and queries of a slot, 64 of which there are `slots`.
+            let head_dim = [64, 96, 128, 256]
+                .into_iter()
+                .find(|d| width == d * (if *d == 256 { 1 } else { 2 } + params.slots as u32))
+                .expect("the shared memory of some head size");
+            [(if head_dim == 256 { 64 } else { 128 }) * 2 * head_dim, 64 * (2 * head_dim + 8)]
+        };
+        params.block_keys = self.block_keys;
+        params.slots = self.slots.min(((200 << 10) - keys as i32) / slot as i32);
+        let [_, y, z] = launch.grid;
+        // SAFETY: the parameters differ in what leaves every access where it was.
+        unsafe {
+            self.device.launch(&Launch {
+                grid: [(params.max_k_tokens as u32).div_ceil(self.block_keys as u32), y, z],
+                shared_bytes: keys + params.slots as u32 * slot,
+                params: bytemuck::bytes_of(&params),
+                ..*launch
+            })
+        }
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        self.device.synchronize()
+    }
+
+    fn record(&self) -> Result<D::Event, Error> {
+        self.device.record()
+    }
+
+    fn elapsed_ms(&self, from: &D::Event, to: &D::Event) -> Result<f32, Error> {
+        self.device.elapsed_ms(from, to)
+    }
+
+    fn compute_capability(&self) -> (u32, u32) {
+        self.device.compute_capability()
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        self.device.multiprocessors()
+    }
+}
+
+/// One run of `pool_scores`.
+#[derive(Clone, Debug)]
+pub(crate) struct PoolCase {
+    kv_heads: usize,
+    group: usize,
+    packed: bool,
+    keys: Vec<usize>,
+    tail: usize,
+    pooling: Pooling,
+    groups: bool,
+    total: bool,
+    /// Whether rows begin at multiples of 16 bytes.
+    aligned: bool,
+    seed: u64,
+}
+
+impl PoolCase {
+    fn random(seed: u64) -> Self {
+        let mut random = Random(seed);
+        let packed = random.below(2) == 0;
+        let keys = |random: &mut Random| random.of(&[0, 1, 3, 7, 8, 127, 128, 129, 300]) + random.below(3);
+        let uniform = keys(&mut random);
+        let kernel = random.of(&[1, 3, 5, 7, 9, 31, 63]);
+        Self {
+            kv_heads: random.of(&[1, 2, 7, 8, 9, 17]),
+            group: random.of(&[1, 2, 3, 4, 7]),
+            packed,
+            keys: (0..1 + random.below(3))
+                .map(|_| if packed { keys(&mut random) } else { uniform })
+                .collect(),
+            tail: random.of(&[0, 1, 8, 64]),
+            pooling: if random.below(2) == 0 { Pooling::max(kernel) } else { Pooling::average(kernel) },
+            groups: random.below(4) > 0,
+            total: random.below(3) > 0,
+            aligned: random.below(2) == 0,
+            seed,
+        }
+    }
+}
+
+/// Runs a pooling and compares it with plain loops.
+pub(crate) fn check_pool<D: Device>(device: &D, case: &PoolCase) -> Result<(), String> {
+    let mut memory = Memory::new(device);
+    let mut random = Random(case.seed);
+    let longest = case.keys.iter().copied().max().unwrap_or(0);
+    let sequences = case.keys.len();
+    let query_heads = case.kv_heads * case.group;
+    let stride = if case.aligned { longest.next_multiple_of(4) } else { longest + 1 };
+    let scores: Vec<f32> = (0..sequences * query_heads * stride)
+        .map(|_| if random.below(50) == 0 { f32::NAN } else { random.symmetric() })
+        .collect();
+    let mut starts = vec![0];
+    for keys in &case.keys {
+        starts.push(starts.last().unwrap() + *keys as i32);
+    }
+    let keys = if case.packed {
+        let total = *starts.last().unwrap() as u32;
+        Lengths::packed(memory.put(bytemuck::cast_slice(&starts)), total, longest as u32)
+    } else {
+        Lengths::dense(longest as u32)
+    };
+    let mut rows = |heads: usize, contents: Option<&[f32]>| {
+        let sequence_stride = heads * stride;
+        let bytes = (sequences * sequence_stride * 4).max(1);
+        let base = match contents {
+            Some(contents) => memory.put(bytemuck::cast_slice(contents)),
+            None => memory.untouched(bytes),
+        };
+        ScoreRows { base, sequence_stride: sequence_stride as i64, head_stride: stride as i64 }
+    };
+    let work = scores::PoolScores {
+        scores: rows(query_heads, Some(&scores)),
+        sequences: sequences as u32,
+        query_heads: query_heads as u32,
+        kv_heads: case.kv_heads as u32,
+        keys,
+        tail: case.tail as u32,
+        pooling: case.pooling,
+        groups: case.groups.then(|| rows(case.kv_heads, None)),
+        total: case.total.then(|| rows(1, None)),
+    };
+    // SAFETY: every address is a block of `memory` of the size that its field states.
+    unsafe { scores::pool_scores(device, &work) }.map_err(|error| error.to_string())?;
+
+    let untouched =
+        Expected { bits: Some(f32::from_ne_bytes([UNTOUCHED; 4]).to_bits()), ..Expected::default() };
+    let mut groups = vec![untouched; sequences * case.kv_heads * stride];
+    let mut total = vec![untouched; sequences * stride];
+    for (sequence, keys) in case.keys.iter().enumerate() {
+        let keys = keys.saturating_sub(case.tail);
+        for key in 0..keys {
+            let mut all_heads = Expected::default();
+            for kv_head in 0..case.kv_heads {
+                let mut group = Expected::default();
+                for head in kv_head * case.group..(kv_head + 1) * case.group {
+                    let row = &scores[(sequence * query_heads + head) * stride..][..keys];
+                    group = group.plus(pooled(case.pooling, row, key));
+                }
+                groups[(sequence * case.kv_heads + kv_head) * stride + key] = group;
+                all_heads = all_heads.plus(group);
+            }
+            total[sequence * stride + key] = all_heads;
+        }
+    }
+    for (what, rows, expected) in [("groups", work.groups, groups), ("total", work.total, total)] {
+        if let Some(rows) = rows {
+            let bytes = memory.get(rows.base, expected.len() * 4)?;
+            for (at, (found, expected)) in bytemuck::cast_slice(&bytes).iter().zip(expected).enumerate() {
+                if !expected.holds(*found) {
+                    return Err(format!("{what}: element {at} is {found}, not {expected:?}"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a pooled score should be.
+#[derive(Clone, Copy, Debug, Default)]
+struct Expected {
+    value: f64,
+    error: f64,
+    /// The very bits, where nothing is to be written.
+    bits: Option<u32>,
+}
+
+impl Expected {
+    fn plus(self, other: Self) -> Self {
+        let value = self.value + other.value;
+        // Each addition rounds to half an ulp of its result, which no sum of magnitudes falls short of.
+        Self {
+            value,
+            error: self.error + other.error + (self.value.abs() + other.value.abs()) * ULP,
+            bits: None,
+        }
+    }
+
+    fn holds(self, found: f32) -> bool {
+        match self.bits {
+            Some(bits) => found.to_bits() == bits,
+            None if self.value.is_finite() => (f64::from(found) - self.value).abs() <= self.error,
+            None => f64::from(found).total_cmp(&self.value).is_eq() || found.is_nan() && self.value.is_nan(),
+        }
+    }
+}
+
+/// Pooled score of a key: max passes over NaN and is -inf where there is nothing else, but a kernel of 1
+/// leaves scores as they are.
+fn pooled(pooling: Pooling, row: &[f32], key: usize) -> Expected {
+    let reach = pooling.kernel as usize / 2;
+    let near = row[key.saturating_sub(reach)..(key + reach + 1).min(row.len())]
+        .iter()
+        .map(|score| f64::from(*score));
+    if pooling.kernel == 1 {
+        Expected { value: f64::from(row[key]), ..Expected::default() }
+    } else if pooling == Pooling::max(pooling.kernel) {
+        Expected { value: near.fold(f64::NEG_INFINITY, f64::max), ..Expected::default() }
+    } else {
+        let magnitude: f64 = near.clone().map(f64::abs).sum();
+        let width = f64::from(pooling.kernel);
+        Expected {
+            value: near.sum::<f64>() / width,
+            error: (width + 1.0) * magnitude / width * ULP,
+            bits: None,
+        }
+    }
+}
