@@ -42,6 +42,15 @@ impl<'a, D: Device> Memory<'a, D> {
         Ok(found)
     }
 
+    /// The numbers of a block.
+    pub(crate) fn floats(&self, address: u64, count: usize) -> Result<Vec<f32>, String> {
+        let bytes = self.get(address, count * 4)?;
+        Ok(bytes
+            .chunks_exact(4)
+            .map(|bytes| f32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+            .collect())
+    }
+
     pub(crate) fn expect(&self, what: &str, address: u64, expected: &[u8]) -> Result<(), String> {
         let found = self.get(address, expected.len())?;
         match found.iter().zip(expected).position(|(found, expected)| found != expected) {

@@ -370,8 +370,7 @@ fn run<D: Device>(device: &D, case: &Case, inputs: &Inputs) -> Result<Vec<Vec<Ve
     // SAFETY: every address is a block of `memory` of the size that its field states.
     unsafe { scores::window_scores(device, &work) }.map_err(|error| error.to_string())?;
 
-    let bytes = memory.get(work.scores.base, score_bytes)?;
-    let found: &[f32] = bytemuck::cast_slice(&bytes);
+    let found = memory.floats(work.scores.base, score_bytes / 4)?;
     let untouched = f32::from_ne_bytes([UNTOUCHED; 4]).to_bits();
     let mut expected_untouched = vec![true; found.len()];
     let scores = (0..count)
@@ -434,8 +433,7 @@ pub(crate) fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
                     expected.error += one.error + expected.value * ULP;
                 }
                 let off = (f64::from(*found) - expected.value).abs();
-                // Written so that NaN fails.
-                if !(off <= expected.error) {
+                if off.is_nan() || off > expected.error {
                     return Err(format!(
                         "sequence {sequence}, head {head}, key {key}: {found}, not {} within {:e}",
                         expected.value, expected.error
@@ -890,9 +888,9 @@ pub(crate) fn check_pool<D: Device>(device: &D, case: &PoolCase) -> Result<(), S
     }
     for (what, rows, expected) in [("groups", work.groups, groups), ("total", work.total, total)] {
         if let Some(rows) = rows {
-            let bytes = memory.get(rows.base, expected.len() * 4)?;
-            for (at, (found, expected)) in bytemuck::cast_slice(&bytes).iter().zip(expected).enumerate() {
-                if !expected.holds(*found) {
+            let found = memory.floats(rows.base, expected.len())?;
+            for (at, (found, expected)) in found.into_iter().zip(expected).enumerate() {
+                if !expected.holds(found) {
                     return Err(format!("{what}: element {at} is {found}, not {expected:?}"));
                 }
             }
