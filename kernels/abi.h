@@ -14,6 +14,9 @@
 /** Bytes of one vector load or store; row sizes, strides and addresses are multiples of it. */
 static const int32_t FASTKV_VECTOR_BYTES = 16;
 
+/** Threads of a block of `fastkv_gather_indices`. */
+static const int32_t FASTKV_GATHER_INDICES_THREADS = 256;
+
 /** Threads of a block of `fastkv_gather_kv`. */
 static const int32_t FASTKV_GATHER_KV_THREADS = 128;
 
@@ -104,6 +107,20 @@ typedef struct fastkv_rows {
     int64_t token_stride;
 } fastkv_rows;
 
+/** Parameters of `fastkv_gather_indices`: `out[i] = list[rows[i]]`, and -1 for a row outside the list. */
+typedef struct fastkv_gather_indices_params {
+    /** i32 `[length]`. */
+    uint64_t list;
+    /** i32 `[count]`. */
+    uint64_t rows;
+    /** Receives i32 `[count]`. */
+    uint64_t out;
+    /** Numbers in the list. */
+    int32_t length;
+    /** Numbers wanted. */
+    int32_t count;
+} fastkv_gather_indices_params;
+
 /** Pooling of scores along the keys: stride 1, padded by half the kernel. */
 typedef struct fastkv_pooling {
     /** `FASTKV_POOLING_MAX`, whose padding is -inf, or `FASTKV_POOLING_AVERAGE`, whose zeros count. */
@@ -147,6 +164,208 @@ typedef struct fastkv_gather_rows_params {
     /** Bytes of an element, the unit of the strides. */
     int32_t element_bytes;
 } fastkv_gather_rows_params;
+
+/** Element types, as the `dtype` fields of parameter structs name them: IEEE half precision. */
+static const int32_t FASTKV_DTYPE_F16 = 0;
+
+/** bfloat16. */
+static const int32_t FASTKV_DTYPE_BF16 = 1;
+
+/** IEEE single precision. */
+static const int32_t FASTKV_DTYPE_F32 = 2;
+
+/** Elements that a thread of the llama kernels moves at once, of any type; widths are multiples of it. */
+static const int32_t FASTKV_PIECE = 8;
+
+/** Threads of a block of `fastkv_add`, `fastkv_convert`, `fastkv_rope` and `fastkv_silu_mul`. */
+static const int32_t FASTKV_LLAMA_THREADS = 256;
+
+/** Most threads of a block of `fastkv_rms_norm`. */
+static const int32_t FASTKV_NORM_THREADS = 512;
+
+/** Most pieces of a row that each thread of `fastkv_rms_norm` holds. */
+static const int32_t FASTKV_NORM_PIECES = 4;
+
+/** Tokens of a block of `fastkv_rope`. */
+static const int32_t FASTKV_ROPE_TOKENS = 4;
+
+/** The largest head that `fastkv_rope` turns. */
+static const int32_t FASTKV_ROPE_HEAD_DIM = 256;
+
+/** Threads of a block of `fastkv_sample`. */
+static const int32_t FASTKV_SAMPLE_THREADS = 1024;
+
+/** Parameters of `fastkv_add`: `x += y`, each sum rounded once. */
+typedef struct fastkv_add_params {
+    /** `[rows, width]`; `sequence_stride` and `head_stride` are not used, here and below. */
+    fastkv_rows x;
+    /** Of the same shape. */
+    fastkv_rows y;
+    /** Elements of a row. */
+    int32_t width;
+    /** Element type of `x`. */
+    int32_t x_dtype;
+    /** Element type of `y`. */
+    int32_t y_dtype;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_add_params;
+
+/** Parameters of `fastkv_convert`: `out = x` in another element type. */
+typedef struct fastkv_convert_params {
+    /** `[rows, width]`. */
+    fastkv_rows x;
+    /** Of the same shape. */
+    fastkv_rows out;
+    /** Elements of a row. */
+    int32_t width;
+    /** Element type of `x`. */
+    int32_t x_dtype;
+    /** Element type of `out`. */
+    int32_t out_dtype;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_convert_params;
+
+/** Parameters of `fastkv_embed`: rows of an embedding table. */
+typedef struct fastkv_embed_params {
+    /** `[vocabulary, width]`, dense. */
+    uint64_t table;
+    /** i32 `[rows]`: row of the table for each row of `out`. One outside the table gives zeros. */
+    uint64_t ids;
+    /** Receives the rows, `[rows, width]`, dense. */
+    uint64_t out;
+    /**
+     * i32: becomes the largest i + 1 of an `ids[i]` outside the table, if that is more than it holds.
+     * 0: not wanted.
+     */
+    uint64_t fault;
+    /** Rows of the table. */
+    int32_t vocabulary;
+    /** Elements of a row. */
+    int32_t width;
+    /** Element type of the table. */
+    int32_t table_dtype;
+    /** Element type of `out`. */
+    int32_t out_dtype;
+} fastkv_embed_params;
+
+/**
+ * Parameters of `fastkv_rms_norm`: `out = x / sqrt(mean(x^2) + epsilon) * weight`, of `x += added`
+ * where something is to be added first.
+ */
+typedef struct fastkv_rms_norm_params {
+    /** `[rows, width]`; written where `added` is there, its sums rounded once. */
+    fastkv_rows x;
+    /** `[rows, width]` of `dtype`; base 0: nothing to add. */
+    fastkv_rows added;
+    /** Receives the normed rows, `[rows, width]` of `dtype`. */
+    fastkv_rows out;
+    /** `[width]` of `dtype`. */
+    uint64_t weight;
+    /** Elements of a row. */
+    int32_t width;
+    /** Element type of `x`. */
+    int32_t x_dtype;
+    /** Element type of all else. */
+    int32_t dtype;
+    /** What keeps a row of zeros from a division by zero. */
+    float epsilon;
+} fastkv_rms_norm_params;
+
+/**
+ * Parameters of `fastkv_rope`: rotates heads of Q and K, pairs (i, i + d/2) by
+ * `position * inverse_frequencies[i]`, and appends K and V to a ragged cache.
+ *
+ * Token i of a sequence goes to row `starts + lengths + i` of each kv head. Rows outside `[0, out_rows)`
+ * are dropped, and so are those of a negative start or length.
+ */
+typedef struct fastkv_rope_params {
+    /** Queries `[sequence][query head][token][d]`. */
+    fastkv_rows q;
+    /** Receives them rotated; may be `q` itself. */
+    fastkv_rows q_out;
+    /** Keys `[sequence][kv head][token][d]`. */
+    fastkv_rows k;
+    /** Values, of the same shape. */
+    fastkv_rows v;
+    /** Receives rotated keys, `[out_rows, d]`, dense. */
+    uint64_t k_out;
+    /** Receives values, `[out_rows, d]`, dense. */
+    uint64_t v_out;
+    /** i64 `[sequences, kv_heads]`: first row of each cache. */
+    uint64_t starts;
+    /** i32 `[sequences, kv_heads]`: entries in each cache so far. 0: none. */
+    uint64_t lengths;
+    /** i32 `[sequences, kv_heads]`: receives the lengths with the new entries; not `lengths`. 0: not wanted. */
+    uint64_t lengths_out;
+    /** i32 `[out_rows]`: receives the position of every row appended. 0: not wanted. */
+    uint64_t positions_out;
+    /** i32 `[sequences, tokens]`, or `[total_tokens]` where sequences are packed. */
+    uint64_t positions;
+    /** f32 `[d / 2]`. 0: nothing is turned; keys are appended as they are. */
+    uint64_t inverse_frequencies;
+    /** i32 `[sequences + 1]`: first token of each sequence on a packed token axis. 0: not packed. */
+    uint64_t cu_seqlens;
+    /** Rows that the caches hold together. */
+    int64_t out_rows;
+    /** Sequences in the batch. */
+    int32_t sequences;
+    /** Tokens of each sequence; where they are packed, no sequence has more. */
+    int32_t tokens;
+    /** Tokens of all sequences where they are packed. */
+    int32_t total_tokens;
+    /** Heads of Q; may be 0. */
+    int32_t query_heads;
+    /** Heads of K and of V; 0: nothing is appended. */
+    int32_t kv_heads;
+    /** d. */
+    int32_t head_dim;
+    /** Element type of all tensors. */
+    int32_t dtype;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_rope_params;
+
+/** How the next token of a row is drawn. */
+typedef struct fastkv_draw {
+    /** Softmax temperature; 0 or less, or NaN, takes the most likely token. */
+    float temperature;
+    /** Only the fewest most likely tokens whose probabilities sum up to it; 1 or more for all. */
+    float top_p;
+    /** Uniform random number in [0, 1). */
+    float uniform;
+    /** Only so many of the most likely tokens; 0 or less for all. Comes before `top_p`. */
+    int32_t top_k;
+} fastkv_draw;
+
+/** Parameters of `fastkv_sample`: a token for each row of logits. */
+typedef struct fastkv_sample_params {
+    /** `[rows, vocabulary]`. */
+    fastkv_rows logits;
+    /** `fastkv_draw` for each row. 0: the most likely token of every row. */
+    uint64_t draws;
+    /** i32 `[rows]`: receives the tokens; -1 where every logit is NaN. */
+    uint64_t tokens;
+    /** Logits of a row. */
+    int32_t vocabulary;
+    /** Element type of the logits. */
+    int32_t dtype;
+} fastkv_sample_params;
+
+/** Parameters of `fastkv_silu_mul`: `out = gate / (1 + exp(-gate)) * up`. */
+typedef struct fastkv_silu_mul_params {
+    /** `[rows, width]`. */
+    fastkv_rows gate;
+    /** Of the same shape. */
+    fastkv_rows up;
+    /** Receives the products; may be `gate` or `up` itself. */
+    fastkv_rows out;
+    /** Elements of a row. */
+    int32_t width;
+    /** Element type of all three. */
+    int32_t dtype;
+} fastkv_silu_mul_params;
 
 /**
  * Parameters of `fastkv_window_scores_*`: the softmax probabilities of each sequence's last queries,

@@ -9,6 +9,7 @@
 
 static_assert(sizeof(fastkv_kept) == 88, "src/abi.rs was generated for another layout");
 static_assert(sizeof(fastkv_rows) == 32, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_gather_indices_params) == 32, "src/abi.rs was generated for another layout");
 static_assert(sizeof(fastkv_gather_kv_params) == 184, "src/abi.rs was generated for another layout");
 static_assert(sizeof(fastkv_gather_rows_params) == 136, "src/abi.rs was generated for another layout");
 
@@ -67,6 +68,17 @@ __device__ __forceinline__ void store_position(const fastkv_kept& kept, const Li
 }
 
 } // namespace
+
+// Grid: x = tiles of the rows. A thread has one number.
+extern "C" __global__ void __launch_bounds__(FASTKV_GATHER_INDICES_THREADS)
+    fastkv_gather_indices(__grid_constant__ const fastkv_gather_indices_params p) {
+    const uint32_t i = blockIdx.x * FASTKV_GATHER_INDICES_THREADS + threadIdx.x;
+    if (i < uint32_t(p.count)) {
+        const int32_t row = reinterpret_cast<const int32_t*>(p.rows)[i];
+        const bool known = uint32_t(row) < uint32_t(p.length);
+        reinterpret_cast<int32_t*>(p.out)[i] = known ? reinterpret_cast<const int32_t*>(p.list)[row] : -1;
+    }
+}
 
 // Grid: x = (sequence, head), y = tiles of rows, z = K or V. A group of 2^lane_shift lanes moves a row
 // and each thread has FASTKV_GATHER_KV_ROWS of them in flight: 64 bytes a thread, 128 KB on an SM full

@@ -2,6 +2,8 @@
 
 /// Bytes of one vector load or store; row sizes, strides and addresses are multiples of it.
 pub const VECTOR_BYTES: i32 = 16;
+/// Threads of a block of `fastkv_gather_indices`.
+pub const GATHER_INDICES_THREADS: i32 = 256;
 /// Threads of a block of `fastkv_gather_kv`.
 pub const GATHER_KV_THREADS: i32 = 128;
 /// Rows that each thread of `fastkv_gather_kv` has in flight at once.
@@ -145,6 +147,55 @@ const _: () = {
         "Offset of field: Rows::token_stride",
     ][::core::mem::offset_of!(Rows, token_stride) - 24usize];
 };
+/// Parameters of `fastkv_gather_indices`: `out[i] = list[rows[i]]`, and -1 for a row outside the list.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct GatherIndicesParams {
+    /// i32 `[length]`.
+    pub list: u64,
+    /// i32 `[count]`.
+    pub rows: u64,
+    /// Receives i32 `[count]`.
+    pub out: u64,
+    /// Numbers in the list.
+    pub length: i32,
+    /// Numbers wanted.
+    pub count: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of GatherIndicesParams",
+    ][::core::mem::size_of::<GatherIndicesParams>() - 32usize];
+    [
+        "Alignment of GatherIndicesParams",
+    ][::core::mem::align_of::<GatherIndicesParams>() - 8usize];
+    [
+        "Offset of field: GatherIndicesParams::list",
+    ][::core::mem::offset_of!(GatherIndicesParams, list) - 0usize];
+    [
+        "Offset of field: GatherIndicesParams::rows",
+    ][::core::mem::offset_of!(GatherIndicesParams, rows) - 8usize];
+    [
+        "Offset of field: GatherIndicesParams::out",
+    ][::core::mem::offset_of!(GatherIndicesParams, out) - 16usize];
+    [
+        "Offset of field: GatherIndicesParams::length",
+    ][::core::mem::offset_of!(GatherIndicesParams, length) - 24usize];
+    [
+        "Offset of field: GatherIndicesParams::count",
+    ][::core::mem::offset_of!(GatherIndicesParams, count) - 28usize];
+};
 /// Pooling of scores along the keys: stride 1, padded by half the kernel.
 #[repr(C)]
 #[derive(
@@ -284,6 +335,476 @@ const _: () = {
     [
         "Offset of field: GatherRowsParams::element_bytes",
     ][::core::mem::offset_of!(GatherRowsParams, element_bytes) - 132usize];
+};
+/// Element types, as the `dtype` fields of parameter structs name them: IEEE half precision.
+pub const DTYPE_F16: i32 = 0;
+/// bfloat16.
+pub const DTYPE_BF16: i32 = 1;
+/// IEEE single precision.
+pub const DTYPE_F32: i32 = 2;
+/// Elements that a thread of the llama kernels moves at once, of any type; widths are multiples of it.
+pub const PIECE: i32 = 8;
+/// Threads of a block of `fastkv_add`, `fastkv_convert`, `fastkv_rope` and `fastkv_silu_mul`.
+pub const LLAMA_THREADS: i32 = 256;
+/// Most threads of a block of `fastkv_rms_norm`.
+pub const NORM_THREADS: i32 = 512;
+/// Most pieces of a row that each thread of `fastkv_rms_norm` holds.
+pub const NORM_PIECES: i32 = 4;
+/// Tokens of a block of `fastkv_rope`.
+pub const ROPE_TOKENS: i32 = 4;
+/// The largest head that `fastkv_rope` turns.
+pub const ROPE_HEAD_DIM: i32 = 256;
+/// Threads of a block of `fastkv_sample`.
+pub const SAMPLE_THREADS: i32 = 1024;
+/// Parameters of `fastkv_add`: `x += y`, each sum rounded once.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct AddParams {
+    /// `[rows, width]`; `sequence_stride` and `head_stride` are not used, here and below.
+    pub x: Rows,
+    /// Of the same shape.
+    pub y: Rows,
+    /// Elements of a row.
+    pub width: i32,
+    /// Element type of `x`.
+    pub x_dtype: i32,
+    /// Element type of `y`.
+    pub y_dtype: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AddParams"][::core::mem::size_of::<AddParams>() - 80usize];
+    ["Alignment of AddParams"][::core::mem::align_of::<AddParams>() - 8usize];
+    ["Offset of field: AddParams::x"][::core::mem::offset_of!(AddParams, x) - 0usize];
+    ["Offset of field: AddParams::y"][::core::mem::offset_of!(AddParams, y) - 32usize];
+    [
+        "Offset of field: AddParams::width",
+    ][::core::mem::offset_of!(AddParams, width) - 64usize];
+    [
+        "Offset of field: AddParams::x_dtype",
+    ][::core::mem::offset_of!(AddParams, x_dtype) - 68usize];
+    [
+        "Offset of field: AddParams::y_dtype",
+    ][::core::mem::offset_of!(AddParams, y_dtype) - 72usize];
+    [
+        "Offset of field: AddParams::reserved",
+    ][::core::mem::offset_of!(AddParams, reserved) - 76usize];
+};
+/// Parameters of `fastkv_convert`: `out = x` in another element type.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct ConvertParams {
+    /// `[rows, width]`.
+    pub x: Rows,
+    /// Of the same shape.
+    pub out: Rows,
+    /// Elements of a row.
+    pub width: i32,
+    /// Element type of `x`.
+    pub x_dtype: i32,
+    /// Element type of `out`.
+    pub out_dtype: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ConvertParams"][::core::mem::size_of::<ConvertParams>() - 80usize];
+    ["Alignment of ConvertParams"][::core::mem::align_of::<ConvertParams>() - 8usize];
+    [
+        "Offset of field: ConvertParams::x",
+    ][::core::mem::offset_of!(ConvertParams, x) - 0usize];
+    [
+        "Offset of field: ConvertParams::out",
+    ][::core::mem::offset_of!(ConvertParams, out) - 32usize];
+    [
+        "Offset of field: ConvertParams::width",
+    ][::core::mem::offset_of!(ConvertParams, width) - 64usize];
+    [
+        "Offset of field: ConvertParams::x_dtype",
+    ][::core::mem::offset_of!(ConvertParams, x_dtype) - 68usize];
+    [
+        "Offset of field: ConvertParams::out_dtype",
+    ][::core::mem::offset_of!(ConvertParams, out_dtype) - 72usize];
+    [
+        "Offset of field: ConvertParams::reserved",
+    ][::core::mem::offset_of!(ConvertParams, reserved) - 76usize];
+};
+/// Parameters of `fastkv_embed`: rows of an embedding table.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct EmbedParams {
+    /// `[vocabulary, width]`, dense.
+    pub table: u64,
+    /// i32 `[rows]`: row of the table for each row of `out`. One outside the table gives zeros.
+    pub ids: u64,
+    /// Receives the rows, `[rows, width]`, dense.
+    pub out: u64,
+    /** i32: becomes the largest i + 1 of an `ids[i]` outside the table, if that is more than it holds.
+ 0: not wanted.*/
+    pub fault: u64,
+    /// Rows of the table.
+    pub vocabulary: i32,
+    /// Elements of a row.
+    pub width: i32,
+    /// Element type of the table.
+    pub table_dtype: i32,
+    /// Element type of `out`.
+    pub out_dtype: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of EmbedParams"][::core::mem::size_of::<EmbedParams>() - 48usize];
+    ["Alignment of EmbedParams"][::core::mem::align_of::<EmbedParams>() - 8usize];
+    [
+        "Offset of field: EmbedParams::table",
+    ][::core::mem::offset_of!(EmbedParams, table) - 0usize];
+    [
+        "Offset of field: EmbedParams::ids",
+    ][::core::mem::offset_of!(EmbedParams, ids) - 8usize];
+    [
+        "Offset of field: EmbedParams::out",
+    ][::core::mem::offset_of!(EmbedParams, out) - 16usize];
+    [
+        "Offset of field: EmbedParams::fault",
+    ][::core::mem::offset_of!(EmbedParams, fault) - 24usize];
+    [
+        "Offset of field: EmbedParams::vocabulary",
+    ][::core::mem::offset_of!(EmbedParams, vocabulary) - 32usize];
+    [
+        "Offset of field: EmbedParams::width",
+    ][::core::mem::offset_of!(EmbedParams, width) - 36usize];
+    [
+        "Offset of field: EmbedParams::table_dtype",
+    ][::core::mem::offset_of!(EmbedParams, table_dtype) - 40usize];
+    [
+        "Offset of field: EmbedParams::out_dtype",
+    ][::core::mem::offset_of!(EmbedParams, out_dtype) - 44usize];
+};
+/** Parameters of `fastkv_rms_norm`: `out = x / sqrt(mean(x^2) + epsilon) * weight`, of `x += added`
+ where something is to be added first.*/
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RmsNormParams {
+    /// `[rows, width]`; written where `added` is there, its sums rounded once.
+    pub x: Rows,
+    /// `[rows, width]` of `dtype`; base 0: nothing to add.
+    pub added: Rows,
+    /// Receives the normed rows, `[rows, width]` of `dtype`.
+    pub out: Rows,
+    /// `[width]` of `dtype`.
+    pub weight: u64,
+    /// Elements of a row.
+    pub width: i32,
+    /// Element type of `x`.
+    pub x_dtype: i32,
+    /// Element type of all else.
+    pub dtype: i32,
+    /// What keeps a row of zeros from a division by zero.
+    pub epsilon: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RmsNormParams"][::core::mem::size_of::<RmsNormParams>() - 120usize];
+    ["Alignment of RmsNormParams"][::core::mem::align_of::<RmsNormParams>() - 8usize];
+    [
+        "Offset of field: RmsNormParams::x",
+    ][::core::mem::offset_of!(RmsNormParams, x) - 0usize];
+    [
+        "Offset of field: RmsNormParams::added",
+    ][::core::mem::offset_of!(RmsNormParams, added) - 32usize];
+    [
+        "Offset of field: RmsNormParams::out",
+    ][::core::mem::offset_of!(RmsNormParams, out) - 64usize];
+    [
+        "Offset of field: RmsNormParams::weight",
+    ][::core::mem::offset_of!(RmsNormParams, weight) - 96usize];
+    [
+        "Offset of field: RmsNormParams::width",
+    ][::core::mem::offset_of!(RmsNormParams, width) - 104usize];
+    [
+        "Offset of field: RmsNormParams::x_dtype",
+    ][::core::mem::offset_of!(RmsNormParams, x_dtype) - 108usize];
+    [
+        "Offset of field: RmsNormParams::dtype",
+    ][::core::mem::offset_of!(RmsNormParams, dtype) - 112usize];
+    [
+        "Offset of field: RmsNormParams::epsilon",
+    ][::core::mem::offset_of!(RmsNormParams, epsilon) - 116usize];
+};
+/** Parameters of `fastkv_rope`: rotates heads of Q and K, pairs (i, i + d/2) by
+ `position * inverse_frequencies[i]`, and appends K and V to a ragged cache.
+
+ Token i of a sequence goes to row `starts + lengths + i` of each kv head. Rows outside `[0, out_rows)`
+ are dropped, and so are those of a negative start or length.*/
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct RopeParams {
+    /// Queries `[sequence][query head][token][d]`.
+    pub q: Rows,
+    /// Receives them rotated; may be `q` itself.
+    pub q_out: Rows,
+    /// Keys `[sequence][kv head][token][d]`.
+    pub k: Rows,
+    /// Values, of the same shape.
+    pub v: Rows,
+    /// Receives rotated keys, `[out_rows, d]`, dense.
+    pub k_out: u64,
+    /// Receives values, `[out_rows, d]`, dense.
+    pub v_out: u64,
+    /// i64 `[sequences, kv_heads]`: first row of each cache.
+    pub starts: u64,
+    /// i32 `[sequences, kv_heads]`: entries in each cache so far. 0: none.
+    pub lengths: u64,
+    /// i32 `[sequences, kv_heads]`: receives the lengths with the new entries; not `lengths`. 0: not wanted.
+    pub lengths_out: u64,
+    /// i32 `[out_rows]`: receives the position of every row appended. 0: not wanted.
+    pub positions_out: u64,
+    /// i32 `[sequences, tokens]`, or `[total_tokens]` where sequences are packed.
+    pub positions: u64,
+    /// f32 `[d / 2]`. 0: nothing is turned; keys are appended as they are.
+    pub inverse_frequencies: u64,
+    /// i32 `[sequences + 1]`: first token of each sequence on a packed token axis. 0: not packed.
+    pub cu_seqlens: u64,
+    /// Rows that the caches hold together.
+    pub out_rows: i64,
+    /// Sequences in the batch.
+    pub sequences: i32,
+    /// Tokens of each sequence; where they are packed, no sequence has more.
+    pub tokens: i32,
+    /// Tokens of all sequences where they are packed.
+    pub total_tokens: i32,
+    /// Heads of Q; may be 0.
+    pub query_heads: i32,
+    /// Heads of K and of V; 0: nothing is appended.
+    pub kv_heads: i32,
+    /// d.
+    pub head_dim: i32,
+    /// Element type of all tensors.
+    pub dtype: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RopeParams"][::core::mem::size_of::<RopeParams>() - 240usize];
+    ["Alignment of RopeParams"][::core::mem::align_of::<RopeParams>() - 8usize];
+    ["Offset of field: RopeParams::q"][::core::mem::offset_of!(RopeParams, q) - 0usize];
+    [
+        "Offset of field: RopeParams::q_out",
+    ][::core::mem::offset_of!(RopeParams, q_out) - 32usize];
+    ["Offset of field: RopeParams::k"][::core::mem::offset_of!(RopeParams, k) - 64usize];
+    ["Offset of field: RopeParams::v"][::core::mem::offset_of!(RopeParams, v) - 96usize];
+    [
+        "Offset of field: RopeParams::k_out",
+    ][::core::mem::offset_of!(RopeParams, k_out) - 128usize];
+    [
+        "Offset of field: RopeParams::v_out",
+    ][::core::mem::offset_of!(RopeParams, v_out) - 136usize];
+    [
+        "Offset of field: RopeParams::starts",
+    ][::core::mem::offset_of!(RopeParams, starts) - 144usize];
+    [
+        "Offset of field: RopeParams::lengths",
+    ][::core::mem::offset_of!(RopeParams, lengths) - 152usize];
+    [
+        "Offset of field: RopeParams::lengths_out",
+    ][::core::mem::offset_of!(RopeParams, lengths_out) - 160usize];
+    [
+        "Offset of field: RopeParams::positions_out",
+    ][::core::mem::offset_of!(RopeParams, positions_out) - 168usize];
+    [
+        "Offset of field: RopeParams::positions",
+    ][::core::mem::offset_of!(RopeParams, positions) - 176usize];
+    [
+        "Offset of field: RopeParams::inverse_frequencies",
+    ][::core::mem::offset_of!(RopeParams, inverse_frequencies) - 184usize];
+    [
+        "Offset of field: RopeParams::cu_seqlens",
+    ][::core::mem::offset_of!(RopeParams, cu_seqlens) - 192usize];
+    [
+        "Offset of field: RopeParams::out_rows",
+    ][::core::mem::offset_of!(RopeParams, out_rows) - 200usize];
+    [
+        "Offset of field: RopeParams::sequences",
+    ][::core::mem::offset_of!(RopeParams, sequences) - 208usize];
+    [
+        "Offset of field: RopeParams::tokens",
+    ][::core::mem::offset_of!(RopeParams, tokens) - 212usize];
+    [
+        "Offset of field: RopeParams::total_tokens",
+    ][::core::mem::offset_of!(RopeParams, total_tokens) - 216usize];
+    [
+        "Offset of field: RopeParams::query_heads",
+    ][::core::mem::offset_of!(RopeParams, query_heads) - 220usize];
+    [
+        "Offset of field: RopeParams::kv_heads",
+    ][::core::mem::offset_of!(RopeParams, kv_heads) - 224usize];
+    [
+        "Offset of field: RopeParams::head_dim",
+    ][::core::mem::offset_of!(RopeParams, head_dim) - 228usize];
+    [
+        "Offset of field: RopeParams::dtype",
+    ][::core::mem::offset_of!(RopeParams, dtype) - 232usize];
+    [
+        "Offset of field: RopeParams::reserved",
+    ][::core::mem::offset_of!(RopeParams, reserved) - 236usize];
+};
+/// How the next token of a row is drawn.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Draw {
+    /// Softmax temperature; 0 or less, or NaN, takes the most likely token.
+    pub temperature: f32,
+    /// Only the fewest most likely tokens whose probabilities sum up to it; 1 or more for all.
+    pub top_p: f32,
+    /// Uniform random number in [0, 1).
+    pub uniform: f32,
+    /// Only so many of the most likely tokens; 0 or less for all. Comes before `top_p`.
+    pub top_k: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Draw"][::core::mem::size_of::<Draw>() - 16usize];
+    ["Alignment of Draw"][::core::mem::align_of::<Draw>() - 4usize];
+    [
+        "Offset of field: Draw::temperature",
+    ][::core::mem::offset_of!(Draw, temperature) - 0usize];
+    ["Offset of field: Draw::top_p"][::core::mem::offset_of!(Draw, top_p) - 4usize];
+    ["Offset of field: Draw::uniform"][::core::mem::offset_of!(Draw, uniform) - 8usize];
+    ["Offset of field: Draw::top_k"][::core::mem::offset_of!(Draw, top_k) - 12usize];
+};
+/// Parameters of `fastkv_sample`: a token for each row of logits.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct SampleParams {
+    /// `[rows, vocabulary]`.
+    pub logits: Rows,
+    /// `fastkv_draw` for each row. 0: the most likely token of every row.
+    pub draws: u64,
+    /// i32 `[rows]`: receives the tokens; -1 where every logit is NaN.
+    pub tokens: u64,
+    /// Logits of a row.
+    pub vocabulary: i32,
+    /// Element type of the logits.
+    pub dtype: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SampleParams"][::core::mem::size_of::<SampleParams>() - 56usize];
+    ["Alignment of SampleParams"][::core::mem::align_of::<SampleParams>() - 8usize];
+    [
+        "Offset of field: SampleParams::logits",
+    ][::core::mem::offset_of!(SampleParams, logits) - 0usize];
+    [
+        "Offset of field: SampleParams::draws",
+    ][::core::mem::offset_of!(SampleParams, draws) - 32usize];
+    [
+        "Offset of field: SampleParams::tokens",
+    ][::core::mem::offset_of!(SampleParams, tokens) - 40usize];
+    [
+        "Offset of field: SampleParams::vocabulary",
+    ][::core::mem::offset_of!(SampleParams, vocabulary) - 48usize];
+    [
+        "Offset of field: SampleParams::dtype",
+    ][::core::mem::offset_of!(SampleParams, dtype) - 52usize];
+};
+/// Parameters of `fastkv_silu_mul`: `out = gate / (1 + exp(-gate)) * up`.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct SiluMulParams {
+    /// `[rows, width]`.
+    pub gate: Rows,
+    /// Of the same shape.
+    pub up: Rows,
+    /// Receives the products; may be `gate` or `up` itself.
+    pub out: Rows,
+    /// Elements of a row.
+    pub width: i32,
+    /// Element type of all three.
+    pub dtype: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SiluMulParams"][::core::mem::size_of::<SiluMulParams>() - 104usize];
+    ["Alignment of SiluMulParams"][::core::mem::align_of::<SiluMulParams>() - 8usize];
+    [
+        "Offset of field: SiluMulParams::gate",
+    ][::core::mem::offset_of!(SiluMulParams, gate) - 0usize];
+    [
+        "Offset of field: SiluMulParams::up",
+    ][::core::mem::offset_of!(SiluMulParams, up) - 32usize];
+    [
+        "Offset of field: SiluMulParams::out",
+    ][::core::mem::offset_of!(SiluMulParams, out) - 64usize];
+    [
+        "Offset of field: SiluMulParams::width",
+    ][::core::mem::offset_of!(SiluMulParams, width) - 96usize];
+    [
+        "Offset of field: SiluMulParams::dtype",
+    ][::core::mem::offset_of!(SiluMulParams, dtype) - 100usize];
 };
 /** Parameters of `fastkv_window_scores_*`: the softmax probabilities of each sequence's last queries,
  summed per key. Where there is no LSE, `fastkv_window_partials_*` and `fastkv_window_lse`, which take

@@ -19,3 +19,13 @@ __device__ __forceinline__ void store(uint64_t address, uint4 value) {
                  "r"(value.z), "r"(value.w)
                  : "memory");
 }
+
+// 16 bytes that this kernel may write as well.
+__device__ __forceinline__ uint4 load(uint64_t address) {
+    uint4 value;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address)
+                 : "memory");
+    return value;
+}

@@ -14,6 +14,9 @@ pub(super) const MAX_GRID_YZ: u32 = 65_535;
 /// Above every model there is, and low enough that a kernel counts the bytes of a row in 32 bits.
 const MAX_ROW_BYTES: u64 = 1 << 30;
 
+/// The same of elements of any type, and low enough for a grid with a piece a thread.
+const MAX_WIDTH: u32 = 1 << 26;
+
 /// Bytes of a row of `elements`, which are whole vectors.
 pub(super) fn row_bytes(what: &str, elements: u32, dtype: DType) -> Result<i32, Error> {
     let bytes = u64::from(elements) * u64::from(dtype.bytes());
@@ -70,6 +73,32 @@ pub(super) fn rows(name: &str, rows: &Rows, shape: Shape) -> Result<Range<u64>, 
         + last(tokens, rows.token_stride)
         + i128::from(width);
     range(name, rows.base, elements, dtype.bytes(), Presence::Vectors)
+}
+
+/// Checks a matrix `[rows, width]` of at least one row and returns the addresses it spans.
+pub(super) fn matrix(
+    name: &str,
+    matrix: &Rows,
+    [height, width]: [u32; 2],
+    dtype: DType,
+) -> Result<Range<u64>, Error> {
+    let shape = Shape { sequences: 1, heads: 1, tokens: height as i32, width, dtype, packed: false };
+    rows(name, matrix, shape)
+}
+
+/// Checks a count that a kernel holds in an i32.
+pub(super) fn count(what: &str, count: u32) -> Result<i32, Error> {
+    i32::try_from(count).map_err(|_| Error::argument(what, count, format!("at most {}", i32::MAX)))
+}
+
+/// Checks a width that a kernel takes in pieces of eight elements.
+pub(super) fn pieces(what: &str, width: u32) -> Result<i32, Error> {
+    let piece = abi::PIECE as u32;
+    if width == 0 || !width.is_multiple_of(piece) || width > MAX_WIDTH {
+        let expected = format!("a multiple of {piece} from {piece} to {MAX_WIDTH}");
+        return Err(Error::argument(what, width, expected));
+    }
+    Ok(width as i32)
 }
 
 /// Offset of the last step along an axis.

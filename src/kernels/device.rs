@@ -100,10 +100,26 @@ pub struct Launch<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
+    /// `fastkv_gather_indices`, with [`abi::GatherIndicesParams`](crate::abi::GatherIndicesParams).
+    GatherIndices,
     /// `fastkv_gather_kv`, with [`abi::GatherKvParams`](crate::abi::GatherKvParams).
     GatherKv,
     /// `fastkv_gather_rows`, with [`abi::GatherRowsParams`](crate::abi::GatherRowsParams).
     GatherRows,
+    /// `fastkv_add`, with [`abi::AddParams`](crate::abi::AddParams).
+    Add,
+    /// `fastkv_convert`, with [`abi::ConvertParams`](crate::abi::ConvertParams).
+    Convert,
+    /// `fastkv_embed`, with [`abi::EmbedParams`](crate::abi::EmbedParams).
+    Embed,
+    /// `fastkv_rms_norm`, with [`abi::RmsNormParams`](crate::abi::RmsNormParams).
+    RmsNorm,
+    /// `fastkv_rope`, with [`abi::RopeParams`](crate::abi::RopeParams).
+    Rope,
+    /// `fastkv_sample`, with [`abi::SampleParams`](crate::abi::SampleParams).
+    Sample,
+    /// `fastkv_silu_mul`, with [`abi::SiluMulParams`](crate::abi::SiluMulParams).
+    SiluMul,
     /// `fastkv_pool_scores`, with [`abi::PoolScoresParams`](crate::abi::PoolScoresParams).
     PoolScores,
     /// `fastkv_window_lse`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
@@ -145,8 +161,16 @@ pub enum Kernel {
 impl Kernel {
     /// All of them; `ALL[kernel as usize] == kernel`.
     pub const ALL: &'static [Self] = &[
+        Self::GatherIndices,
         Self::GatherKv,
         Self::GatherRows,
+        Self::Add,
+        Self::Convert,
+        Self::Embed,
+        Self::RmsNorm,
+        Self::Rope,
+        Self::Sample,
+        Self::SiluMul,
         Self::PoolScores,
         Self::WindowLse,
         Self::WindowPartialsF16D64,
@@ -170,7 +194,12 @@ impl Kernel {
     /// The image that holds it: the name of its source file without `.cu`.
     pub const fn image(self) -> &'static str {
         match self {
-            Self::GatherKv | Self::GatherRows => "gather",
+            Self::GatherIndices | Self::GatherKv | Self::GatherRows => "gather",
+            Self::Add | Self::Convert | Self::SiluMul => "activation",
+            Self::Embed => "embed",
+            Self::RmsNorm => "norm",
+            Self::Rope => "rope",
+            Self::Sample => "sample",
             Self::PoolScores
             | Self::WindowLse
             | Self::WindowPartialsF16D64
@@ -195,8 +224,16 @@ impl Kernel {
     /// The name to look it up by in that image.
     pub const fn entry(self) -> &'static str {
         match self {
+            Self::GatherIndices => "fastkv_gather_indices",
             Self::GatherKv => "fastkv_gather_kv",
             Self::GatherRows => "fastkv_gather_rows",
+            Self::Add => "fastkv_add",
+            Self::Convert => "fastkv_convert",
+            Self::Embed => "fastkv_embed",
+            Self::RmsNorm => "fastkv_rms_norm",
+            Self::Rope => "fastkv_rope",
+            Self::Sample => "fastkv_sample",
+            Self::SiluMul => "fastkv_silu_mul",
             Self::PoolScores => "fastkv_pool_scores",
             Self::WindowLse => "fastkv_window_lse",
             Self::WindowPartialsF16D64 => "fastkv_window_partials_f16_64",

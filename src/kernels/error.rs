@@ -30,6 +30,18 @@ pub enum Error {
         /// Its own words.
         reason: String,
     },
+    /// A library of the CUDA toolkit that this machine lacks.
+    #[error(
+        "{name} cannot be loaded: not on the loader's path{}; install the CUDA toolkit's libraries, or put \
+         their folder into LD_LIBRARY_PATH",
+        if folders.is_empty() { String::new() } else { format!(", not in {}", folders.join(", ")) }
+    )]
+    Library {
+        /// The library that was sought first.
+        name: String,
+        /// Where else it was sought.
+        folders: Vec<String>,
+    },
     /// This build or this chip has no machine code for a kernel.
     #[error(
         "the kernel {0} was not built for this device; rebuild with its compute capability in CUDA_COMPUTE_CAP"

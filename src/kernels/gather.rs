@@ -9,9 +9,9 @@ use std::ops::Range;
 
 use super::{
     DType, Device, Error, Kernel, Launch,
-    check::{self, MAX_GRID_YZ, Presence, Shape, disjoint, last, range, row_bytes},
+    check::{self, MAX_GRID_YZ, Presence, Shape, count, disjoint, last, range, row_bytes},
 };
-use crate::abi::{self, GatherKvParams, GatherRowsParams, Kept, Rows};
+use crate::abi::{self, GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Rows};
 
 /// The kept rows of K and of V for every (sequence, kv head): `k_out[start + i] = k[indices[i]]`, and
 /// so for V.
@@ -46,6 +46,61 @@ pub struct GatherRows {
     pub width: u32,
     /// Element type of both tensors.
     pub dtype: DType,
+}
+
+/// `out[i] = list[rows[i]]`, and -1 for a row outside the list: the positions of selected rows.
+#[derive(Clone, Copy, Debug)]
+pub struct GatherIndices {
+    /// Address of i32 `[length]`.
+    pub list: u64,
+    /// Address of i32 `[count]`.
+    pub rows: u64,
+    /// Address of i32 `[count]`; does not overlap the rest.
+    pub out: u64,
+    /// Numbers in the list.
+    pub length: u32,
+    /// Numbers wanted.
+    pub count: u32,
+}
+
+/// Queues the gather of numbers. With none to move it launches nothing.
+///
+/// # Errors
+/// [`Error::Argument`] for a description that cannot be right; nothing was launched then. Otherwise
+/// what the device says.
+///
+/// # Safety
+/// Every address in `work` is device memory of the size its comment states until the kernel is done.
+/// Nothing else writes them or reads `out` meanwhile.
+pub unsafe fn gather_indices<D: Device + ?Sized>(device: &D, work: &GatherIndices) -> Result<(), Error> {
+    let params = GatherIndicesParams {
+        list: work.list,
+        rows: work.rows,
+        out: work.out,
+        length: count("length", work.length)?,
+        count: count("count", work.count)?,
+    };
+    if work.count == 0 {
+        return Ok(());
+    }
+    let presence = if work.length == 0 { Presence::Optional } else { Presence::Needed };
+    let list = range("list", work.list, work.length.into(), 4, presence)?;
+    let rows = range("rows", work.rows, work.count.into(), 4, Presence::Needed)?;
+    let out = range("out", work.out, work.count.into(), 4, Presence::Needed)?;
+    disjoint("out", &out, "list", &list)?;
+    disjoint("out", &out, "rows", &rows)?;
+    let threads = abi::GATHER_INDICES_THREADS as u32;
+    // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
+    unsafe {
+        device.launch(&Launch {
+            kernel: Kernel::GatherIndices,
+            grid: [work.count.div_ceil(threads), 1, 1],
+            cluster: [1, 1, 1],
+            block: [threads, 1, 1],
+            shared_bytes: 0,
+            params: bytemuck::bytes_of(&params),
+        })
+    }
 }
 
 /// Queues the gather of K and V. With nothing to move it launches nothing.

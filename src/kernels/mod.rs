@@ -9,19 +9,30 @@
 //! * [`scores`]: scores of keys by a window of queries, and their pooling.
 //! * [`batch`]: descriptions that attention and scores share.
 //! * [`images`]: the compiled kernels inside this library.
+//! * [`embed`], [`norm`], [`rope`], [`activation`], [`sample`]: what a Llama forward needs beside attention and
+//!   matrix products, which are a library's ([`MatrixProduct`]).
 
+pub mod activation;
 pub mod batch;
 mod check;
 mod device;
+pub mod embed;
 mod error;
 pub mod gather;
 pub mod images;
+mod matmul;
+pub mod norm;
 mod pooling;
+pub mod rope;
 mod rows;
+pub mod sample;
 pub mod scores;
 
 pub use device::{Device, Kernel, Launch};
 pub use error::{Error, cuda_error_name};
+pub use matmul::{Matmul, MatrixProduct};
+
+use crate::abi;
 
 /// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,6 +51,15 @@ impl DType {
         match self {
             Self::F16 | Self::BF16 => 2,
             Self::F32 => 4,
+        }
+    }
+
+    /// Its name in parameter structs.
+    const fn number(self) -> i32 {
+        match self {
+            Self::F16 => abi::DTYPE_F16,
+            Self::BF16 => abi::DTYPE_BF16,
+            Self::F32 => abi::DTYPE_F32,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::support::recorder::{Recorded, Recorder};
 use fastkv::{
-    abi::{GatherKvParams, GatherRowsParams, Kept, Rows},
+    abi::{GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Rows},
     kernels::{DType, Kernel, gather},
 };
 use proptest::prelude::*;
@@ -168,6 +168,42 @@ fn gather_rows_refuses() {
     refuses(|w| w.kept.heads = 8, "kept.heads is 8; it must be 1: hidden states have no heads");
     refuses(|w| w.kept.sequences = 65_536, "kept.sequences is 65536; it must be at most 65535");
     refuses(|w| w.out = w.rows.base, "out is 0x1000..0xc9000; it must be apart from rows, 0x1000..0x7d1000");
+}
+
+#[test]
+fn gather_indices_launches_and_refuses() {
+    let work = gather::GatherIndices { list: 4096, rows: 8192, out: 1 << 50, length: 1000, count: 257 };
+    let recorder = Recorder::default();
+    // SAFETY: the recorder touches no memory, here and below.
+    unsafe { gather::gather_indices(&recorder, &work) }.unwrap();
+    let Recorded { kernel, grid, block, params } = recorder.last();
+    assert_eq!((kernel, grid, block), (Kernel::GatherIndices, [2, 1, 1], [256, 1, 1]));
+    let expected = GatherIndicesParams { list: 4096, rows: 8192, out: 1 << 50, length: 1000, count: 257 };
+    assert_eq!(bytemuck::pod_read_unaligned::<GatherIndicesParams>(&params), expected);
+    for (change, message) in [
+        (
+            gather::GatherIndices { list: 0, ..work },
+            "list is 0x0; it must be a device address, a multiple of 4",
+        ),
+        (
+            gather::GatherIndices { rows: 2, ..work },
+            "rows is 0x2; it must be a device address, a multiple of 4",
+        ),
+        (
+            gather::GatherIndices { count: 1 << 31, ..work },
+            "count is 2147483648; it must be at most 2147483647",
+        ),
+        (
+            gather::GatherIndices { out: 4096, ..work },
+            "out is 0x1000..0x1404; it must be apart from list, 0x1000..0x1fa0",
+        ),
+    ] {
+        let recorder = Recorder::default();
+        // SAFETY: as above.
+        let error = unsafe { gather::gather_indices(&recorder, &change) }.expect_err(message);
+        assert_eq!(error.to_string(), message);
+        assert!(recorder.launches().is_empty());
+    }
 }
 
 /// A failure of the device reaches the caller as it is.

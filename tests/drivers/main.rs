@@ -4,6 +4,7 @@
 mod support;
 
 mod gather;
+mod llama;
 
 use fastkv::kernels::{Kernel, images};
 

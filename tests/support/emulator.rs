@@ -2,8 +2,13 @@
 
 use std::cell::RefCell;
 
-use fastkv::kernels::{Device, Error, Launch, images};
+use fastkv::{
+    abi::Rows,
+    kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, images},
+};
 use ptx_emulator::Schedule;
+
+use super::number::{decode, encode};
 
 pub(crate) struct Emulator {
     device: RefCell<ptx_emulator::Device>,
@@ -92,5 +97,45 @@ impl Device for Emulator {
 
     fn multiprocessors(&self) -> u32 {
         4
+    }
+}
+
+/// Plain loops on the host.
+impl MatrixProduct for Emulator {
+    fn matmul_workspace(&self) -> Result<usize, Error> {
+        Ok(256)
+    }
+
+    unsafe fn matmul(&self, work: &Matmul) -> Result<(), Error> {
+        if !work.check()? {
+            return Ok(());
+        }
+        let Matmul { rows, columns, inner, dtype, out_dtype, .. } = *work;
+        let read = |address, count: u32, dtype: DType| {
+            let bytes = self.device.borrow().read(address, count as usize * dtype.bytes() as usize);
+            Ok(decode(dtype, &bytes.map_err(failed("matmul"))?))
+        };
+        let row_of = |matrix: &Rows, row: u32, dtype: DType| {
+            matrix.base + u64::from(row) * matrix.token_stride as u64 * u64::from(dtype.bytes())
+        };
+        let weight = (0..columns).map(|column| read(row_of(&work.weight, column, dtype), inner, dtype));
+        let weight = weight.collect::<Result<Vec<_>, Error>>()?;
+        let bias = match work.bias {
+            0 => vec![0.0; columns as usize],
+            address => read(address, columns, dtype)?,
+        };
+        for row in 0..rows {
+            let x = read(row_of(&work.x, row, dtype), inner, dtype)?;
+            let out = row_of(&work.out, row, out_dtype);
+            let before = match work.accumulate {
+                true => read(out, columns, out_dtype)?,
+                false => vec![0.0; columns as usize],
+            };
+            let sums = weight.iter().zip(&bias).zip(&before).map(|((weight, bias), before)| {
+                weight.iter().zip(&x).map(|(weight, x)| weight * x).sum::<f64>() + bias + before
+            });
+            self.device.borrow_mut().write(out, &encode(out_dtype, sums)).map_err(failed("matmul"))?;
+        }
+        Ok(())
     }
 }

@@ -225,6 +225,7 @@ impl Case {
 
 pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
     vec![
+        Check::portable("gather_indices", check_indices),
         Check::portable("gather_kv_edges", |device, _| all(edges(), |case| check_kv(device, case))),
         Check::portable("gather_kv_random", |device, seed| {
             all((0..50).map(|n| Case::random(seed * 50 + n, 1 + n as usize % 9)), |case| {
@@ -239,6 +240,35 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
             all((0..50).map(|n| Case::random(seed * 50 + n, 1)), |case| check_rows(device, case))
         }),
     ]
+}
+
+/// Lists and rows of several lengths, about one row in eight outside the list.
+fn check_indices<D: Device>(device: &D, seed: u64) -> Result<(), String> {
+    let mut random = Random(seed);
+    for (length, count) in [(0, 0), (0, 5), (1, 1), (7, 255), (300, 256), (300, 257), (40, 1000)] {
+        let list: Vec<i32> = (0..length).map(|_| random.next() as i32).collect();
+        let rows: Vec<i32> = (0..count)
+            .map(|_| match random.below(16) {
+                0 => -1 - random.below(1 << 30) as i32,
+                1 => (length + random.below(3)) as i32,
+                _ => random.below(length.max(1)) as i32,
+            })
+            .collect();
+        let mut memory = Memory::new(device);
+        let work = gather::GatherIndices {
+            list: memory.put(bytemuck::cast_slice(&list)),
+            rows: memory.put(bytemuck::cast_slice(&rows)),
+            out: memory.untouched(count * 4),
+            length: length as u32,
+            count: count as u32,
+        };
+        // SAFETY: every address is a block of `memory` of the size that its field states.
+        unsafe { gather::gather_indices(device, &work) }.map_err(|error| error.to_string())?;
+        let number = |row: &i32| usize::try_from(*row).ok().and_then(|row| list.get(row)).copied();
+        let expected: Vec<i32> = rows.iter().map(|row| number(row).unwrap_or(-1)).collect();
+        memory.expect("out", work.out, bytemuck::cast_slice(&expected))?;
+    }
+    Ok(())
 }
 
 /// Runs `gather_kv` and compares every byte of the destinations.

@@ -4,12 +4,15 @@
 
 pub(crate) mod emulator;
 pub(crate) mod gather;
+pub(crate) mod llama;
+pub(crate) mod matmul;
 pub(crate) mod memory;
+pub(crate) mod number;
 pub(crate) mod random;
 pub(crate) mod recorder;
 pub(crate) mod scores;
 
-use fastkv::kernels::Device;
+use fastkv::kernels::MatrixProduct;
 
 /// Something to be found true of a kernel on a device.
 pub(crate) struct Check<D> {
@@ -29,8 +32,8 @@ impl<D> Check<D> {
 }
 
 /// Every check that is small enough for the emulator.
-pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
-    gather::checks().into_iter().chain(scores::checks()).collect()
+pub(crate) fn checks<D: MatrixProduct>() -> Vec<Check<D>> {
+    [gather::checks(), llama::checks(), matmul::checks(), scores::checks()].into_iter().flatten().collect()
 }
 
 /// Runs a check on cases, and names the first that fails.

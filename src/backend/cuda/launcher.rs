@@ -4,13 +4,16 @@ use std::{
     ffi::{CString, c_void},
     mem::MaybeUninit,
     ptr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use cudarc::driver::{result, sys};
 
-use super::probe::{self, Unavailable};
-use crate::kernels::{Device, Error, Kernel, Launch, images};
+use super::{
+    cublaslt::{self, CublasLt},
+    probe::{self, Unavailable},
+};
+use crate::kernels::{Device, Error, Kernel, Launch, Matmul, MatrixProduct, images};
 
 /// One stream of one GPU, with every kernel loaded.
 ///
@@ -55,6 +58,7 @@ impl CudaLauncher {
             stream: ptr::null_mut(),
             modules: Vec::new(),
             functions: Vec::new(),
+            products: OnceLock::new(),
             compute_capability: info.compute_capability,
             multiprocessors: info.multiprocessors,
         };
@@ -204,6 +208,23 @@ impl Device for CudaLauncher {
     }
 }
 
+impl MatrixProduct for CudaLauncher {
+    fn matmul_workspace(&self) -> Result<usize, Error> {
+        self.loaded.products()?;
+        Ok(cublaslt::WORKSPACE)
+    }
+
+    unsafe fn matmul(&self, work: &Matmul) -> Result<(), Error> {
+        if !work.check()? {
+            return Ok(());
+        }
+        let products = self.loaded.products()?;
+        let _current = self.loaded.enter()?;
+        // SAFETY: the caller's promise; the context is current and the stream is of it.
+        unsafe { products.matmul(work, self.stream.cast()) }
+    }
+}
+
 /// A point in the time of a stream.
 #[derive(Debug)]
 pub struct CudaEvent {
@@ -238,6 +259,8 @@ struct Loaded {
     modules: Vec<sys::CUmodule>,
     /// By `Kernel as usize`; none where the image has no code for this chip.
     functions: Vec<Option<Function>>,
+    /// Loaded when first asked for: kernels do without.
+    products: OnceLock<Result<CublasLt, Error>>,
     compute_capability: (u32, u32),
     multiprocessors: u32,
 }
@@ -284,6 +307,11 @@ impl Loaded {
         Ok(())
     }
 
+    fn products(&self) -> Result<&CublasLt, Error> {
+        let _current = self.enter()?;
+        self.products.get_or_init(CublasLt::load).as_ref().map_err(Clone::clone)
+    }
+
     fn enter(&self) -> Result<Current, Error> {
         Current::enter(self.context).map_err(Failure::into)
     }
@@ -293,6 +321,7 @@ impl Drop for Loaded {
     fn drop(&mut self) {
         // Failures leave nothing to do: the process is ending, or the context is lost already.
         if let Ok(_current) = Current::enter(self.context) {
+            self.products.take();
             for module in &self.modules {
                 // SAFETY: nothing can launch from it any more.
                 let _ = unsafe { sys::cuModuleUnload(*module) };

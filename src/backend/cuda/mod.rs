@@ -4,6 +4,7 @@
 //! [`probe::devices`] says what there is, without ever panicking; [`CudaLauncher`] runs kernels on one
 //! device.
 
+mod cublaslt;
 mod launcher;
 pub mod probe;
 
