@@ -14,6 +14,9 @@
 /** Bytes of one vector load or store; row sizes, strides and addresses are multiples of it. */
 static const int32_t FASTKV_VECTOR_BYTES = 16;
 
+/** Threads of a block of `fastkv_prefill_attention_*`. */
+static const int32_t FASTKV_ATTENTION_THREADS = 128;
+
 /** Threads of a block of `fastkv_gather_indices`. */
 static const int32_t FASTKV_GATHER_INDICES_THREADS = 256;
 
@@ -128,6 +131,79 @@ typedef struct fastkv_pooling {
     /** Keys in reach, odd, 1 to 63; 1 leaves scores as they are. */
     int32_t kernel;
 } fastkv_pooling;
+
+/**
+ * Parameters of `fastkv_prefill_attention_*`: causal attention of every (sequence, query head), and the
+ * softmax probabilities of each sequence's last queries summed per key.
+ *
+ * Query i of a sequence sees keys 0..=positions[i] of it. Lengths and positions are clipped to what is
+ * described here. A query that sees no key has output 0 and LSE -inf.
+ */
+typedef struct fastkv_prefill_attention_params {
+    /** Queries, `[sequence][query head][token][d]`. */
+    fastkv_rows q;
+    /** Keys, `[sequence][kv head][token][d]`. */
+    fastkv_rows k;
+    /** Values, as the keys. */
+    fastkv_rows v;
+    /** Receives the output, as the queries. */
+    fastkv_rows out;
+    /** i32 `[sequences + 1]`: first query of each sequence on the token axis. 0: `q_tokens` each. */
+    uint64_t cu_seqlens_q;
+    /** i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each. */
+    uint64_t cu_seqlens_k;
+    /**
+     * i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
+     * in any order; below 0 it sees none. 0: the queries are the last of the keys.
+     */
+    uint64_t positions;
+    /** Receives f32 `[query head][lse_stride]`, queries sequence after sequence: natural log. 0: not wanted. */
+    uint64_t lse;
+    /** Elements of `lse` from one head to the next. */
+    int64_t lse_stride;
+    /** u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none. */
+    uint64_t bias_heads;
+    /** u32 words, a bit for each key of a sequence, lowest bit first: keys that are biased. 0: none. */
+    uint64_t bias_keys;
+    /** Words of `bias_keys` from one sequence to the next. */
+    int64_t bias_key_stride;
+    /** Receives f32 `[sequence][score head][key]`: probabilities summed over the window. 0: not wanted. */
+    uint64_t scores;
+    /** Elements of `scores` from one sequence to the next. */
+    int64_t score_sequence_stride;
+    /** Elements of `scores` from one head to the next. */
+    int64_t score_head_stride;
+    /** i32 zeros: `[0]` next item of work, then finished window tiles of each (sequence, kv head). */
+    uint64_t queue;
+    /** Factor of the products of queries and keys. */
+    float scale;
+    /** Added to the scaled product where the query head and the key are biased. */
+    float bias;
+    /** Sequences in the batch. */
+    int32_t sequences;
+    /** Query heads, a multiple of `kv_heads`. */
+    int32_t query_heads;
+    /** Heads of keys and values. */
+    int32_t kv_heads;
+    /** Queries of each sequence, or of all together where `cu_seqlens_q` packs them. */
+    int32_t q_tokens;
+    /** Keys of each sequence, or of all together where `cu_seqlens_k` packs them. */
+    int32_t k_tokens;
+    /** Queries of the longest sequence, or more. */
+    int32_t max_q_tokens;
+    /** Keys of the longest sequence, or more. */
+    int32_t max_k_tokens;
+    /** Last queries of each sequence whose probabilities are summed; all where there are fewer. */
+    int32_t window;
+    /** `query_heads`, or `kv_heads` where scores are summed over the GQA group. */
+    int32_t score_heads;
+    /** kv heads whose tiles come before those of other heads, so that their keys and values stay in L2. */
+    int32_t section_heads;
+    /** Keys of a score item, a multiple of 32. */
+    int32_t score_keys;
+    /** Room for queries in shared memory, in slots of 64, while keys are scored; two or more. */
+    int32_t score_slots;
+} fastkv_prefill_attention_params;
 
 /** Parameters of `fastkv_gather_kv`: the kept rows of K and of V, moved to ragged caches. */
 typedef struct fastkv_gather_kv_params {

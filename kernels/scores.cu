@@ -6,6 +6,7 @@
 // an SM.
 
 #include "abi.h"
+#include "batch.cuh"
 #include "scoring/lse.cuh"
 #include "scoring/pool.cuh"
 #include "scoring/window.cuh"
@@ -18,63 +19,14 @@ namespace {
 
 constexpr int WARPS = FASTKV_SCORES_THREADS / 32;
 
-// The tokens of one sequence.
-struct Tokens {
-    int32_t first; // on the token axis of a tensor in which sequences have a stride
-    int64_t row;   // where all sequences stand in one row: LSE, positions
-    int32_t count;
-};
-
-// Clipped to the tensor and to `longest`, whatever cu_seqlens holds.
-__device__ __forceinline__ Tokens tokens_of(uint64_t cu_seqlens, int32_t tokens, int32_t longest,
-                                            int32_t sequence) {
-    if (!cu_seqlens) {
-        return {0, int64_t(sequence) * tokens, tokens};
+// The window whose LSE the first pass finds, `window` queries for each sequence.
+__device__ __forceinline__ Window own_window_of(const fastkv_window_scores_params& p, int32_t sequence,
+                                                int32_t kv_head) {
+    Window window = window_of(p, sequence, kv_head);
+    if (p.partials) {
+        window.lse = reinterpret_cast<const float*>(p.lse) +
+                     kv_head * window.heads * p.lse_stride + int64_t(sequence) * p.window;
     }
-    const int32_t* begin = reinterpret_cast<const int32_t*>(cu_seqlens) + sequence;
-    const int32_t first = __ldg(begin);
-    const int32_t end = min(__ldg(begin + 1), tokens);
-    if (first < 0 || end <= first) {
-        return {0, 0, 0};
-    }
-    return {first, first, min(end - first, longest)};
-}
-
-// The address of a row of 16-bit elements.
-__device__ __forceinline__ uint64_t row_address(const fastkv_rows& rows, int32_t sequence, int32_t head,
-                                                int32_t token) {
-    return rows.base +
-           2 * (sequence * rows.sequence_stride + head * rows.head_stride + token * rows.token_stride);
-}
-
-__device__ __forceinline__ Window window_of(const fastkv_window_scores_params& p, int32_t sequence,
-                                            int32_t kv_head) {
-    const Tokens queries = tokens_of(p.cu_seqlens_q, p.q_tokens, p.max_q_tokens, sequence);
-    const Tokens keys = tokens_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
-    const int32_t count = min(queries.count, p.window);
-    const int32_t first = queries.count - count;
-    const int32_t heads = p.query_heads / p.kv_heads;
-    Window window;
-    window.q = row_address(p.q, sequence, kv_head * heads, queries.first + first);
-    window.q_head_stride = p.q.head_stride;
-    window.q_token_stride = p.q.token_stride;
-    window.k = row_address(p.k, sequence, kv_head, keys.first);
-    window.k_token_stride = p.k.token_stride;
-    window.lse = reinterpret_cast<const float*>(p.lse) + kv_head * heads * p.lse_stride +
-                 (p.partials ? int64_t(sequence) * p.window : queries.row + first);
-    window.lse_stride = p.lse_stride;
-    window.positions =
-        p.positions ? reinterpret_cast<const int32_t*>(p.positions) + queries.row + first : nullptr;
-    window.first_sees = keys.count - count;
-    window.queries = count;
-    window.heads = heads;
-    window.keys = keys.count;
-    window.bias_heads = reinterpret_cast<const uint32_t*>(p.bias_heads);
-    window.bias_keys =
-        p.bias_keys ? reinterpret_cast<const uint32_t*>(p.bias_keys) + sequence * p.bias_key_stride : nullptr;
-    window.first_head = kv_head * heads;
-    window.bias = p.bias;
-    window.scale = p.scale;
     return window;
 }
 
@@ -91,11 +43,8 @@ __device__ __forceinline__ void window_scores(const fastkv_window_scores_params&
     extern __shared__ __align__(128) uint8_t memory[];
     const int32_t kv_head = blockIdx.y;
     const int32_t sequence = blockIdx.z;
-    const Window window = window_of(p, sequence, kv_head);
-    const bool group_sum = p.score_heads < p.query_heads;
-    const ScoreRows out = {reinterpret_cast<float*>(p.scores) + sequence * p.score_sequence_stride +
-                               kv_head * (group_sum ? 1 : window.heads) * p.score_head_stride,
-                           p.score_head_stride, group_sum};
+    const Window window = own_window_of(p, sequence, kv_head);
+    const ScoreRows out = score_rows_of(p, sequence, kv_head);
     const int32_t first = blockIdx.x * p.block_keys;
     WindowScores<T, d, WARPS>::run(window, out, first, first + p.block_keys,
                                    __cvta_generic_to_shared(memory), p.slots);
@@ -161,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SCORES_THREADS)
     fastkv_window_lse(__grid_constant__ const fastkv_window_scores_params p) {
     const int32_t kv_head = blockIdx.y;
     const int32_t sequence = blockIdx.z;
-    const Window window = window_of(p, sequence, kv_head);
+    const Window window = own_window_of(p, sequence, kv_head);
     const int32_t column = blockIdx.x * FASTKV_SCORES_THREADS + threadIdx.x;
     const int32_t head = column / (window.tiles() * 8);
     const int32_t query = column % (window.tiles() * 8);
@@ -185,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_POOL_THREADS)
     __shared__ float sums[WIDTH][FASTKV_POOL_KEYS];
     const int32_t sequence = blockIdx.y;
     const int32_t keys =
-        max(0, tokens_of(p.cu_seqlens, p.tokens, p.max_tokens, sequence).count - p.tail);
+        max(0, span_of(p.cu_seqlens, p.tokens, p.max_tokens, sequence).tokens - p.tail);
     const int32_t first = blockIdx.x * FASTKV_POOL_KEYS;
     if (first >= keys) {
         return;

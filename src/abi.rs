@@ -2,6 +2,8 @@
 
 /// Bytes of one vector load or store; row sizes, strides and addresses are multiples of it.
 pub const VECTOR_BYTES: i32 = 16;
+/// Threads of a block of `fastkv_prefill_attention_*`.
+pub const ATTENTION_THREADS: i32 = 128;
 /// Threads of a block of `fastkv_gather_indices`.
 pub const GATHER_INDICES_THREADS: i32 = 256;
 /// Threads of a block of `fastkv_gather_kv`.
@@ -223,6 +225,175 @@ const _: () = {
     [
         "Offset of field: Pooling::kernel",
     ][::core::mem::offset_of!(Pooling, kernel) - 4usize];
+};
+/** Parameters of `fastkv_prefill_attention_*`: causal attention of every (sequence, query head), and the
+ softmax probabilities of each sequence's last queries summed per key.
+
+ Query i of a sequence sees keys 0..=positions[i] of it. Lengths and positions are clipped to what is
+ described here. A query that sees no key has output 0 and LSE -inf.*/
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PrefillAttentionParams {
+    /// Queries, `[sequence][query head][token][d]`.
+    pub q: Rows,
+    /// Keys, `[sequence][kv head][token][d]`.
+    pub k: Rows,
+    /// Values, as the keys.
+    pub v: Rows,
+    /// Receives the output, as the queries.
+    pub out: Rows,
+    /// i32 `[sequences + 1]`: first query of each sequence on the token axis. 0: `q_tokens` each.
+    pub cu_seqlens_q: u64,
+    /// i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each.
+    pub cu_seqlens_k: u64,
+    /** i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
+ in any order; below 0 it sees none. 0: the queries are the last of the keys.*/
+    pub positions: u64,
+    /// Receives f32 `[query head][lse_stride]`, queries sequence after sequence: natural log. 0: not wanted.
+    pub lse: u64,
+    /// Elements of `lse` from one head to the next.
+    pub lse_stride: i64,
+    /// u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none.
+    pub bias_heads: u64,
+    /// u32 words, a bit for each key of a sequence, lowest bit first: keys that are biased. 0: none.
+    pub bias_keys: u64,
+    /// Words of `bias_keys` from one sequence to the next.
+    pub bias_key_stride: i64,
+    /// Receives f32 `[sequence][score head][key]`: probabilities summed over the window. 0: not wanted.
+    pub scores: u64,
+    /// Elements of `scores` from one sequence to the next.
+    pub score_sequence_stride: i64,
+    /// Elements of `scores` from one head to the next.
+    pub score_head_stride: i64,
+    /// i32 zeros: `[0]` next item of work, then finished window tiles of each (sequence, kv head).
+    pub queue: u64,
+    /// Factor of the products of queries and keys.
+    pub scale: f32,
+    /// Added to the scaled product where the query head and the key are biased.
+    pub bias: f32,
+    /// Sequences in the batch.
+    pub sequences: i32,
+    /// Query heads, a multiple of `kv_heads`.
+    pub query_heads: i32,
+    /// Heads of keys and values.
+    pub kv_heads: i32,
+    /// Queries of each sequence, or of all together where `cu_seqlens_q` packs them.
+    pub q_tokens: i32,
+    /// Keys of each sequence, or of all together where `cu_seqlens_k` packs them.
+    pub k_tokens: i32,
+    /// Queries of the longest sequence, or more.
+    pub max_q_tokens: i32,
+    /// Keys of the longest sequence, or more.
+    pub max_k_tokens: i32,
+    /// Last queries of each sequence whose probabilities are summed; all where there are fewer.
+    pub window: i32,
+    /// `query_heads`, or `kv_heads` where scores are summed over the GQA group.
+    pub score_heads: i32,
+    /// kv heads whose tiles come before those of other heads, so that their keys and values stay in L2.
+    pub section_heads: i32,
+    /// Keys of a score item, a multiple of 32.
+    pub score_keys: i32,
+    /// Room for queries in shared memory, in slots of 64, while keys are scored; two or more.
+    pub score_slots: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of PrefillAttentionParams",
+    ][::core::mem::size_of::<PrefillAttentionParams>() - 280usize];
+    [
+        "Alignment of PrefillAttentionParams",
+    ][::core::mem::align_of::<PrefillAttentionParams>() - 8usize];
+    [
+        "Offset of field: PrefillAttentionParams::q",
+    ][::core::mem::offset_of!(PrefillAttentionParams, q) - 0usize];
+    [
+        "Offset of field: PrefillAttentionParams::k",
+    ][::core::mem::offset_of!(PrefillAttentionParams, k) - 32usize];
+    [
+        "Offset of field: PrefillAttentionParams::v",
+    ][::core::mem::offset_of!(PrefillAttentionParams, v) - 64usize];
+    [
+        "Offset of field: PrefillAttentionParams::out",
+    ][::core::mem::offset_of!(PrefillAttentionParams, out) - 96usize];
+    [
+        "Offset of field: PrefillAttentionParams::cu_seqlens_q",
+    ][::core::mem::offset_of!(PrefillAttentionParams, cu_seqlens_q) - 128usize];
+    [
+        "Offset of field: PrefillAttentionParams::cu_seqlens_k",
+    ][::core::mem::offset_of!(PrefillAttentionParams, cu_seqlens_k) - 136usize];
+    [
+        "Offset of field: PrefillAttentionParams::positions",
+    ][::core::mem::offset_of!(PrefillAttentionParams, positions) - 144usize];
+    [
+        "Offset of field: PrefillAttentionParams::lse",
+    ][::core::mem::offset_of!(PrefillAttentionParams, lse) - 152usize];
+    [
+        "Offset of field: PrefillAttentionParams::lse_stride",
+    ][::core::mem::offset_of!(PrefillAttentionParams, lse_stride) - 160usize];
+    [
+        "Offset of field: PrefillAttentionParams::bias_heads",
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias_heads) - 168usize];
+    [
+        "Offset of field: PrefillAttentionParams::bias_keys",
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias_keys) - 176usize];
+    [
+        "Offset of field: PrefillAttentionParams::bias_key_stride",
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias_key_stride) - 184usize];
+    [
+        "Offset of field: PrefillAttentionParams::scores",
+    ][::core::mem::offset_of!(PrefillAttentionParams, scores) - 192usize];
+    [
+        "Offset of field: PrefillAttentionParams::score_sequence_stride",
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_sequence_stride) - 200usize];
+    [
+        "Offset of field: PrefillAttentionParams::score_head_stride",
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_head_stride) - 208usize];
+    [
+        "Offset of field: PrefillAttentionParams::queue",
+    ][::core::mem::offset_of!(PrefillAttentionParams, queue) - 216usize];
+    [
+        "Offset of field: PrefillAttentionParams::scale",
+    ][::core::mem::offset_of!(PrefillAttentionParams, scale) - 224usize];
+    [
+        "Offset of field: PrefillAttentionParams::bias",
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias) - 228usize];
+    [
+        "Offset of field: PrefillAttentionParams::sequences",
+    ][::core::mem::offset_of!(PrefillAttentionParams, sequences) - 232usize];
+    [
+        "Offset of field: PrefillAttentionParams::query_heads",
+    ][::core::mem::offset_of!(PrefillAttentionParams, query_heads) - 236usize];
+    [
+        "Offset of field: PrefillAttentionParams::kv_heads",
+    ][::core::mem::offset_of!(PrefillAttentionParams, kv_heads) - 240usize];
+    [
+        "Offset of field: PrefillAttentionParams::q_tokens",
+    ][::core::mem::offset_of!(PrefillAttentionParams, q_tokens) - 244usize];
+    [
+        "Offset of field: PrefillAttentionParams::k_tokens",
+    ][::core::mem::offset_of!(PrefillAttentionParams, k_tokens) - 248usize];
+    [
+        "Offset of field: PrefillAttentionParams::max_q_tokens",
+    ][::core::mem::offset_of!(PrefillAttentionParams, max_q_tokens) - 252usize];
+    [
+        "Offset of field: PrefillAttentionParams::max_k_tokens",
+    ][::core::mem::offset_of!(PrefillAttentionParams, max_k_tokens) - 256usize];
+    [
+        "Offset of field: PrefillAttentionParams::window",
+    ][::core::mem::offset_of!(PrefillAttentionParams, window) - 260usize];
+    [
+        "Offset of field: PrefillAttentionParams::score_heads",
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_heads) - 264usize];
+    [
+        "Offset of field: PrefillAttentionParams::section_heads",
+    ][::core::mem::offset_of!(PrefillAttentionParams, section_heads) - 268usize];
+    [
+        "Offset of field: PrefillAttentionParams::score_keys",
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_keys) - 272usize];
+    [
+        "Offset of field: PrefillAttentionParams::score_slots",
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_slots) - 276usize];
 };
 /// Parameters of `fastkv_gather_kv`: the kept rows of K and of V, moved to ragged caches.
 #[repr(C)]

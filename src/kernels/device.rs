@@ -100,6 +100,22 @@ pub struct Launch<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
+    /// `fastkv_prefill_attention_f16_64`, with [`abi::PrefillAttentionParams`](crate::abi::PrefillAttentionParams).
+    PrefillAttentionF16D64,
+    /// `fastkv_prefill_attention_f16_96`, with [`abi::PrefillAttentionParams`](crate::abi::PrefillAttentionParams).
+    PrefillAttentionF16D96,
+    /// `fastkv_prefill_attention_f16_128`, with [`abi::PrefillAttentionParams`](crate::abi::PrefillAttentionParams).
+    PrefillAttentionF16D128,
+    /// `fastkv_prefill_attention_f16_256`, with [`abi::PrefillAttentionParams`](crate::abi::PrefillAttentionParams).
+    PrefillAttentionF16D256,
+    /// `fastkv_prefill_attention_bf16_64`, with [`abi::PrefillAttentionParams`](crate::abi::PrefillAttentionParams).
+    PrefillAttentionBf16D64,
+    /// `fastkv_prefill_attention_bf16_96`, with [`abi::PrefillAttentionParams`](crate::abi::PrefillAttentionParams).
+    PrefillAttentionBf16D96,
+    /// `fastkv_prefill_attention_bf16_128`, with [`abi::PrefillAttentionParams`](crate::abi::PrefillAttentionParams).
+    PrefillAttentionBf16D128,
+    /// `fastkv_prefill_attention_bf16_256`, with [`abi::PrefillAttentionParams`](crate::abi::PrefillAttentionParams).
+    PrefillAttentionBf16D256,
     /// `fastkv_gather_indices`, with [`abi::GatherIndicesParams`](crate::abi::GatherIndicesParams).
     GatherIndices,
     /// `fastkv_gather_kv`, with [`abi::GatherKvParams`](crate::abi::GatherKvParams).
@@ -161,6 +177,14 @@ pub enum Kernel {
 impl Kernel {
     /// All of them; `ALL[kernel as usize] == kernel`.
     pub const ALL: &'static [Self] = &[
+        Self::PrefillAttentionF16D64,
+        Self::PrefillAttentionF16D96,
+        Self::PrefillAttentionF16D128,
+        Self::PrefillAttentionF16D256,
+        Self::PrefillAttentionBf16D64,
+        Self::PrefillAttentionBf16D96,
+        Self::PrefillAttentionBf16D128,
+        Self::PrefillAttentionBf16D256,
         Self::GatherIndices,
         Self::GatherKv,
         Self::GatherRows,
@@ -194,6 +218,14 @@ impl Kernel {
     /// The image that holds it: the name of its source file without `.cu`.
     pub const fn image(self) -> &'static str {
         match self {
+            Self::PrefillAttentionF16D64
+            | Self::PrefillAttentionF16D96
+            | Self::PrefillAttentionF16D128
+            | Self::PrefillAttentionF16D256
+            | Self::PrefillAttentionBf16D64
+            | Self::PrefillAttentionBf16D96
+            | Self::PrefillAttentionBf16D128
+            | Self::PrefillAttentionBf16D256 => "attention",
             Self::GatherIndices | Self::GatherKv | Self::GatherRows => "gather",
             Self::Add | Self::Convert | Self::SiluMul => "activation",
             Self::Embed => "embed",
@@ -224,6 +256,14 @@ impl Kernel {
     /// The name to look it up by in that image.
     pub const fn entry(self) -> &'static str {
         match self {
+            Self::PrefillAttentionF16D64 => "fastkv_prefill_attention_f16_64",
+            Self::PrefillAttentionF16D96 => "fastkv_prefill_attention_f16_96",
+            Self::PrefillAttentionF16D128 => "fastkv_prefill_attention_f16_128",
+            Self::PrefillAttentionF16D256 => "fastkv_prefill_attention_f16_256",
+            Self::PrefillAttentionBf16D64 => "fastkv_prefill_attention_bf16_64",
+            Self::PrefillAttentionBf16D96 => "fastkv_prefill_attention_bf16_96",
+            Self::PrefillAttentionBf16D128 => "fastkv_prefill_attention_bf16_128",
+            Self::PrefillAttentionBf16D256 => "fastkv_prefill_attention_bf16_256",
             Self::GatherIndices => "fastkv_gather_indices",
             Self::GatherKv => "fastkv_gather_kv",
             Self::GatherRows => "fastkv_gather_rows",

@@ -5,6 +5,7 @@
 //! `backend::cuda` and something simpler in tests. Addresses are plain `u64` device addresses, so that
 //! any CUDA binding can call.
 //!
+//! * [`attention`]: causal attention of a prompt, and the scores of its keys in the same launch.
 //! * [`gather`]: moves kept rows of K and V, and of hidden states.
 //! * [`scores`]: scores of keys by a window of queries, and their pooling.
 //! * [`batch`]: descriptions that attention and scores share.
@@ -13,6 +14,7 @@
 //!   matrix products, which are a library's ([`MatrixProduct`]).
 
 pub mod activation;
+pub mod attention;
 pub mod batch;
 mod check;
 mod device;

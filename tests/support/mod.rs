@@ -2,6 +2,7 @@
 //! them on. Each test program uses its share of this.
 #![allow(dead_code)]
 
+pub(crate) mod attention;
 pub(crate) mod emulator;
 pub(crate) mod gather;
 pub(crate) mod llama;
@@ -33,7 +34,10 @@ impl<D> Check<D> {
 
 /// Every check that is small enough for the emulator.
 pub(crate) fn checks<D: MatrixProduct>() -> Vec<Check<D>> {
-    [gather::checks(), llama::checks(), matmul::checks(), scores::checks()].into_iter().flatten().collect()
+    [attention::checks(), gather::checks(), llama::checks(), matmul::checks(), scores::checks()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// Runs a check on cases, and names the first that fails.

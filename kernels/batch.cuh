@@ -1,0 +1,75 @@
+// How a batch lies in memory: what attention, and scores by themselves, have in common. Both kinds of
+// parameter structs name these things alike.
+#pragma once
+
+#include "abi.h"
+#include "scoring/window.cuh"
+
+// The tokens of one sequence.
+struct Span {
+    int32_t first; // on the token axis of a tensor in which sequences have a stride
+    int32_t tokens;
+    int64_t row; // where all sequences stand in one row: LSE, positions
+};
+
+// Clipped to the tensor and to `longest`, whatever cu_seqlens holds.
+__device__ __forceinline__ Span span_of(uint64_t cu_seqlens, int32_t tokens, int32_t longest,
+                                        int32_t sequence) {
+    if (!cu_seqlens) {
+        return {0, tokens, int64_t(sequence) * tokens};
+    }
+    const int32_t* begin = reinterpret_cast<const int32_t*>(cu_seqlens) + sequence;
+    const int32_t first = __ldg(begin);
+    const int32_t end = min(__ldg(begin + 1), tokens);
+    if (first < 0 || end <= first) {
+        return {0, 0, 0};
+    }
+    return {first, min(end - first, longest), first};
+}
+
+// The address of a row of 16-bit elements.
+__device__ __forceinline__ uint64_t row_address(const fastkv_rows& rows, int32_t sequence, int32_t head,
+                                                int32_t token) {
+    return rows.base +
+           2 * (sequence * rows.sequence_stride + head * rows.head_stride + token * rows.token_stride);
+}
+
+// The last `p.window` queries of a sequence for the heads of a GQA group. LSE lies with the queries.
+template <typename Params>
+__device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, int32_t kv_head) {
+    const Span queries = span_of(p.cu_seqlens_q, p.q_tokens, p.max_q_tokens, sequence);
+    const Span keys = span_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
+    const int32_t count = min(queries.tokens, p.window);
+    const int32_t first = queries.tokens - count;
+    const int32_t heads = p.query_heads / p.kv_heads;
+    Window window;
+    window.q = row_address(p.q, sequence, kv_head * heads, queries.first + first);
+    window.q_head_stride = p.q.head_stride;
+    window.q_token_stride = p.q.token_stride;
+    window.k = row_address(p.k, sequence, kv_head, keys.first);
+    window.k_token_stride = p.k.token_stride;
+    window.lse = reinterpret_cast<const float*>(p.lse) + kv_head * heads * p.lse_stride + queries.row + first;
+    window.lse_stride = p.lse_stride;
+    window.positions =
+        p.positions ? reinterpret_cast<const int32_t*>(p.positions) + queries.row + first : nullptr;
+    window.first_sees = keys.tokens - count;
+    window.queries = count;
+    window.heads = heads;
+    window.keys = keys.tokens;
+    window.bias_heads = reinterpret_cast<const uint32_t*>(p.bias_heads);
+    window.bias_keys =
+        p.bias_keys ? reinterpret_cast<const uint32_t*>(p.bias_keys) + sequence * p.bias_key_stride : nullptr;
+    window.first_head = kv_head * heads;
+    window.bias = p.bias;
+    window.scale = p.scale;
+    return window;
+}
+
+// Where the scores of a GQA group go.
+template <typename Params>
+__device__ __forceinline__ ScoreRows score_rows_of(const Params& p, int32_t sequence, int32_t kv_head) {
+    const bool group_sum = p.score_heads < p.query_heads;
+    const int32_t heads = group_sum ? 1 : p.query_heads / p.kv_heads;
+    float* scores = reinterpret_cast<float*>(p.scores) + sequence * p.score_sequence_stride;
+    return {scores + kv_head * heads * p.score_head_stride, p.score_head_stride, group_sum};
+}

@@ -1,0 +1,354 @@
+//! Causal attention of a prompt, and in the same launch the softmax probabilities that a window of
+//! queries gives every key: what FastKV, SnapKV and H2O rank keys by.
+//!
+//! Lengths and positions are read on the device, so a launch can be captured in a CUDA graph and replayed
+//! for other batches within the same bounds. The kernel clips them to what is described here; they can be
+//! wrong, but they cannot make it read or write elsewhere. Results are bit for bit the same in every run
+//! and whatever else is in the batch.
+
+use std::ops::Range;
+
+use super::{
+    DType, Device, Error, Kernel, Launch,
+    batch::{self, Bias, Lengths, Lse, Scores, Window},
+    check::{self, Presence, Shape, range},
+};
+use crate::abi::{self, PrefillAttentionParams, Rows};
+
+/// Causal attention of `sequences` x `query_heads`: query i of a sequence attends to its keys
+/// `0..=positions[i]`. A query that sees no key has output 0 and LSE -inf.
+///
+/// A key that a query does not see adds nothing to its output, whatever the key and its value hold, NaN
+/// included. What it sees spreads as IEEE arithmetic says.
+#[derive(Clone, Copy, Debug)]
+pub struct PrefillAttention {
+    /// Queries, `[sequence][query head][token][head_dim]`.
+    pub q: Rows,
+    /// Keys, `[sequence][kv head][token][head_dim]`.
+    pub k: Rows,
+    /// Values, of the shape of the keys.
+    pub v: Rows,
+    /// Receives the output, of the shape of the queries; overlaps nothing else.
+    pub out: Rows,
+    /// Sequences in the batch.
+    pub sequences: u32,
+    /// Query heads: 1 to 16 times `kv_heads`.
+    pub query_heads: u32,
+    /// Heads of keys and values.
+    pub kv_heads: u32,
+    /// 64, 96, 128 or 256.
+    pub head_dim: u32,
+    /// Element type of queries, keys, values and output: f16 or bf16.
+    pub dtype: DType,
+    /// How many queries each sequence has.
+    pub queries: Lengths,
+    /// How many keys each sequence has.
+    pub keys: Lengths,
+    /// Address of i32, one for each query, sequence after sequence: the last key that the query sees,
+    /// within its sequence, in any order; below 0 it sees none. 0: the queries are the last of the keys.
+    pub positions: u64,
+    /// Factor of the products of queries and keys, [`batch::default_scale`] as a rule.
+    pub scale: f32,
+    /// What is added to the logits of some keys for some heads.
+    pub bias: Option<Bias>,
+    /// Where the logarithm of each query's softmax denominator goes.
+    pub lse: Option<Lse>,
+    /// Which probabilities to sum, and where the sums go.
+    pub scores: Option<Scores>,
+    /// Address of [`prefill_attention_workspace`] bytes, a multiple of 256; contents do not matter.
+    pub workspace: u64,
+    /// Bytes there.
+    pub workspace_bytes: usize,
+}
+
+/// Bytes of workspace that [`prefill_attention`] needs for a description.
+///
+/// # Errors
+/// [`Error::Argument`] where the description makes no sense or needs more than there are addresses.
+pub fn prefill_attention_workspace(work: &PrefillAttention) -> Result<usize, Error> {
+    check_shape(work)?;
+    let Workspace { queue, lse } = workspace(work);
+    let bytes = queue + lse;
+    usize::try_from(bytes).ok().filter(|bytes| *bytes < isize::MAX as usize).ok_or_else(|| {
+        Error::argument("workspace", bytes, "a size that fits the address space: fewer sequences or heads")
+    })
+}
+
+/// Queues the attention of a batch, and the scores of its keys. With no query it launches nothing and
+/// writes nothing.
+///
+/// # Errors
+/// [`Error::Argument`] for a description that cannot be right; nothing was launched then. Otherwise
+/// what the device says.
+///
+/// # Safety
+/// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
+/// until the kernel is done. Nothing else touches the outputs or the workspace meanwhile, and nothing
+/// writes the inputs.
+pub unsafe fn prefill_attention<D: Device + ?Sized>(
+    device: &D,
+    work: &PrefillAttention,
+) -> Result<(), Error> {
+    let needed = prefill_attention_workspace(work)?;
+    if work.sequences == 0 || work.queries.tokens == 0 || work.queries.longest == 0 {
+        return Ok(());
+    }
+    check_tensors(work, needed)?;
+    let form = form(work);
+    let Workspace { queue, lse } = workspace(work);
+    let own_lse =
+        Lse { base: work.workspace + queue as u64, stride: (lse / 4) as i64 / i64::from(work.query_heads) };
+    let items = items(work, form.tile_queries);
+    let lse = work.lse.or((lse > 0).then_some(own_lse)).unwrap_or(Lse { base: 0, stride: 0 });
+    let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
+    let scores = work.scores;
+    let params = PrefillAttentionParams {
+        q: work.q,
+        k: work.k,
+        v: work.v,
+        out: work.out,
+        cu_seqlens_q: work.queries.cu_seqlens,
+        cu_seqlens_k: work.keys.cu_seqlens,
+        positions: work.positions,
+        lse: lse.base,
+        lse_stride: lse.stride,
+        bias_heads: bias.heads,
+        bias_keys: bias.keys,
+        bias_key_stride: bias.key_stride,
+        scores: scores.map_or(0, |scores| scores.base),
+        score_sequence_stride: scores.map_or(0, |scores| scores.sequence_stride),
+        score_head_stride: scores.map_or(0, |scores| scores.head_stride),
+        queue: work.workspace,
+        scale: work.scale,
+        bias: bias.value,
+        sequences: work.sequences as i32,
+        query_heads: work.query_heads as i32,
+        kv_heads: work.kv_heads as i32,
+        q_tokens: work.queries.tokens as i32,
+        k_tokens: work.keys.tokens as i32,
+        max_q_tokens: work.queries.longest as i32,
+        max_k_tokens: work.keys.longest as i32,
+        window: scores.map_or(0, |scores| scores.window.queries(work.queries.longest)) as i32,
+        score_heads: scores.map_or(0, |scores| scores.count(work.query_heads, work.kv_heads)) as i32,
+        section_heads: section_heads(work) as i32,
+        score_keys: score_keys(work) as i32,
+        score_slots: SCORE_SLOTS as i32,
+    };
+    // SAFETY: the workspace has that many bytes, and the caller vouches for it.
+    unsafe { device.fill(work.workspace, 0, queue as usize) }?;
+    // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
+    unsafe {
+        device.launch(&Launch {
+            kernel: form.kernel,
+            // Blocks that find no room wait their turn; none waits for one that comes after it.
+            grid: [items.min(device.multiprocessors().saturating_mul(BLOCKS_PER_MULTIPROCESSOR)), 1, 1],
+            cluster: [1, 1, 1],
+            block: [abi::ATTENTION_THREADS as u32, 1, 1],
+            shared_bytes: form.shared_bytes,
+            params: bytemuck::bytes_of(&params),
+        })
+    }
+}
+
+/// Registers allow as many of every form.
+const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
+
+/// Bytes of keys and values that are to stay in L2 while the queries of their heads pass.
+const SECTION_BYTES: u64 = 32 << 20;
+
+/// Slots of 64 queries, as few as scoring can do with: more would leave room for one block of
+/// [`BLOCKS_PER_MULTIPROCESSOR`]. They hold 32 queries of 4 heads; more stream past the keys.
+const SCORE_SLOTS: u32 = 2;
+
+/// What decides between the forms of the kernel.
+struct Form {
+    kernel: Kernel,
+    /// Queries of a tile.
+    tile_queries: u32,
+    shared_bytes: u32,
+}
+
+/// The form for an element type and a head size, which [`check_shape`] has found to exist.
+fn form(work: &PrefillAttention) -> Form {
+    use Kernel::*;
+    let kernels = match work.dtype {
+        DType::BF16 => [
+            PrefillAttentionBf16D64,
+            PrefillAttentionBf16D96,
+            PrefillAttentionBf16D128,
+            PrefillAttentionBf16D256,
+        ],
+        _ => {
+            [PrefillAttentionF16D64, PrefillAttentionF16D96, PrefillAttentionF16D128, PrefillAttentionF16D256]
+        }
+    };
+    let (kernel, tile_queries) = match work.head_dim {
+        64 => (kernels[0], 128),
+        96 => (kernels[1], 128),
+        128 => (kernels[2], 64),
+        _ => (kernels[3], 64),
+    };
+    let row_bytes = 2 * work.head_dim;
+    // One tile of queries, one block of keys, one of values.
+    const KEYS: u32 = 64;
+    let attention = (tile_queries + 2 * KEYS) * row_bytes;
+    // The keys of a step; queries, LSE, and the last key that each sees.
+    let step_keys = if work.head_dim == 256 { 64 } else { 128 };
+    let scores = step_keys * row_bytes + SCORE_SLOTS * 64 * (row_bytes + 8);
+    let shared_bytes = if work.scores.is_some() { attention.max(scores) } else { attention };
+    Form { kernel, tile_queries, shared_bytes }
+}
+
+/// An upper bound of the items of work; at least 1.
+fn items(work: &PrefillAttention, tile_queries: u32) -> u32 {
+    let tiles = tiles(work.sequences, work.queries, tile_queries) * u64::from(work.query_heads);
+    let score_items = tiles_of_keys(work) * u64::from(work.kv_heads);
+    u32::try_from(tiles + if work.scores.is_some() { score_items } else { 0 }).unwrap_or(u32::MAX)
+}
+
+/// The most tiles of `size` that sequences can have.
+fn tiles(sequences: u32, lengths: Lengths, size: u32) -> u64 {
+    u64::from(sequences) * u64::from(lengths.longest.div_ceil(size))
+}
+
+fn tiles_of_keys(work: &PrefillAttention) -> u64 {
+    tiles(work.sequences, work.keys, score_keys(work))
+}
+
+/// Keys of a score item: few enough to even out the end of a launch, enough that reading the queries is
+/// little beside reading the keys. Scores of all queries cost more for each key.
+fn score_keys(work: &PrefillAttention) -> u32 {
+    match work.scores {
+        Some(Scores { window: Window::All, .. }) => 128,
+        _ => 512,
+    }
+}
+
+/// kv heads of a sequence whose keys and values fit a section.
+fn section_heads(work: &PrefillAttention) -> u32 {
+    let head = u64::from(work.keys.longest.max(1)) * u64::from(work.head_dim) * 4;
+    (SECTION_BYTES / head).clamp(1, work.kv_heads.into()) as u32
+}
+
+/// Bytes of the parts of the workspace, in their order, each a multiple of 256.
+struct Workspace {
+    /// The next item, and what is done of the windows: zeros at the start.
+    queue: u128,
+    /// LSE, where scores need it and the caller does not.
+    lse: u128,
+}
+
+fn workspace(work: &PrefillAttention) -> Workspace {
+    let counters =
+        if work.scores.is_some() { u128::from(work.sequences) * u128::from(work.kv_heads) } else { 0 };
+    let lse = if work.scores.is_some() && work.lse.is_none() {
+        (work.queries.rows(work.sequences) as u128).next_multiple_of(64) * u128::from(work.query_heads)
+    } else {
+        0
+    };
+    Workspace { queue: (4 * (1 + counters)).next_multiple_of(256), lse: 4 * lse }
+}
+
+/// Everything about a description but its addresses.
+fn check_shape(work: &PrefillAttention) -> Result<(), Error> {
+    batch::check_head_dim(work.head_dim)?;
+    if !matches!(work.dtype, DType::F16 | DType::BF16) {
+        return Err(Error::argument("dtype", format_args!("{:?}", work.dtype), "F16 or BF16"));
+    }
+    batch::check_heads(work.query_heads, work.kv_heads)?;
+    work.queries.check("queries")?;
+    work.keys.check("keys")?;
+    batch::check_scale(work.scale)?;
+    if let Some(scores) = work.scores {
+        scores.window.check()?;
+    }
+    let tiles = tiles(work.sequences, work.queries, form(work).tile_queries).max(tiles_of_keys(work));
+    if tiles * u64::from(work.query_heads) >= 1 << 30 {
+        return Err(Error::argument(
+            "sequences",
+            work.sequences,
+            format!("fewer: {tiles} tiles of {} heads are more than 2^30", work.query_heads),
+        ));
+    }
+    Ok(())
+}
+
+/// Every address of a description that has queries.
+fn check_tensors(work: &PrefillAttention, workspace_bytes: usize) -> Result<(), Error> {
+    let PrefillAttention { sequences, query_heads, kv_heads, queries, keys, .. } = *work;
+    let shape = |heads, lengths: Lengths| Shape {
+        sequences: sequences as i32,
+        heads: heads as i32,
+        tokens: lengths.tokens as i32,
+        width: work.head_dim,
+        dtype: work.dtype,
+        packed: lengths.cu_seqlens != 0,
+    };
+    let mut inputs = vec![("q", check_rows("q", &work.q, shape(query_heads, queries))?)];
+    if keys.tokens > 0 {
+        inputs.push(("k", check_rows("k", &work.k, shape(kv_heads, keys))?));
+        inputs.push(("v", check_rows("v", &work.v, shape(kv_heads, keys))?));
+    }
+    let query_rows = queries.rows(sequences);
+    inputs.push(("queries.cu_seqlens", queries.check_starts("queries", sequences)?));
+    inputs.push(("keys.cu_seqlens", keys.check_starts("keys", sequences)?));
+    inputs.push(("positions", range("positions", work.positions, query_rows, 4, Presence::Optional)?));
+    if let Some(bias) = work.bias {
+        let [of_heads, of_keys] = bias.check(sequences, query_heads, keys, work.scale)?;
+        inputs.extend([("bias.heads", of_heads), ("bias.keys", of_keys)]);
+    }
+
+    check_apart(work)?;
+    let mut outputs = vec![("out", check_rows("out", &work.out, shape(query_heads, queries))?)];
+    if let Some(lse) = work.lse {
+        outputs.push(("lse", lse.check(query_heads, query_rows)?));
+    }
+    if let Some(scores) = work.scores {
+        outputs.push(("scores", scores.check(sequences, scores.count(query_heads, kv_heads), keys)?));
+    }
+    if !work.workspace.is_multiple_of(256) {
+        let value = format!("{:#x}", work.workspace);
+        return Err(Error::argument("workspace", value, "a device address, a multiple of 256"));
+    }
+    if work.workspace_bytes < workspace_bytes {
+        return Err(Error::argument(
+            "workspace_bytes",
+            work.workspace_bytes,
+            format!("{workspace_bytes} or more, as prefill_attention_workspace says"),
+        ));
+    }
+    let workspace = range("workspace", work.workspace, workspace_bytes as i128, 1, Presence::Needed)?;
+    outputs.push(("workspace", workspace));
+
+    check::apart(&outputs, &inputs)
+}
+
+/// A tensor whose rows the kernel finds with 32-bit strides in bytes.
+fn check_rows(name: &str, rows: &Rows, shape: Shape) -> Result<Range<u64>, Error> {
+    const MOST: i64 = (1 << 30) - 1;
+    if rows.token_stride > MOST {
+        let expected = format!("at most {MOST}");
+        return Err(Error::argument(format!("{name}.token_stride"), rows.token_stride, expected));
+    }
+    check::rows(name, rows, shape)
+}
+
+/// That no two rows of the output are the same memory.
+fn check_apart(work: &PrefillAttention) -> Result<(), Error> {
+    let Rows { sequence_stride, head_stride, token_stride, .. } = work.out;
+    let sequences = if work.queries.cu_seqlens == 0 { work.sequences } else { 1 };
+    let mut axes = [
+        ("out.sequence_stride", sequence_stride, sequences),
+        ("out.head_stride", head_stride, work.query_heads),
+        ("out.token_stride", token_stride, work.queries.tokens),
+    ];
+    axes.sort_by_key(|(_, stride, _)| *stride);
+    let mut extent = i128::from(work.head_dim);
+    for (what, stride, size) in axes.into_iter().filter(|(_, _, size)| *size > 1) {
+        if i128::from(stride) < extent {
+            return Err(Error::argument(what, stride, format!("{extent} or more: rows must not overlap")));
+        }
+        extent += i128::from(stride) * i128::from(size - 1);
+    }
+    Ok(())
+}

@@ -1,0 +1,354 @@
+//! Prefill attention.
+
+use crate::support::recorder::{Recorded, Recorder};
+use fastkv::{
+    abi::{PrefillAttentionParams, Rows},
+    kernels::{
+        DType, Kernel,
+        attention::{self, PrefillAttention},
+        batch::{Bias, Lengths, Lse, ScoreHeads, Scores, Window, default_scale},
+    },
+};
+
+#[test]
+fn fills_its_params() {
+    let recorder = Recorder::default();
+    let work = prepared(scored());
+    // SAFETY: the recorder touches no memory.
+    unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
+    let Recorded { kernel, grid, block, params } = recorder.last();
+    assert_eq!((kernel, block), (Kernel::PrefillAttentionBf16D128, [128, 1, 1]));
+    // 108 multiprocessors, two blocks on each.
+    assert_eq!(grid, [216, 1, 1]);
+    let expected = PrefillAttentionParams {
+        q: work.q,
+        k: work.k,
+        v: work.v,
+        out: work.out,
+        cu_seqlens_q: 0,
+        cu_seqlens_k: 0,
+        positions: 0,
+        // Behind the next item and a counter for each of 2 x 8 kv heads.
+        lse: WORKSPACE + 256,
+        // 2 x 1000 queries in whole stretches of 256 bytes.
+        lse_stride: 2048,
+        bias_heads: 0,
+        bias_keys: 0,
+        bias_key_stride: 0,
+        scores: 1 << 52,
+        score_sequence_stride: 32 * 1000,
+        score_head_stride: 1000,
+        queue: WORKSPACE,
+        scale: default_scale(128),
+        bias: 0.0,
+        sequences: 2,
+        query_heads: 32,
+        kv_heads: 8,
+        q_tokens: 1000,
+        k_tokens: 1000,
+        max_q_tokens: 1000,
+        max_k_tokens: 1000,
+        window: 8,
+        score_heads: 32,
+        section_heads: 8,
+        score_keys: 512,
+        score_slots: 2,
+    };
+    assert_eq!(bytemuck::pod_read_unaligned::<PrefillAttentionParams>(&params), expected);
+}
+
+#[test]
+fn optional_parts_fill_theirs() {
+    let recorder = Recorder::default();
+    let work = prepared(PrefillAttention {
+        positions: 4096,
+        queries: Lengths::packed(4096, 1000, 600),
+        q: Rows::packed(4096, 32, 128),
+        out: Rows::packed(1 << 50, 32, 128),
+        bias: Some(Bias { heads: 4096, keys: 8192, key_stride: 40, value: -2.5 }),
+        lse: Some(Lse { base: 1 << 54, stride: 1001 }),
+        scores: Some(Scores { window: Window::All, heads: ScoreHeads::Group, ..scored().scores.unwrap() }),
+        ..scored()
+    });
+    assert_eq!(work.workspace_bytes, 256);
+    // SAFETY: the recorder touches no memory.
+    unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
+    let params: PrefillAttentionParams = bytemuck::pod_read_unaligned(&recorder.last().params);
+    assert_eq!((params.cu_seqlens_q, params.cu_seqlens_k, params.positions), (4096, 0, 4096));
+    assert_eq!((params.q_tokens, params.max_q_tokens), (1000, 600));
+    assert_eq!((params.bias_heads, params.bias_keys, params.bias_key_stride), (4096, 8192, 40));
+    assert_eq!((params.bias, params.lse, params.lse_stride), (-2.5, 1 << 54, 1001));
+    assert_eq!((params.window, params.score_heads, params.score_keys), (600, 8, 128));
+}
+
+#[test]
+fn each_type_and_head_size_has_a_kernel() {
+    let mut seen = Vec::new();
+    for dtype in [DType::F16, DType::BF16] {
+        for head_dim in [64, 96, 128, 256] {
+            let recorder = Recorder::default();
+            let rows = |base, heads| Rows::token_major(base, 1000, heads, head_dim);
+            let work = prepared(PrefillAttention {
+                q: rows(4096, 32),
+                k: rows(4096, 8),
+                v: rows(4096, 8),
+                out: rows(1 << 50, 32),
+                head_dim,
+                dtype,
+                ..plain()
+            });
+            // SAFETY: the recorder touches no memory.
+            unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
+            let name = format!("fastkv_prefill_attention_{dtype:?}_{head_dim}").to_lowercase();
+            assert_eq!(recorder.last().kernel.entry(), name);
+            seen.push(recorder.last().kernel);
+        }
+    }
+    seen.dedup();
+    assert_eq!(seen.len(), 8);
+}
+
+#[test]
+fn small_batches_have_small_grids() {
+    let recorder = Recorder::default();
+    let one = |heads| Rows::token_major(4096, 1, heads, 128);
+    let work = prepared(PrefillAttention {
+        q: one(32),
+        out: Rows { base: 1 << 50, ..one(32) },
+        sequences: 1,
+        queries: Lengths::dense(1),
+        ..plain()
+    });
+    // SAFETY: the recorder touches no memory.
+    unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
+    assert_eq!(recorder.last().grid, [32, 1, 1]);
+}
+
+#[test]
+fn keys_of_many_heads_stay_within_l2() {
+    let recorder = Recorder::default();
+    let section = |keys| {
+        let rows = Rows::token_major(4096, keys, 8, 128);
+        let work = prepared(PrefillAttention { k: rows, v: rows, keys: Lengths::dense(keys), ..plain() });
+        // SAFETY: the recorder touches no memory.
+        unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
+        bytemuck::pod_read_unaligned::<PrefillAttentionParams>(&recorder.last().params).section_heads
+    };
+    assert_eq!([0, 1000, 16_384, 32_768, 1 << 20].map(section), [8, 8, 4, 2, 1]);
+}
+
+#[test]
+fn no_query_launches_nothing() {
+    let recorder = Recorder::default();
+    for (sequences, queries) in
+        [(0, Lengths::dense(5)), (2, Lengths::dense(0)), (2, Lengths::packed(4096, 5, 0))]
+    {
+        let work =
+            PrefillAttention { sequences, queries, q: Rows::default(), out: Rows::default(), ..plain() };
+        // SAFETY: the recorder touches no memory.
+        unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
+    }
+    assert!(recorder.launches().is_empty());
+}
+
+#[test]
+fn refuses() {
+    let refuses = |change: fn(&mut PrefillAttention), message: &str| {
+        let recorder = Recorder::default();
+        let mut work = prepared(scored());
+        change(&mut work);
+        // SAFETY: the recorder touches no memory.
+        let error = unsafe { attention::prefill_attention(&recorder, &work) }.expect_err(message);
+        assert_eq!(error.to_string(), message);
+        assert!(recorder.launches().is_empty(), "{message}");
+    };
+    refuses(|w| w.head_dim = 80, "head_dim is 80; it must be 64, 96, 128 or 256");
+    refuses(|w| w.dtype = DType::F32, "dtype is F32; it must be F16 or BF16");
+    refuses(|w| w.kv_heads = 0, "kv_heads is 0; it must be 1 or more");
+    refuses(|w| w.query_heads = 0, "query_heads is 0; it must be 1 to 16 times kv_heads = 8");
+    refuses(|w| w.query_heads = 12, "query_heads is 12; it must be 1 to 16 times kv_heads = 8");
+    refuses(|w| w.query_heads = 136, "query_heads is 136; it must be 1 to 16 times kv_heads = 8");
+    refuses(|w| w.queries.tokens = u32::MAX, "queries.tokens is 4294967295; it must be at most 1073741824");
+    refuses(
+        |w| w.keys.longest = 999,
+        "keys.longest is 999; it must be without cu_seqlens the tokens there are, 1000",
+    );
+    refuses(
+        |w| w.keys = Lengths::packed(4096, 1000, 1001),
+        "keys.longest is 1001; it must be at most the tokens there are, 1000",
+    );
+    refuses(|w| w.scale = 0.0, "scale is 0; it must be a positive number");
+    refuses(|w| w.scale = f32::NAN, "scale is NaN; it must be a positive number");
+    refuses(|w| w.scale = f32::INFINITY, "scale is inf; it must be a positive number");
+    refuses(
+        |w| w.sequences = u32::MAX,
+        "sequences is 4294967295; it must be fewer: 68719476720 tiles of 32 heads are more than 2^30",
+    );
+
+    refuses(|w| w.q.base = 0, "q is 0x0; it must be a device address, a multiple of 16");
+    refuses(|w| w.k.base = 4104, "k is 0x1008; it must be a device address, a multiple of 16");
+    refuses(
+        |w| w.v.head_stride = 100,
+        "v.head_stride is 100; it must be 0 or a positive multiple of 8 for BF16 (16 bytes)",
+    );
+    refuses(|w| w.k.token_stride = 1 << 30, "k.token_stride is 1073741824; it must be at most 1073741823");
+    refuses(
+        |w| w.keys = Lengths::packed(4096, 1000, 1000),
+        "k.sequence_stride is 1024000; it must be 0 where cu_seqlens packs the sequences along the token axis",
+    );
+    refuses(|w| w.positions = 2, "positions is 0x2; it must be a device address, a multiple of 4");
+    refuses(
+        |w| w.queries.cu_seqlens = 2,
+        "q.sequence_stride is 4096000; it must be 0 where cu_seqlens packs the sequences along the token axis",
+    );
+    refuses(
+        |w| w.out.head_stride = 64,
+        "out.head_stride is 64; it must be 128 or more: rows must not overlap",
+    );
+    refuses(
+        |w| w.out.sequence_stride = 2_048_000,
+        "out.sequence_stride is 2048000; it must be 4096000 or more: rows must not overlap",
+    );
+    refuses(|w| w.out.base = w.q.base, "out is 0x1000..0xfa1000; it must be apart from q, 0x1000..0xfa1000");
+
+    refuses(
+        |w| w.bias = Some(Bias { value: f32::NEG_INFINITY, ..BIAS }),
+        "bias.value is -inf; it must be finite, and finite when divided by scale: to hide keys is what \
+         positions are for",
+    );
+    refuses(
+        |w| (w.scale, w.bias) = (1e-30, Some(Bias { value: 1e20, ..BIAS })),
+        "bias.value is 100000000000000000000; it must be finite, and finite when divided by scale: to hide keys \
+         is what positions are for",
+    );
+    refuses(
+        |w| w.bias = Some(Bias { key_stride: 31, ..BIAS }),
+        "bias.key_stride is 31; it must be 32 or more: a bit for each of 1000 keys",
+    );
+    refuses(
+        |w| w.bias = Some(Bias { heads: 0, ..BIAS }),
+        "bias.heads is 0x0; it must be a device address, a multiple of 4",
+    );
+    refuses(
+        |w| w.bias = Some(Bias { keys: 6, ..BIAS }),
+        "bias.keys is 0x6; it must be a device address, a multiple of 4",
+    );
+
+    refuses(
+        |w| w.lse = Some(Lse { base: 1 << 54, stride: 1999 }),
+        "lse.stride is 1999; it must be 2000 or more: the queries of all sequences",
+    );
+    refuses(
+        |w| w.lse = Some(Lse { base: 0, stride: 2000 }),
+        "lse is 0x0; it must be a device address, a multiple of 4",
+    );
+
+    refuses(
+        |w| w.scores.as_mut().unwrap().window = Window::Last(0),
+        "scores.window is 0; it must be 1 to 64 queries",
+    );
+    refuses(
+        |w| w.scores.as_mut().unwrap().window = Window::Last(65),
+        "scores.window is 65; it must be 1 to 64 queries",
+    );
+    refuses(
+        |w| w.scores.as_mut().unwrap().base = 0,
+        "scores is 0x0; it must be a device address, a multiple of 4",
+    );
+    refuses(
+        |w| w.scores.as_mut().unwrap().head_stride = 999,
+        "scores.head_stride is 999; it must be 1000 or more: the keys of the longest sequence",
+    );
+    refuses(
+        |w| w.scores.as_mut().unwrap().sequence_stride = 31_999,
+        "scores.sequence_stride is 31999; it must be 32000 or more: 32 heads",
+    );
+    refuses(
+        |w| w.scores.as_mut().unwrap().base = w.out.base,
+        "scores is 0x4000000000000..0x400000003e800; it must be apart from out, \
+         0x4000000000000..0x4000000fa0000",
+    );
+
+    refuses(|w| w.workspace = 0, "workspace is 0x0; it must be a device address, a multiple of 1");
+    refuses(
+        |w| w.workspace += 128,
+        "workspace is 0x8000000000080; it must be a device address, a multiple of 256",
+    );
+    refuses(
+        |w| w.workspace_bytes -= 1,
+        "workspace_bytes is 262399; it must be 262400 or more, as prefill_attention_workspace says",
+    );
+    refuses(
+        |w| w.workspace = w.out.base,
+        "workspace is 0x4000000000000..0x4000000040100; it must be apart from out, \
+         0x4000000000000..0x4000000fa0000",
+    );
+}
+
+/// The workspace holds the next item, a counter for each (sequence, kv head) with scores, and LSE with
+/// scores where the caller wants none.
+#[test]
+fn workspaces_are_exact() {
+    let bytes = |work: PrefillAttention| attention::prefill_attention_workspace(&work).unwrap();
+    assert_eq!(bytes(plain()), 256);
+    assert_eq!(bytes(scored()), 256 + 32 * 2048 * 4);
+    assert_eq!(bytes(PrefillAttention { lse: Some(Lse { base: 4, stride: 2000 }), ..scored() }), 256);
+    assert_eq!(bytes(PrefillAttention { sequences: 9, ..scored() }), 512 + 32 * 9024 * 4);
+    let packed = Lengths::packed(4096, 1000, 1000);
+    assert_eq!(bytes(PrefillAttention { queries: packed, ..scored() }), 256 + 32 * 1024 * 4);
+}
+
+/// A failure of the device reaches the caller as it is.
+#[test]
+fn device_errors_pass() {
+    // SAFETY: the recorder touches no memory.
+    let error =
+        unsafe { attention::prefill_attention(&Recorder::failing(), &prepared(plain())) }.unwrap_err();
+    assert_eq!(error.to_string(), "cuLaunchKernelEx failed: CUDA error 719 (LAUNCH_FAILED)");
+}
+
+const WORKSPACE: u64 = 1 << 51;
+
+const BIAS: Bias = Bias { heads: 4096, keys: 4096, key_stride: 32, value: 1.0 };
+
+/// A layer of Llama 3.1 8B, two sequences of 1000 tokens.
+fn plain() -> PrefillAttention {
+    PrefillAttention {
+        q: Rows::token_major(4096, 1000, 32, 128),
+        k: Rows::token_major(4096, 1000, 8, 128),
+        v: Rows::token_major(4096, 1000, 8, 128),
+        out: Rows::token_major(1 << 50, 1000, 32, 128),
+        sequences: 2,
+        query_heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        dtype: DType::BF16,
+        queries: Lengths::dense(1000),
+        keys: Lengths::dense(1000),
+        positions: 0,
+        scale: default_scale(128),
+        bias: None,
+        lse: None,
+        scores: None,
+        workspace: 0,
+        workspace_bytes: 0,
+    }
+}
+
+/// The same with FastKV's window.
+fn scored() -> PrefillAttention {
+    let scores = Scores {
+        base: 1 << 52,
+        sequence_stride: 32 * 1000,
+        head_stride: 1000,
+        window: Window::Last(8),
+        heads: ScoreHeads::Query,
+    };
+    PrefillAttention { scores: Some(scores), ..plain() }
+}
+
+/// With the workspace that it needs.
+fn prepared(work: PrefillAttention) -> PrefillAttention {
+    let workspace_bytes = attention::prefill_attention_workspace(&work).unwrap();
+    PrefillAttention { workspace: WORKSPACE, workspace_bytes, ..work }
+}

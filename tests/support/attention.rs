@@ -1,0 +1,654 @@
+//! Prefill attention with scores: descriptions of work, an oracle in f64, and a run on a device.
+//!
+//! Where memory holds more than a tensor, gaps between heads and rows past the end, it holds NaN.
+
+use fastkv::{
+    abi::Rows,
+    kernels::{
+        DType, Device,
+        attention::{self, PrefillAttention},
+        batch::{Bias, Lengths, Lse, ScoreHeads, Scores, Window, default_scale},
+    },
+};
+use half::{bf16, f16};
+
+use super::{
+    Check, all,
+    memory::{Memory, UNTOUCHED},
+    random::Random,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// `[sequences, tokens, heads, d]`.
+    TokenMajor,
+    /// `[sequences, heads, tokens, d]`.
+    HeadMajor,
+    /// `[tokens, heads, d]`, sequences of different lengths one after the other.
+    Packed,
+}
+
+/// What queries, keys and values hold.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Contents {
+    /// Numbers in [-1, 1), queries times this factor.
+    Random(f32),
+    /// The same number everywhere in queries and keys: every key gets the same probability.
+    Equal,
+    /// One key that nothing comes near.
+    Huge,
+    /// Numbers below the smallest normal one.
+    Denormal,
+}
+
+/// One launch.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) dtype: DType,
+    pub(crate) head_dim: usize,
+    pub(crate) kv_heads: usize,
+    /// Query heads for each kv head.
+    pub(crate) group: usize,
+    pub(crate) layout: Layout,
+    /// Heads in memory between those of one token and those of the next, as in packed QKV.
+    pub(crate) gap: usize,
+    /// Queries and keys of each sequence; all the same unless packed.
+    pub(crate) lengths: Vec<(usize, usize)>,
+    /// How far `longest` exceeds the longest sequence.
+    pub(crate) slack: usize,
+    /// Last key that each query sees, sequence after sequence.
+    pub(crate) positions: Option<Vec<i32>>,
+    pub(crate) contents: Contents,
+    /// Keys whose value is NaN in column 0, as (sequence, key).
+    pub(crate) poisoned: Vec<(usize, usize)>,
+    pub(crate) bias: Option<BiasBits>,
+    pub(crate) lse: bool,
+    pub(crate) scores: Option<(Window, ScoreHeads)>,
+    pub(crate) seed: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct BiasBits {
+    pub(crate) heads: Vec<bool>,
+    /// Of each sequence.
+    pub(crate) keys: Vec<Vec<bool>>,
+    pub(crate) value: f32,
+}
+
+impl Case {
+    /// Packed sequences, queries last, output and LSE.
+    pub(crate) fn plain(
+        dtype: DType,
+        head_dim: usize,
+        [kv_heads, group]: [usize; 2],
+        lengths: &[(usize, usize)],
+    ) -> Self {
+        Self {
+            dtype,
+            head_dim,
+            kv_heads,
+            group,
+            layout: Layout::Packed,
+            gap: 0,
+            lengths: lengths.to_vec(),
+            slack: 0,
+            positions: None,
+            contents: Contents::Random(4.0),
+            poisoned: Vec::new(),
+            bias: None,
+            lse: true,
+            scores: None,
+            seed: 1,
+        }
+    }
+
+    /// Everything that may vary, drawn from `seed`.
+    pub(crate) fn random(seed: u64, head_dims: &[usize]) -> Self {
+        let mut random = Random(seed);
+        let layout = random.of(&[Layout::TokenMajor, Layout::HeadMajor, Layout::Packed, Layout::Packed]);
+        let mut length = || {
+            let queries = random.of(&[0, 1, 7, 33, 64, 65, 100, 130]);
+            (queries, if random.below(2) == 0 { queries } else { random.below(200) })
+        };
+        let lengths = match layout {
+            Layout::Packed => (0..3).map(|_| length()).collect(),
+            _ => vec![length(); 2],
+        };
+        let [kv_heads, group] = random.of(&[[1, 1], [1, 2], [2, 1], [1, 3], [1, 5]]);
+        let queries: usize = lengths.iter().map(|(queries, _)| queries).sum();
+        let longest = lengths.iter().map(|(_, keys)| *keys).max().unwrap_or(0);
+        let positions = (random.below(2) == 0)
+            .then(|| (0..queries).map(|_| random.below(longest + 20) as i32 - 10).collect());
+        let bias = (random.below(3) == 0).then(|| BiasBits {
+            heads: (0..kv_heads * group).map(|_| random.below(2) == 0).collect(),
+            keys: lengths
+                .iter()
+                .map(|(_, keys)| (0..*keys).map(|_| random.below(3) == 0).collect())
+                .collect(),
+            value: random.symmetric() * 5.0,
+        });
+        let window = random.of(&[Window::Last(1), Window::Last(8), Window::Last(33), Window::All]);
+        let heads = random.of(&[ScoreHeads::Query, ScoreHeads::Group]);
+        Self {
+            layout,
+            gap: random.below(3),
+            slack: random.below(100),
+            positions,
+            contents: Contents::Random(random.of(&[1.0, 8.0])),
+            bias,
+            lse: random.below(2) == 0,
+            scores: (random.below(3) > 0).then_some((window, heads)),
+            seed,
+            ..Self::plain(
+                random.of(&[DType::F16, DType::BF16]),
+                random.of(head_dims),
+                [kv_heads, group],
+                &lengths,
+            )
+        }
+    }
+
+    fn query_heads(&self) -> usize {
+        self.kv_heads * self.group
+    }
+
+    fn queries(&self) -> Vec<usize> {
+        self.lengths.iter().map(|(queries, _)| *queries).collect()
+    }
+
+    fn keys(&self) -> Vec<usize> {
+        self.lengths.iter().map(|(_, keys)| *keys).collect()
+    }
+
+    fn tensor(&self, heads: usize, tokens: Vec<usize>) -> Tensor {
+        Tensor { layout: self.layout, heads, gap: self.gap, tokens, width: self.head_dim }
+    }
+
+    /// The last key that a query sees, -1 for none.
+    fn last_key(&self, sequence: usize, query: usize) -> i64 {
+        let (queries, keys) = self.lengths[sequence];
+        let before: usize = self.queries()[..sequence].iter().sum();
+        let last = match &self.positions {
+            Some(positions) => i64::from(positions[before + query]),
+            None => query as i64 + keys as i64 - queries as i64,
+        };
+        last.min(keys as i64 - 1).max(-1)
+    }
+
+    fn lengths_of(&self, tokens: &[usize], cu_seqlens: impl FnOnce(&[i32]) -> u64) -> Lengths {
+        if self.layout == Layout::Packed {
+            let starts: Vec<i32> =
+                (0..=tokens.len()).map(|n| tokens[..n].iter().sum::<usize>() as i32).collect();
+            let total = starts[tokens.len()] as usize;
+            let longest = tokens.iter().max().copied().unwrap_or(0);
+            Lengths::packed(cu_seqlens(&starts), total as u32, (longest + self.slack).min(total) as u32)
+        } else {
+            Lengths::dense(tokens.first().copied().unwrap_or(0) as u32)
+        }
+    }
+}
+
+/// A tensor of rows as it lies in memory.
+struct Tensor {
+    layout: Layout,
+    heads: usize,
+    gap: usize,
+    tokens: Vec<usize>,
+    width: usize,
+}
+
+impl Tensor {
+    /// First element of a row.
+    fn element(&self, sequence: usize, head: usize, token: usize) -> usize {
+        let before: usize = self.tokens[..sequence].iter().sum();
+        let row = match self.layout {
+            Layout::HeadMajor => {
+                let tokens = self.tokens[sequence] + self.gap;
+                (sequence * self.heads + head) * tokens + token
+            }
+            Layout::TokenMajor | Layout::Packed => (before + token) * (self.heads + self.gap) + head,
+        };
+        row * self.width
+    }
+
+    fn elements(&self) -> usize {
+        let tokens = self.tokens.iter().sum::<usize>();
+        match self.layout {
+            Layout::HeadMajor => (tokens + self.gap * self.tokens.len()) * self.heads * self.width,
+            Layout::TokenMajor | Layout::Packed => tokens * (self.heads + self.gap) * self.width,
+        }
+    }
+
+    fn rows(&self, base: u64) -> Rows {
+        let tokens = self.tokens.first().map_or(0, |tokens| *tokens);
+        let (heads, width) = ((self.heads + self.gap) as u32, self.width as u32);
+        match self.layout {
+            Layout::TokenMajor => Rows::token_major(base, tokens as u32, heads, width),
+            Layout::HeadMajor => Rows::head_major(base, self.heads as u32, (tokens + self.gap) as u32, width),
+            Layout::Packed => Rows::packed(base, heads, width),
+        }
+    }
+
+    /// Every (sequence, head, token).
+    fn each(&self, mut visit: impl FnMut(usize, usize, usize)) {
+        for (sequence, tokens) in self.tokens.iter().enumerate() {
+            for head in 0..self.heads {
+                for token in 0..*tokens {
+                    visit(sequence, head, token);
+                }
+            }
+        }
+    }
+}
+
+/// Elements of a 16-bit type in memory, NaN where nothing is put.
+struct Elements {
+    dtype: DType,
+    bits: Vec<u16>,
+}
+
+impl Elements {
+    fn new(dtype: DType, count: usize) -> Self {
+        Self { dtype, bits: vec![0x7FFF; count] }
+    }
+
+    fn put(&mut self, at: usize, value: f32) {
+        self.bits[at] = match self.dtype {
+            DType::F16 => f16::from_f32(value).to_bits(),
+            _ => bf16::from_f32(value).to_bits(),
+        };
+    }
+
+    fn get(&self, at: usize) -> f64 {
+        match self.dtype {
+            DType::F16 => f16::from_bits(self.bits[at]).to_f64(),
+            _ => bf16::from_bits(self.bits[at]).to_f64(),
+        }
+    }
+}
+
+/// Queries, keys and values.
+struct Inputs {
+    q: Elements,
+    k: Elements,
+    v: Elements,
+}
+
+impl Inputs {
+    fn new(case: &Case) -> Self {
+        let smallest = if case.dtype == DType::F16 { 6e-5 } else { 1e-38 };
+        let mut random = Random(case.seed ^ 0xA77E);
+        let mut fill = |heads, tokens, factor: f32, same: bool| {
+            let tensor = case.tensor(heads, tokens);
+            let mut elements = Elements::new(case.dtype, tensor.elements());
+            tensor.each(|sequence, head, token| {
+                let first = tensor.element(sequence, head, token);
+                for i in 0..tensor.width {
+                    let value = if same { 1.0 } else { random.symmetric() };
+                    elements.put(first + i, value * factor);
+                }
+            });
+            elements
+        };
+        let (of_queries, of_keys) = match case.contents {
+            Contents::Random(factor) => (factor, 1.0),
+            Contents::Equal | Contents::Huge => (1.0, 1.0),
+            Contents::Denormal => (1.0, smallest),
+        };
+        let same = case.contents == Contents::Equal;
+        let mut inputs = Self {
+            q: fill(case.query_heads(), case.queries(), of_queries, same),
+            k: fill(case.kv_heads, case.keys(), of_keys, same),
+            v: fill(case.kv_heads, case.keys(), of_keys, false),
+        };
+        let keys = case.tensor(case.kv_heads, case.keys());
+        if case.contents == Contents::Huge {
+            // Logits of some thousands, of either sign.
+            keys.each(|sequence, head, token| {
+                if token == 3 {
+                    let first = keys.element(sequence, head, token);
+                    (0..keys.width).for_each(|i| inputs.k.put(first + i, 2000.0 * (i % 7) as f32));
+                }
+            });
+        }
+        keys.each(|sequence, head, token| {
+            if case.poisoned.contains(&(sequence, token)) {
+                inputs.v.put(keys.element(sequence, head, token), f32::NAN);
+            }
+        });
+        inputs
+    }
+}
+
+/// A number and how far from it a kernel may be.
+#[derive(Clone, Copy, Debug, Default)]
+struct Bound {
+    value: f64,
+    error: f64,
+}
+
+/// What a launch is to write: outputs `[sequence][query head][query][d]`, LSE and scores in the same
+/// manner.
+struct Expected {
+    out: Vec<Bound>,
+    lse: Vec<Bound>,
+    scores: Vec<Bound>,
+}
+
+impl Expected {
+    /// Plain loops in f64 over inputs as the kernel gets them.
+    ///
+    /// Where errors come from. Logits: products of 16-bit numbers are exact in f32, sums of d of them round
+    /// d times, by less than 2^-23 of the sum of magnitudes, whether hardware rounds or cuts off; scale and
+    /// base 2 cost some roundings of the logit and of the maximum. An error in the logits is a relative
+    /// error of probabilities, once for the term and once for the denominator. Probabilities are rounded
+    /// to 16 bits before they meet values, which dominates; each block of 64 keys rescales what was
+    /// there; n terms are summed in f32. The output is rounded once more.
+    fn new(case: &Case, inputs: &Inputs) -> Self {
+        let (unit, tiny) = match case.dtype {
+            DType::F16 => (2_f64.powi(-11), 2_f64.powi(-25)),
+            _ => (2_f64.powi(-8), 2_f64.powi(-134)),
+        };
+        let single = 2_f64.powi(-23);
+        let queries = case.tensor(case.query_heads(), case.queries());
+        let keys = case.tensor(case.kv_heads, case.keys());
+        let scale = f64::from(default_scale(case.head_dim as u32));
+        let mut expected = Self { out: Vec::new(), lse: Vec::new(), scores: Vec::new() };
+        for (sequence, (query_count, key_count)) in case.lengths.iter().copied().enumerate() {
+            for kv_head in 0..case.kv_heads {
+                let mut group = vec![Bound::default(); key_count];
+                for head in kv_head * case.group..(kv_head + 1) * case.group {
+                    let mut sums = vec![Bound::default(); key_count];
+                    for query in 0..query_count {
+                        let seen = (case.last_key(sequence, query) + 1) as usize;
+                        let q = queries.element(sequence, head, query);
+                        let mut logits = vec![0.0; seen];
+                        let (mut magnitude, mut largest) = (0_f64, 0_f64);
+                        for (key, logit) in logits.iter_mut().enumerate() {
+                            let k = keys.element(sequence, kv_head, key);
+                            let products =
+                                (0..case.head_dim).map(|i| inputs.q.get(q + i) * inputs.k.get(k + i));
+                            *logit = products.clone().sum::<f64>() * scale;
+                            magnitude = magnitude.max(products.map(f64::abs).sum::<f64>() * scale);
+                            if let Some(bias) = &case.bias
+                                && bias.heads[head]
+                                && bias.keys[sequence][key]
+                            {
+                                *logit += f64::from(bias.value);
+                                largest = largest.max(f64::from(bias.value.abs()));
+                            }
+                            largest = largest.max(logit.abs());
+                        }
+                        let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                        let sum = logits.iter().map(|logit| (logit - most).exp()).sum::<f64>();
+                        let lse = most + sum.ln();
+                        let of_logit = single * (case.head_dim as f64 * magnitude + 4.0 * largest + 2.0);
+                        let blocks = (seen / 64 + 2) as f64;
+                        let of_sum = single * (seen as f64 + blocks * (4.0 + largest));
+                        let of_lse = of_logit + of_sum + 2.0 * single * lse.abs();
+                        let relative = 2.0 * of_logit + of_sum + 4.0 * single;
+
+                        for i in 0..case.head_dim {
+                            let (mut out, mut absolute, mut widest) = (0.0, 0.0, 0_f64);
+                            for (key, logit) in logits.iter().enumerate() {
+                                let value = inputs.v.get(keys.element(sequence, kv_head, key) + i);
+                                let probability = (logit - lse).exp();
+                                out += probability * value;
+                                absolute += probability * value.abs();
+                                widest = widest.max(value.abs());
+                            }
+                            let error = (unit + 2.0 * relative) * absolute
+                                + unit * out.abs()
+                                + tiny * (1.0 + seen as f64 * widest);
+                            expected.out.push(Bound { value: out, error });
+                        }
+                        expected.lse.push(Bound { value: lse, error: of_lse });
+
+                        let window = case.scores.map_or(0, |(window, _)| match window {
+                            Window::Last(window) => window as usize,
+                            Window::All => usize::MAX,
+                        });
+                        if query >= query_count.saturating_sub(window) {
+                            for (sum, logit) in sums.iter_mut().zip(&logits) {
+                                let probability = (logit - lse).exp();
+                                let relative = of_logit + of_lse + 2.0 * single * (2.0 + largest + lse.abs());
+                                sum.value += probability;
+                                sum.error += probability * (relative + single * query_count as f64) + 1e-37;
+                            }
+                        }
+                    }
+                    match case.scores {
+                        Some((_, ScoreHeads::Query)) => expected.scores.extend(sums),
+                        Some((_, ScoreHeads::Group)) => {
+                            for (group, sum) in group.iter_mut().zip(sums) {
+                                group.value += sum.value;
+                                group.error += sum.error + single * case.group as f64 * sum.value;
+                            }
+                        }
+                        None => {}
+                    }
+                }
+                if let Some((_, ScoreHeads::Group)) = case.scores {
+                    expected.scores.extend(group);
+                }
+            }
+        }
+        expected
+    }
+}
+
+/// What a launch wrote, in the order of [`Expected`].
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Written {
+    /// Bits of the outputs.
+    out: Vec<u16>,
+    lse: Vec<u32>,
+    scores: Vec<u32>,
+}
+
+/// Bits of memory that nothing wrote to.
+const UNTOUCHED_HALF: u16 = u16::from_ne_bytes([UNTOUCHED; 2]);
+const UNTOUCHED_WORD: u32 = u32::from_ne_bytes([UNTOUCHED; 4]);
+
+fn bits_of(flags: &[bool]) -> Vec<u32> {
+    flags
+        .chunks(32)
+        .map(|flags| flags.iter().enumerate().map(|(bit, set)| u32::from(*set) << bit).sum())
+        .collect()
+}
+
+/// Runs a case and fetches what it wrote; an error where it wrote anything else.
+pub(crate) fn run<D: Device>(device: &D, case: &Case) -> Result<Written, String> {
+    launch(device, case, &Inputs::new(case))
+}
+
+fn launch<D: Device>(device: &D, case: &Case, inputs: &Inputs) -> Result<Written, String> {
+    let mut memory = Memory::new(device);
+    let queries = case.tensor(case.query_heads(), case.queries());
+    let keys = case.tensor(case.kv_heads, case.keys());
+    let of_queries = case.lengths_of(&case.queries(), |starts| memory.put(bytemuck::cast_slice(starts)));
+    let of_keys = case.lengths_of(&case.keys(), |starts| memory.put(bytemuck::cast_slice(starts)));
+    let query_count: usize = case.queries().iter().sum();
+    // Room beyond what is needed, so that strides matter.
+    let lse_stride = query_count + 5;
+    let score_heads = match case.scores {
+        Some((_, ScoreHeads::Group)) => case.kv_heads,
+        _ => case.query_heads(),
+    };
+    let score_stride = of_keys.longest as usize + 3;
+    let sequence_stride = score_heads * score_stride + 2;
+    let out = memory.untouched(queries.elements() * 2);
+    let lse = memory.untouched(case.query_heads() * lse_stride * 4);
+    let scores = memory.untouched(case.lengths.len() * sequence_stride * 4);
+    let bias = case.bias.as_ref().map(|bias| {
+        let key_stride = (of_keys.longest as usize).div_ceil(32) + 1;
+        let words: Vec<u32> = bias
+            .keys
+            .iter()
+            .flat_map(|keys| {
+                let mut words = bits_of(keys);
+                words.resize(key_stride, !0);
+                words
+            })
+            .collect();
+        Bias {
+            heads: memory.put(bytemuck::cast_slice(&bits_of(&bias.heads))),
+            keys: memory.put(bytemuck::cast_slice(&words)),
+            key_stride: key_stride as i64,
+            value: bias.value,
+        }
+    });
+    let mut work = PrefillAttention {
+        q: queries.rows(memory.put(bytemuck::cast_slice(&inputs.q.bits))),
+        k: keys.rows(memory.put(bytemuck::cast_slice(&inputs.k.bits))),
+        v: keys.rows(memory.put(bytemuck::cast_slice(&inputs.v.bits))),
+        out: queries.rows(out),
+        sequences: case.lengths.len() as u32,
+        query_heads: case.query_heads() as u32,
+        kv_heads: case.kv_heads as u32,
+        head_dim: case.head_dim as u32,
+        dtype: case.dtype,
+        queries: of_queries,
+        keys: of_keys,
+        positions: case.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
+        scale: default_scale(case.head_dim as u32),
+        bias,
+        lse: case.lse.then_some(Lse { base: lse, stride: lse_stride as i64 }),
+        scores: case.scores.map(|(window, heads)| Scores {
+            base: scores,
+            sequence_stride: sequence_stride as i64,
+            head_stride: score_stride as i64,
+            window,
+            heads,
+        }),
+        workspace: 0,
+        workspace_bytes: 0,
+    };
+    work.workspace_bytes =
+        attention::prefill_attention_workspace(&work).map_err(|error| error.to_string())?;
+    work.workspace = memory.reserve(work.workspace_bytes);
+    // SAFETY: every address is a block of `memory` of the size that its field states.
+    unsafe { attention::prefill_attention(device, &work) }.map_err(|error| error.to_string())?;
+
+    let bytes = memory.get(out, queries.elements() * 2)?;
+    let mut found_out: Vec<_> = bytes.chunks_exact(2).map(|b| u16::from_ne_bytes([b[0], b[1]])).collect();
+    let words = |address, count: usize| -> Result<Vec<u32>, String> {
+        let bytes = memory.get(address, count * 4)?;
+        Ok(bytes.chunks_exact(4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect())
+    };
+    let mut found_lse = words(lse, case.query_heads() * lse_stride)?;
+    let mut found_scores = words(scores, case.lengths.len() * sequence_stride)?;
+
+    // Takes what was to be written, and leaves what was not.
+    let mut written = Written { out: Vec::new(), lse: Vec::new(), scores: Vec::new() };
+    let take = |found: &mut Vec<u32>, into: &mut Vec<u32>, first: usize, count: usize| {
+        into.extend_from_slice(&found[first..first + count]);
+        found[first..first + count].fill(UNTOUCHED_WORD);
+    };
+    let mut row = 0;
+    for (sequence, (query_count, key_count)) in case.lengths.iter().copied().enumerate() {
+        for head in 0..case.query_heads() {
+            for query in 0..query_count {
+                let first = queries.element(sequence, head, query);
+                written.out.extend_from_slice(&found_out[first..first + case.head_dim]);
+                found_out[first..first + case.head_dim].fill(UNTOUCHED_HALF);
+            }
+            if case.lse {
+                take(&mut found_lse, &mut written.lse, head * lse_stride + row, query_count);
+            }
+        }
+        if case.scores.is_some() && query_total(case) > 0 {
+            for head in 0..score_heads {
+                let first = sequence * sequence_stride + head * score_stride;
+                take(&mut found_scores, &mut written.scores, first, key_count);
+            }
+        }
+        row += query_count;
+    }
+    if found_out.iter().any(|bits| *bits != UNTOUCHED_HALF) {
+        return Err("something was written beside the output".into());
+    }
+    if found_lse.iter().any(|bits| *bits != UNTOUCHED_WORD) {
+        return Err("something was written beside the LSE".into());
+    }
+    if found_scores.iter().any(|bits| *bits != UNTOUCHED_WORD) {
+        return Err("something was written beside the scores".into());
+    }
+    Ok(written)
+}
+
+fn query_total(case: &Case) -> usize {
+    case.queries().iter().sum()
+}
+
+fn compare(what: &str, found: impl ExactSizeIterator<Item = f64>, expected: &[Bound]) -> Result<(), String> {
+    if found.len() != expected.len() {
+        return Err(format!("{what}: {} numbers, not {}", found.len(), expected.len()));
+    }
+    for (at, (found, Bound { value, error })) in found.zip(expected).enumerate() {
+        let right =
+            if value.is_nan() { found.is_nan() } else { found == *value || (found - value).abs() <= *error };
+        if !right {
+            return Err(format!("{what}[{at}] is {found}, not {value} to within {error}"));
+        }
+    }
+    Ok(())
+}
+
+/// Runs a case and compares it with the oracle.
+pub(crate) fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
+    let inputs = Inputs::new(case);
+    let written = launch(device, case, &inputs)?;
+    let expected = Expected::new(case, &inputs);
+    let out = Elements { dtype: case.dtype, bits: written.out };
+    compare("out", (0..out.bits.len()).map(|at| out.get(at)), &expected.out)?;
+    let single = |bits: &u32| f64::from(f32::from_bits(*bits));
+    if case.lse {
+        compare("lse", written.lse.iter().map(single), &expected.lse)?;
+    }
+    if case.scores.is_some() && query_total(case) > 0 {
+        compare("scores", written.scores.iter().map(single), &expected.scores)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
+    vec![
+        Check::portable("prefill_attention_lengths", |device, _| all(lengths(), |case| check(device, case))),
+        Check::portable("prefill_attention_shapes", |device, _| all(shapes(), |case| check(device, case))),
+    ]
+}
+
+/// Lengths at the edges of tiles of queries (64 and 128) and blocks of keys (64): few queries, one, none;
+/// prefixes that are no multiple of a tile; a ring of buffers that is used again.
+fn lengths() -> Vec<Case> {
+    let some = [
+        vec![(64, 64), (1, 129), (0, 0)],
+        vec![(130, 230), (63, 63), (0, 70), (3, 0)],
+        vec![(65, 128), (127, 127)],
+        vec![(5, 321), (129, 129)],
+    ];
+    let mut cases = Vec::new();
+    for (number, lengths) in some.iter().enumerate() {
+        let dtype = [DType::BF16, DType::F16][number % 2];
+        cases.push(Case::plain(dtype, [128, 64][number / 2 % 2], [1, 2], lengths));
+    }
+    cases
+}
+
+/// Every head size, type, layout and many GQA ratios.
+fn shapes() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (number, head_dim) in [64, 96, 128, 256].into_iter().enumerate() {
+        for (dtype, layout) in [(DType::BF16, Layout::TokenMajor), (DType::F16, Layout::HeadMajor)] {
+            let heads = [[2, 3], [1, 7], [1, 4], [3, 1]][number];
+            cases.push(Case {
+                layout,
+                gap: number % 3,
+                ..Case::plain(dtype, head_dim, heads, &[(70, 90); 2])
+            });
+        }
+    }
+    cases.push(Case::plain(DType::BF16, 64, [1, 16], &[(9, 17)]));
+    cases
+}
