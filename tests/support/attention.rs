@@ -8,6 +8,7 @@ use fastkv::{
         DType, Device,
         attention::{self, PrefillAttention},
         batch::{Bias, Lengths, Lse, ScoreHeads, Scores, Window, default_scale},
+        scores::{self, WindowScores},
     },
 };
 use half::{bf16, f16};
@@ -463,11 +464,22 @@ pub(crate) fn run<D: Device>(device: &D, case: &Case) -> Result<Written, String>
 }
 
 fn launch<D: Device>(device: &D, case: &Case, inputs: &Inputs) -> Result<Written, String> {
+    launch_with(device, case, inputs, None)
+}
+
+/// Launches with other `cu_seqlens` than the case's, if there are any.
+fn launch_with<D: Device>(
+    device: &D,
+    case: &Case,
+    inputs: &Inputs,
+    starts: Option<&[i32]>,
+) -> Result<Written, String> {
     let mut memory = Memory::new(device);
     let queries = case.tensor(case.query_heads(), case.queries());
     let keys = case.tensor(case.kv_heads, case.keys());
-    let of_queries = case.lengths_of(&case.queries(), |starts| memory.put(bytemuck::cast_slice(starts)));
-    let of_keys = case.lengths_of(&case.keys(), |starts| memory.put(bytemuck::cast_slice(starts)));
+    let mut put = |own: &[i32]| memory.put(bytemuck::cast_slice(starts.unwrap_or(own)));
+    let of_queries = case.lengths_of(&case.queries(), &mut put);
+    let of_keys = case.lengths_of(&case.keys(), &mut put);
     let query_count: usize = case.queries().iter().sum();
     // Room beyond what is needed, so that strides matter.
     let lse_stride = query_count + 5;
@@ -565,6 +577,9 @@ fn launch<D: Device>(device: &D, case: &Case, inputs: &Inputs) -> Result<Written
         }
         row += query_count;
     }
+    if starts.is_some() {
+        return Ok(written);
+    }
     if found_out.iter().any(|bits| *bits != UNTOUCHED_HALF) {
         return Err("something was written beside the output".into());
     }
@@ -616,24 +631,36 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
     vec![
         Check::portable("prefill_attention_lengths", |device, _| all(lengths(), |case| check(device, case))),
         Check::portable("prefill_attention_shapes", |device, _| all(shapes(), |case| check(device, case))),
+        Check::portable("prefill_attention_positions", |device, _| {
+            all(positions(), |case| check(device, case))
+        }),
+        Check::portable("prefill_attention_extremes", |device, _| {
+            all(extremes(), |case| check(device, case))
+        }),
+        Check::portable("prefill_attention_scores", |device, _| all(windows(), |case| check(device, case))),
+        Check::portable("prefill_attention_random", |device, seed| {
+            all((0..8).map(|n| Case::random(seed * 8 + n, &[64, 64, 96, 128, 256])), |case| {
+                check(device, case)
+            })
+        }),
+        Check::portable("prefill_attention_not_finite", |device, _| not_finite(device)),
+        Check::portable("prefill_attention_windows_sum_to_their_queries", |device, seed| sums(device, seed)),
+        Check::portable("prefill_attention_repeats", |device, seed| repeats(device, seed)),
+        Check::portable("prefill_attention_scores_as_scoring_does", |device, seed| same_scores(device, seed)),
+        Check::portable("prefill_attention_hostile", |device, _| hostile(device)),
     ]
 }
 
 /// Lengths at the edges of tiles of queries (64 and 128) and blocks of keys (64): few queries, one, none;
-/// prefixes that are no multiple of a tile; a ring of buffers that is used again.
+/// prefixes that are no multiple of a tile; buffers that are used again and again.
 fn lengths() -> Vec<Case> {
-    let some = [
-        vec![(64, 64), (1, 129), (0, 0)],
-        vec![(130, 230), (63, 63), (0, 70), (3, 0)],
-        vec![(65, 128), (127, 127)],
-        vec![(5, 321), (129, 129)],
-    ];
-    let mut cases = Vec::new();
-    for (number, lengths) in some.iter().enumerate() {
-        let dtype = [DType::BF16, DType::F16][number % 2];
-        cases.push(Case::plain(dtype, [128, 64][number / 2 % 2], [1, 2], lengths));
-    }
-    cases
+    vec![
+        Case::plain(DType::BF16, 64, [1, 2], &[(64, 64), (1, 129), (0, 0), (130, 230)]),
+        Case::plain(DType::F16, 128, [1, 2], &[(63, 63), (0, 70), (3, 0), (65, 128)]),
+        Case::plain(DType::BF16, 128, [1, 1], &[(129, 129), (5, 321), (70, 20)]),
+        // More sequences than lanes of a warp.
+        Case::plain(DType::BF16, 64, [1, 1], &[(0, 3), (2, 5), (1, 1)].repeat(12)),
+    ]
 }
 
 /// Every head size, type, layout and many GQA ratios.
@@ -645,10 +672,233 @@ fn shapes() -> Vec<Case> {
             cases.push(Case {
                 layout,
                 gap: number % 3,
-                ..Case::plain(dtype, head_dim, heads, &[(70, 90); 2])
+                ..Case::plain(dtype, head_dim, heads, &[(20, 70); 2])
             });
         }
     }
     cases.push(Case::plain(DType::BF16, 64, [1, 16], &[(9, 17)]));
     cases
+}
+
+/// Queries that were picked from a sequence, in any order; positions outside it.
+fn positions() -> Vec<Case> {
+    let gathered = |positions: Vec<i32>, lengths: &[(usize, usize)]| Case {
+        positions: Some(positions),
+        scores: Some((Window::Last(5), ScoreHeads::Query)),
+        ..Case::plain(DType::BF16, 64, [1, 2], lengths)
+    };
+    vec![
+        gathered((0..70).map(|i| i * 7 % 200).collect(), &[(70, 200)]),
+        gathered((0..70).map(|i| i * 2).collect(), &[(70, 140)]),
+        gathered(vec![i32::MIN, -1, 0, 63, 64, 129, 130, i32::MAX], &[(8, 130)]),
+        gathered(vec![-1; 12], &[(3, 70), (9, 70)]),
+    ]
+}
+
+fn extremes() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in [DType::F16, DType::BF16] {
+        for contents in [Contents::Equal, Contents::Huge, Contents::Denormal, Contents::Random(60.0)] {
+            let scores = Some((Window::Last(4), ScoreHeads::Group));
+            cases.push(Case { contents, scores, ..Case::plain(dtype, 64, [1, 2], &[(20, 140)]) });
+        }
+    }
+    cases
+}
+
+/// Windows that straddle tiles of queries, are shorter than asked for, and of every length; more keys than
+/// a score item has; the bias.
+fn windows() -> Vec<Case> {
+    let with = |window, heads, case| Case { scores: Some((window, heads)), ..case };
+    let bf16 = |head_dim, heads, lengths: &[_]| Case::plain(DType::BF16, head_dim, heads, lengths);
+    let straddling = [(130, 230), (5, 40), (0, 30)];
+    vec![
+        with(Window::Last(8), ScoreHeads::Query, bf16(64, [1, 3], &straddling)),
+        Case {
+            lse: false,
+            ..with(Window::Last(64), ScoreHeads::Group, Case::plain(DType::F16, 128, [2, 1], &[(66, 70)]))
+        },
+        with(Window::Last(1), ScoreHeads::Query, bf16(96, [1, 1], &[(1, 513)])),
+        with(Window::Last(33), ScoreHeads::Group, bf16(256, [1, 5], &[(40, 40)])),
+        with(Window::All, ScoreHeads::Group, bf16(64, [1, 2], &[(130, 200), (3, 3)])),
+        Case {
+            bias: Some(BiasBits {
+                heads: vec![true, false, true],
+                keys: vec![(0..150).map(|key| key % 3 == 0).collect()],
+                value: 3.0,
+            }),
+            ..with(Window::Last(10), ScoreHeads::Query, bf16(128, [1, 3], &[(70, 150)]))
+        },
+    ]
+}
+
+/// NaN in a value: rows that see the key have NaN in its column, the others what they had without it.
+fn not_finite<D: Device>(device: &D) -> Result<(), String> {
+    for (dtype, head_dim) in [(DType::BF16, 64), (DType::F16, 256)] {
+        let clean = Case::plain(dtype, head_dim, [1, 1], &[(70, 100)]);
+        // One key that some rows of a tile see, and one that every row sees.
+        for key in [90, 10] {
+            let poisoned = Case { poisoned: vec![(0, key)], ..clean.clone() };
+            check(device, &poisoned).map_err(|error| format!("{error}\n{poisoned:?}"))?;
+            let (found, without) = (run(device, &poisoned)?, run(device, &clean)?);
+            for query in 0..70 {
+                let row = query * head_dim..(query + 1) * head_dim;
+                let sees = clean.last_key(0, query) >= key as i64;
+                if !sees && found.out[row.clone()] != without.out[row.clone()]
+                    || found.out[row.clone()][1..] != without.out[row][1..]
+                {
+                    return Err(format!("NaN in key {key} changed query {query} of d = {head_dim}"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Probabilities of a query add up to 1, so those of a window to its queries.
+fn sums<D: Device>(device: &D, seed: u64) -> Result<(), String> {
+    let lengths = [(20, 130), (3, 60)];
+    let case = Case {
+        scores: Some((Window::Last(9), ScoreHeads::Group)),
+        seed,
+        ..Case::plain(DType::BF16, 128, [1, 4], &lengths)
+    };
+    let written = run(device, &case)?;
+    let mut scores = written.scores.iter().map(|bits| f64::from(f32::from_bits(*bits)));
+    for (queries, keys) in lengths {
+        let sum: f64 = scores.by_ref().take(keys).sum();
+        let expected = (4 * queries.min(9)) as f64;
+        // LSE and logits of magnitude 4 each cost a few units in the last place of f32.
+        if (sum - expected).abs() > 1e-5 * expected {
+            return Err(format!("scores add up to {sum}, not {expected}"));
+        }
+    }
+    Ok(())
+}
+
+/// The same bits in every run, and whatever else is in the batch.
+fn repeats<D: Device>(device: &D, seed: u64) -> Result<(), String> {
+    let lengths = [(70, 150), (0, 9), (33, 33), (3, 200)];
+    let case = Case {
+        scores: Some((Window::Last(8), ScoreHeads::Query)),
+        positions: Some((0..106).map(|i| i * 37 % 150).collect()),
+        seed,
+        ..Case::plain(DType::BF16, 64, [1, 2], &lengths)
+    };
+    let inputs = Inputs::new(&case);
+    let whole = launch(device, &case, &inputs)?;
+    if launch(device, &case, &inputs)? != whole {
+        return Err("two runs differ".into());
+    }
+    let mut rest = whole;
+    let (mut first_query, mut first_key) = (0, 0);
+    for (queries, keys) in lengths {
+        let part = |elements: &Elements, first: usize, count: usize, heads: usize| Elements {
+            dtype: elements.dtype,
+            bits: elements.bits[first * heads * case.head_dim..(first + count) * heads * case.head_dim]
+                .to_vec(),
+        };
+        let alone = Case {
+            lengths: vec![(queries, keys)],
+            positions: case.positions.as_ref().map(|p| p[first_query..first_query + queries].to_vec()),
+            ..case.clone()
+        };
+        let inputs = Inputs {
+            q: part(&inputs.q, first_query, queries, 2),
+            k: part(&inputs.k, first_key, keys, 1),
+            v: part(&inputs.v, first_key, keys, 1),
+        };
+        let found = launch(device, &alone, &inputs)?;
+        (first_query, first_key) = (first_query + queries, first_key + keys);
+        let out = rest.out.split_off(2 * queries * case.head_dim);
+        let lse = rest.lse.split_off(2 * queries);
+        let scores = rest.scores.split_off(2 * keys);
+        // Without a query in the batch nothing is launched, and nothing written.
+        if queries > 0 && found != rest {
+            return Err(format!("({queries}, {keys}) differs alone"));
+        }
+        rest = Written { out, lse, scores };
+    }
+    Ok(())
+}
+
+/// Scores are bit for bit those of the kernel that only scores, given the LSE that attention found.
+fn same_scores<D: Device>(device: &D, seed: u64) -> Result<(), String> {
+    let cases = [
+        (64, Window::Last(8), ScoreHeads::Query),
+        (128, Window::Last(40), ScoreHeads::Group),
+        (64, Window::All, ScoreHeads::Group),
+    ];
+    for (head_dim, window, heads) in cases {
+        let case = Case {
+            scores: Some((window, heads)),
+            seed,
+            ..Case::plain(DType::BF16, head_dim, [1, 4], &[(70, 140), (20, 20)])
+        };
+        let inputs = Inputs::new(&case);
+        let fused = launch(device, &case, &inputs)?;
+        let mut memory = Memory::new(device);
+        let queries = case.tensor(case.query_heads(), case.queries());
+        let keys = case.tensor(case.kv_heads, case.keys());
+        // `Written` has LSE sequence after sequence, the kernel wants it head after head.
+        let lse: Vec<u32> = (0..4)
+            .flat_map(|head| {
+                let first = &fused.lse[head * 70..(head + 1) * 70];
+                let second = &fused.lse[280 + head * 20..280 + (head + 1) * 20];
+                [first, second].concat()
+            })
+            .collect();
+        let count = if heads == ScoreHeads::Query { 4 } else { 1 };
+        let base = memory.untouched(2 * count * 140 * 4);
+        let work = WindowScores {
+            q: queries.rows(memory.put(bytemuck::cast_slice(&inputs.q.bits))),
+            k: keys.rows(memory.put(bytemuck::cast_slice(&inputs.k.bits))),
+            sequences: 2,
+            query_heads: 4,
+            kv_heads: 1,
+            head_dim: head_dim as u32,
+            dtype: case.dtype,
+            queries: case.lengths_of(&case.queries(), |starts| memory.put(bytemuck::cast_slice(starts))),
+            keys: case.lengths_of(&case.keys(), |starts| memory.put(bytemuck::cast_slice(starts))),
+            positions: 0,
+            scale: default_scale(head_dim as u32),
+            bias: None,
+            lse: Some(Lse { base: memory.put(bytemuck::cast_slice(&lse)), stride: 90 }),
+            scores: Scores { base, sequence_stride: count as i64 * 140, head_stride: 140, window, heads },
+            workspace: 0,
+            workspace_bytes: 0,
+        };
+        // SAFETY: every address is a block of `memory` of the size that its field states.
+        unsafe { scores::window_scores(device, &work) }.map_err(|error| error.to_string())?;
+        let mut expected = vec![UNTOUCHED; 2 * count * 140 * 4];
+        let mut from = bytemuck::cast_slice::<_, u8>(&fused.scores);
+        for (sequence, keys) in [140, 20].into_iter().enumerate() {
+            for head in 0..count {
+                let row;
+                (row, from) = from.split_at(keys * 4);
+                expected[(sequence * count + head) * 140 * 4..][..keys * 4].copy_from_slice(row);
+            }
+        }
+        memory.expect("scores", base, &expected).map_err(|error| format!("{error}\n{case:?}"))?;
+    }
+    Ok(())
+}
+
+/// Starts of sequences that make no sense: nothing outside the tensors is touched.
+fn hostile<D: Device>(device: &D) -> Result<(), String> {
+    let case = Case {
+        scores: Some((Window::Last(8), ScoreHeads::Query)),
+        ..Case::plain(DType::BF16, 64, [1, 2], &[(40, 80), (30, 50), (0, 0)])
+    };
+    let inputs = Inputs::new(&case);
+    for starts in [
+        [i32::MIN, i32::MAX, -1, 70],
+        [0, i32::MAX, i32::MIN, 10],
+        [60, 30, 500, 20],
+        [0, 70, 70, 70],
+        [i32::MAX, i32::MAX, i32::MAX, i32::MAX],
+    ] {
+        launch_with(device, &case, &inputs, Some(&starts))?;
+    }
+    Ok(())
 }
