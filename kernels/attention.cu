@@ -1,7 +1,7 @@
 // Causal prefill attention on mma.sync and cp.async, for every chip from Ampere on: FlashAttention-2
 // (Dao, arXiv 2307.08691) over ragged batches, with queries at explicit positions.
 //
-// A block of 4 warps takes a tile of queries; each warp has 32 rows of it (16 where d is 128 or more).
+// A block of 4 warps takes a tile of queries; each warp has 32 rows of it (16 where d = 256).
 // Keys come in blocks of 64, from the last that any row sees down to the first. There is one buffer for
 // keys and one for values: while one is used the other is filled, and a second block on the same SM
 // covers what is left of the latency.
@@ -32,9 +32,15 @@ constexpr int WARPS = THREADS / 32;
 // Keys of a block.
 constexpr int KEYS = 64;
 
-// Fragments of 16 rows for each warp.
+// Fragments of 16 rows for each warp: as many as registers allow. For Hopper, which has a form of its own
+// for d = 128, ptxas needs more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int WIDEST = 96;
+#else
+constexpr int WIDEST = 128;
+#endif
 template <int d>
-constexpr int FRAGMENTS = d < 128 ? 2 : 1;
+constexpr int FRAGMENTS = d <= WIDEST ? 2 : 1;
 
 // Queries of a tile.
 template <int d>
@@ -190,26 +196,32 @@ struct Walk {
         }
     }
 
-    // out += probabilities times values. Fragments of two neighbouring column blocks are one of
-    // probabilities.
-    __device__ __forceinline__ void accumulate(const uint32_t (&probabilities)[M][S][2]) {
+    // out += probabilities times values.
+    __device__ __forceinline__ void accumulate(const float (&s)[M][S][4]) {
         const int lane = threadIdx.x % 32;
         const uint32_t value_lane = fresh(values() + Rows<d>::offset(lane % 16, lane / 16));
 #pragma unroll
         for (int step = 0; step < KEYS / 16; ++step) {
             // Keeps the loads of later steps behind this one, for whom there are no registers yet.
             __syncwarp();
+            uint32_t a[M][4];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                const float(&left)[4] = s[m][2 * step];
+                const float(&right)[4] = s[m][2 * step + 1];
+                a[m][0] = pack<T>(left[0], left[1]);
+                a[m][1] = pack<T>(left[2], left[3]);
+                a[m][2] = pack<T>(right[0], right[1]);
+                a[m][3] = pack<T>(right[2], right[3]);
+            }
 #pragma unroll
             for (int j = 0; j < O; j += 2) {
                 uint32_t b[4];
                 ldmatrix_transposed(b, Rows<d>::advance(value_lane, j / 2) + step * 16 * Rows<d>::BYTES);
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
-                    const uint32_t(&left)[2] = probabilities[m][2 * step];
-                    const uint32_t(&right)[2] = probabilities[m][2 * step + 1];
-                    const uint32_t a[4] = {left[0], left[1], right[0], right[1]};
-                    mma<T>(out[m][j], a, b[0], b[1]);
-                    mma<T>(out[m][j + 1], a, b[2], b[3]);
+                    mma<T>(out[m][j], a[m], b[0], b[1]);
+                    mma<T>(out[m][j + 1], a[m], b[2], b[3]);
                 }
             }
         }
@@ -292,16 +304,10 @@ struct Walk {
         if (block > 0) {
             load_keys(block - 1);
         }
-        uint32_t probabilities[M][S][2];
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             float shrink[2];
             softmax[m].template update<masked>(s[m], p.scale * LOG2_E, shrink);
-#pragma unroll
-            for (int j = 0; j < S; ++j) {
-                probabilities[m][j][0] = pack<T>(s[m][j][0], s[m][j][1]);
-                probabilities[m][j][1] = pack<T>(s[m][j][2], s[m][j][3]);
-            }
 #pragma unroll
             for (int j = 0; j < O; ++j) {
 #pragma unroll
@@ -313,7 +319,7 @@ struct Walk {
         if (masked && !all_finite) {
             take_out_not_finite(block);
         }
-        accumulate(probabilities);
+        accumulate(s);
     }
 
     template <int N>

@@ -185,7 +185,7 @@ fn form(work: &PrefillAttention) -> Form {
     let (kernel, tile_queries) = match work.head_dim {
         64 => (kernels[0], 128),
         96 => (kernels[1], 128),
-        128 => (kernels[2], 64),
+        128 => (kernels[2], 128),
         _ => (kernels[3], 64),
     };
     let row_bytes = 2 * work.head_dim;

@@ -1,6 +1,10 @@
 //! Prefill attention.
 
-use crate::support::recorder::{Recorded, Recorder};
+use crate::support::{
+    attention::{Case, check},
+    emulator::Emulator,
+    recorder::{Recorded, Recorder},
+};
 use fastkv::{
     abi::{PrefillAttentionParams, Rows},
     kernels::{
@@ -9,6 +13,7 @@ use fastkv::{
         batch::{Bias, Lengths, Lse, ScoreHeads, Scores, Window, default_scale},
     },
 };
+use ptx_emulator::Schedule;
 
 #[test]
 fn fills_its_params() {
@@ -182,7 +187,7 @@ fn refuses() {
     refuses(|w| w.scale = f32::INFINITY, "scale is inf; it must be a positive number");
     refuses(
         |w| w.sequences = u32::MAX,
-        "sequences is 4294967295; it must be fewer: 68719476720 tiles of 32 heads are more than 2^30",
+        "sequences is 4294967295; it must be fewer: 34359738360 tiles of 32 heads are more than 2^30",
     );
 
     refuses(|w| w.q.base = 0, "q is 0x0; it must be a device address, a multiple of 16");
@@ -305,6 +310,19 @@ fn device_errors_pass() {
     let error =
         unsafe { attention::prefill_attention(&Recorder::failing(), &prepared(plain())) }.unwrap_err();
     assert_eq!(error.to_string(), "cuLaunchKernelEx failed: CUDA error 719 (LAUNCH_FAILED)");
+}
+
+/// Rows in shared memory are swizzled so that no access meets another in a bank.
+#[test]
+#[cfg_attr(not(fastkv_kernels), ignore = "built without nvcc")]
+fn shared_memory_has_no_bank_conflicts() {
+    for head_dim in [64, 96, 128, 256] {
+        let emulator = Emulator::new(Schedule::Eager, (8, 0));
+        check(&emulator, &Case::plain(DType::BF16, head_dim, [1, 1], &[(128, 256)])).unwrap();
+        let counters = emulator.counters();
+        assert!(counters.shared_requests > 1000 && counters.matrix_products > 1000, "{counters:?}");
+        assert_eq!(counters.bank_conflicts, 0, "{head_dim}: {counters:?}");
+    }
 }
 
 const WORKSPACE: u64 = 1 << 51;
