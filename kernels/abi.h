@@ -32,10 +32,10 @@ static const int32_t FASTKV_POOLING_MAX = 0;
 /** Pooling that takes the mean score in reach. */
 static const int32_t FASTKV_POOLING_AVERAGE = 1;
 
-/** Reduction over heads that adds their scores. */
+/** Reduction over groups of heads that adds their scores. */
 static const int32_t FASTKV_REDUCTION_SUM = 0;
 
-/** Reduction over heads that takes the largest score. */
+/** Reduction over groups of heads that takes the largest score. */
 static const int32_t FASTKV_REDUCTION_MAX = 1;
 
 /** Threads of a block of `fastkv_window_scores_*` and of `fastkv_window_partials_*`. */
@@ -49,6 +49,27 @@ static const int32_t FASTKV_POOL_THREADS = 256;
 
 /** Keys of a block of `fastkv_pool_scores`. */
 static const int32_t FASTKV_POOL_KEYS = 128;
+
+/** Threads of a block of the selection kernels. */
+static const int32_t FASTKV_SELECT_THREADS = 512;
+
+/** Bins of a histogram of the selection kernels: as many as a digit of a rank has values. */
+static const int32_t FASTKV_SELECT_BINS = 2048;
+
+/** Items that a block of the selection in several launches takes at most. */
+static const int32_t FASTKV_SELECT_CHUNK = 4096;
+
+/** Bytes for each row that the selection in several launches needs zeroed. */
+static const int32_t FASTKV_SELECT_STATE_BYTES = 24608;
+
+/** Shared memory of `fastkv_select_block` beside 4 bytes for each item. */
+static const int32_t FASTKV_SELECT_BLOCK_BYTES = 8272;
+
+/** Blocks of a cluster of `fastkv_select_cluster`. */
+static const int32_t FASTKV_SELECT_CLUSTER = 8;
+
+/** Shared memory of a block of `fastkv_select_cluster` beside 4 bytes for each item. */
+static const int32_t FASTKV_SELECT_CLUSTER_BYTES = 24656;
 
 /**
  * Which rows to take and where they go: for each (sequence, head) a list of token indices, its
@@ -556,5 +577,69 @@ typedef struct fastkv_pool_scores_params {
     /** Last keys of each sequence that are left out, as the window's are: nothing is read or written there. */
     int32_t tail;
 } fastkv_pool_scores_params;
+
+/**
+ * Parameters of the selection kernels. Each sequence has `rows` rows, whose items are the keys of the
+ * sequence, or pages of them. Of a sequence's keys the last `window` have no score, and of those the
+ * first `tail` are always kept; what is behind them is not there for a selection.
+ *
+ * Lengths are clipped to `keys`, counts to the items there are and to `capacity`.
+ */
+typedef struct fastkv_select_params {
+    /** f32 `[sequence][(row * groups + group) * heads + head][key]`, by the strides below. */
+    uint64_t scores;
+    /** Elements of `scores` from one sequence to the next. */
+    int64_t sequence_stride;
+    /** Elements of `scores` from one score head to the next. */
+    int64_t head_stride;
+    /** i32 `[sequences]`: keys of each sequence. 0: see `cu_seqlens`. */
+    uint64_t lengths;
+    /** i32 `[sequences + 1]`: where sequences begin in a packed batch. 0: `keys` keys each. */
+    uint64_t cu_seqlens;
+    /** i32 `[sequences, rows]`: items to keep. 0: `count` in every row. */
+    uint64_t counts;
+    /** i32 `[sequences, rows, capacity]`: receives the kept items, ascending, and -1 behind them. */
+    uint64_t kept;
+    /** i32 `[sequences, rows]`: receives how many were kept. */
+    uint64_t kept_lengths;
+    /** Selection in several launches: `FASTKV_SELECT_STATE_BYTES` for each row, zero at first. */
+    uint64_t states;
+    /** Selection in several launches: u32 ranks, `rank_stride` for each row. */
+    uint64_t ranks;
+    /** Selection in several launches: two u32 for each block of each row. */
+    uint64_t splits;
+    /** Elements of `ranks` from one row to the next, a multiple of 4. */
+    int64_t rank_stride;
+    /** The most keys of a sequence. */
+    int32_t keys;
+    /** Keys at the end of a sequence that have no score. */
+    int32_t window;
+    /** Of those, how many are kept. */
+    int32_t tail;
+    /** Keys at the beginning of a sequence that are kept. */
+    int32_t sinks;
+    /** Rows of each sequence. */
+    int32_t rows;
+    /** Groups of score heads of each row. */
+    int32_t groups;
+    /** Score heads of each group, which are summed. */
+    int32_t heads;
+    /** `FASTKV_REDUCTION_SUM` or `FASTKV_REDUCTION_MAX` over the groups of a row. */
+    int32_t reduction;
+    /** Pooling of the scores of each score head. */
+    fastkv_pooling pooling;
+    /** Keys of a page; 1 selects keys. */
+    int32_t page;
+    /** Items to keep. */
+    int32_t count;
+    /** Room for items in each row of `kept`. */
+    int32_t capacity;
+    /** Selection in several launches: items of a block, a multiple of 4. */
+    int32_t chunk;
+    /** `fastkv_select_digit`: which digit of the ranks, 1 or 2. */
+    int32_t digit;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_select_params;
 
 #endif

@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_POOL_THREADS)
         const int32_t kv_head = begin + warp;
         if (kv_head < p.kv_heads) {
             const ScoreGroup group = {scores + int64_t(kv_head) * heads * p.head_stride, p.head_stride, heads, keys};
-            const FourScores pooled = pool_group(group, p.pooling, FASTKV_REDUCTION_SUM, first + column);
+            const FourScores pooled = pool_group(group, p.pooling, first + column);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 sums[warp][column + i] = pooled.of[i];

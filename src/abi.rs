@@ -14,9 +14,9 @@ pub const GATHER_KV_ROWS: i32 = 4;
 pub const POOLING_MAX: i32 = 0;
 /// Pooling that takes the mean score in reach.
 pub const POOLING_AVERAGE: i32 = 1;
-/// Reduction over heads that adds their scores.
+/// Reduction over groups of heads that adds their scores.
 pub const REDUCTION_SUM: i32 = 0;
-/// Reduction over heads that takes the largest score.
+/// Reduction over groups of heads that takes the largest score.
 pub const REDUCTION_MAX: i32 = 1;
 /// Threads of a block of `fastkv_window_scores_*` and of `fastkv_window_partials_*`.
 pub const SCORES_THREADS: i32 = 128;
@@ -26,6 +26,20 @@ pub const PARTIAL_KEYS: i32 = 512;
 pub const POOL_THREADS: i32 = 256;
 /// Keys of a block of `fastkv_pool_scores`.
 pub const POOL_KEYS: i32 = 128;
+/// Threads of a block of the selection kernels.
+pub const SELECT_THREADS: i32 = 512;
+/// Bins of a histogram of the selection kernels: as many as a digit of a rank has values.
+pub const SELECT_BINS: i32 = 2048;
+/// Items that a block of the selection in several launches takes at most.
+pub const SELECT_CHUNK: i32 = 4096;
+/// Bytes for each row that the selection in several launches needs zeroed.
+pub const SELECT_STATE_BYTES: i32 = 24608;
+/// Shared memory of `fastkv_select_block` beside 4 bytes for each item.
+pub const SELECT_BLOCK_BYTES: i32 = 8272;
+/// Blocks of a cluster of `fastkv_select_cluster`.
+pub const SELECT_CLUSTER: i32 = 8;
+/// Shared memory of a block of `fastkv_select_cluster` beside 4 bytes for each item.
+pub const SELECT_CLUSTER_BYTES: i32 = 24656;
 /** Which rows to take and where they go: for each (sequence, head) a list of token indices, its
  length, and the place of its first row in a ragged destination `[out_rows, ...]`. The lists,
  lengths and starts live on the device, so that nothing has to come back to the host to launch.
@@ -1240,4 +1254,163 @@ const _: () = {
     [
         "Offset of field: PoolScoresParams::tail",
     ][::core::mem::offset_of!(PoolScoresParams, tail) - 100usize];
+};
+/** Parameters of the selection kernels. Each sequence has `rows` rows, whose items are the keys of the
+ sequence, or pages of them. Of a sequence's keys the last `window` have no score, and of those the
+ first `tail` are always kept; what is behind them is not there for a selection.
+
+ Lengths are clipped to `keys`, counts to the items there are and to `capacity`.*/
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct SelectParams {
+    /// f32 `[sequence][(row * groups + group) * heads + head][key]`, by the strides below.
+    pub scores: u64,
+    /// Elements of `scores` from one sequence to the next.
+    pub sequence_stride: i64,
+    /// Elements of `scores` from one score head to the next.
+    pub head_stride: i64,
+    /// i32 `[sequences]`: keys of each sequence. 0: see `cu_seqlens`.
+    pub lengths: u64,
+    /// i32 `[sequences + 1]`: where sequences begin in a packed batch. 0: `keys` keys each.
+    pub cu_seqlens: u64,
+    /// i32 `[sequences, rows]`: items to keep. 0: `count` in every row.
+    pub counts: u64,
+    /// i32 `[sequences, rows, capacity]`: receives the kept items, ascending, and -1 behind them.
+    pub kept: u64,
+    /// i32 `[sequences, rows]`: receives how many were kept.
+    pub kept_lengths: u64,
+    /// Selection in several launches: `FASTKV_SELECT_STATE_BYTES` for each row, zero at first.
+    pub states: u64,
+    /// Selection in several launches: u32 ranks, `rank_stride` for each row.
+    pub ranks: u64,
+    /// Selection in several launches: two u32 for each block of each row.
+    pub splits: u64,
+    /// Elements of `ranks` from one row to the next, a multiple of 4.
+    pub rank_stride: i64,
+    /// The most keys of a sequence.
+    pub keys: i32,
+    /// Keys at the end of a sequence that have no score.
+    pub window: i32,
+    /// Of those, how many are kept.
+    pub tail: i32,
+    /// Keys at the beginning of a sequence that are kept.
+    pub sinks: i32,
+    /// Rows of each sequence.
+    pub rows: i32,
+    /// Groups of score heads of each row.
+    pub groups: i32,
+    /// Score heads of each group, which are summed.
+    pub heads: i32,
+    /// `FASTKV_REDUCTION_SUM` or `FASTKV_REDUCTION_MAX` over the groups of a row.
+    pub reduction: i32,
+    /// Pooling of the scores of each score head.
+    pub pooling: Pooling,
+    /// Keys of a page; 1 selects keys.
+    pub page: i32,
+    /// Items to keep.
+    pub count: i32,
+    /// Room for items in each row of `kept`.
+    pub capacity: i32,
+    /// Selection in several launches: items of a block, a multiple of 4.
+    pub chunk: i32,
+    /// `fastkv_select_digit`: which digit of the ranks, 1 or 2.
+    pub digit: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SelectParams"][::core::mem::size_of::<SelectParams>() - 160usize];
+    ["Alignment of SelectParams"][::core::mem::align_of::<SelectParams>() - 8usize];
+    [
+        "Offset of field: SelectParams::scores",
+    ][::core::mem::offset_of!(SelectParams, scores) - 0usize];
+    [
+        "Offset of field: SelectParams::sequence_stride",
+    ][::core::mem::offset_of!(SelectParams, sequence_stride) - 8usize];
+    [
+        "Offset of field: SelectParams::head_stride",
+    ][::core::mem::offset_of!(SelectParams, head_stride) - 16usize];
+    [
+        "Offset of field: SelectParams::lengths",
+    ][::core::mem::offset_of!(SelectParams, lengths) - 24usize];
+    [
+        "Offset of field: SelectParams::cu_seqlens",
+    ][::core::mem::offset_of!(SelectParams, cu_seqlens) - 32usize];
+    [
+        "Offset of field: SelectParams::counts",
+    ][::core::mem::offset_of!(SelectParams, counts) - 40usize];
+    [
+        "Offset of field: SelectParams::kept",
+    ][::core::mem::offset_of!(SelectParams, kept) - 48usize];
+    [
+        "Offset of field: SelectParams::kept_lengths",
+    ][::core::mem::offset_of!(SelectParams, kept_lengths) - 56usize];
+    [
+        "Offset of field: SelectParams::states",
+    ][::core::mem::offset_of!(SelectParams, states) - 64usize];
+    [
+        "Offset of field: SelectParams::ranks",
+    ][::core::mem::offset_of!(SelectParams, ranks) - 72usize];
+    [
+        "Offset of field: SelectParams::splits",
+    ][::core::mem::offset_of!(SelectParams, splits) - 80usize];
+    [
+        "Offset of field: SelectParams::rank_stride",
+    ][::core::mem::offset_of!(SelectParams, rank_stride) - 88usize];
+    [
+        "Offset of field: SelectParams::keys",
+    ][::core::mem::offset_of!(SelectParams, keys) - 96usize];
+    [
+        "Offset of field: SelectParams::window",
+    ][::core::mem::offset_of!(SelectParams, window) - 100usize];
+    [
+        "Offset of field: SelectParams::tail",
+    ][::core::mem::offset_of!(SelectParams, tail) - 104usize];
+    [
+        "Offset of field: SelectParams::sinks",
+    ][::core::mem::offset_of!(SelectParams, sinks) - 108usize];
+    [
+        "Offset of field: SelectParams::rows",
+    ][::core::mem::offset_of!(SelectParams, rows) - 112usize];
+    [
+        "Offset of field: SelectParams::groups",
+    ][::core::mem::offset_of!(SelectParams, groups) - 116usize];
+    [
+        "Offset of field: SelectParams::heads",
+    ][::core::mem::offset_of!(SelectParams, heads) - 120usize];
+    [
+        "Offset of field: SelectParams::reduction",
+    ][::core::mem::offset_of!(SelectParams, reduction) - 124usize];
+    [
+        "Offset of field: SelectParams::pooling",
+    ][::core::mem::offset_of!(SelectParams, pooling) - 128usize];
+    [
+        "Offset of field: SelectParams::page",
+    ][::core::mem::offset_of!(SelectParams, page) - 136usize];
+    [
+        "Offset of field: SelectParams::count",
+    ][::core::mem::offset_of!(SelectParams, count) - 140usize];
+    [
+        "Offset of field: SelectParams::capacity",
+    ][::core::mem::offset_of!(SelectParams, capacity) - 144usize];
+    [
+        "Offset of field: SelectParams::chunk",
+    ][::core::mem::offset_of!(SelectParams, chunk) - 148usize];
+    [
+        "Offset of field: SelectParams::digit",
+    ][::core::mem::offset_of!(SelectParams, digit) - 152usize];
+    [
+        "Offset of field: SelectParams::reserved",
+    ][::core::mem::offset_of!(SelectParams, reserved) - 156usize];
 };

@@ -6,11 +6,15 @@ mod support;
 use std::{process::ExitCode, sync::Arc};
 
 use fastkv::{
+    abi::Pooling,
     backend::cuda::CudaLauncher,
-    kernels::{DType, Device},
+    kernels::{DType, Device, select::Form},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
-use support::gather::{self, Case, Layout};
+use support::{
+    gather::{self, Case, Layout},
+    select,
+};
 
 type Test = fn(&CudaLauncher) -> Result<(), Failed>;
 
@@ -21,6 +25,7 @@ const TESTS: &[(&str, Test)] = &[
     ("copies_and_events", copies_and_events),
     ("gather_kv_llama", gather_kv_llama),
     ("gather_rows_llama", gather_rows_llama),
+    ("select_llama", select_llama),
 ];
 
 /// Draws of shapes and contents for each check.
@@ -60,6 +65,14 @@ fn gather_kv_llama(device: &CudaLauncher) -> Result<(), Failed> {
 fn gather_rows_llama(device: &CudaLauncher) -> Result<(), Failed> {
     let case = Case::plain(Layout::Packed, DType::BF16, [1, 1, 16384, 4096, 4096]);
     Ok(gather::check_rows(device, &case)?)
+}
+
+/// A tenth of the keys of each kv head of Llama 3.1 8B at 128K, and of one set for all heads at 1M.
+fn select_llama(device: &CudaLauncher) -> Result<(), Failed> {
+    let heads = || select::Case::softmax(1, [1, 8, 1, 4, 131_072], Pooling::max(7), vec![13_107]);
+    let sequence = select::Case::softmax(2, [1, 1, 8, 4, 1 << 20], Pooling::max(7), vec![104_857]);
+    select::check(device, Form::Cluster, vec![heads()])?;
+    Ok(select::check(device, Form::Grid, vec![heads(), sequence])?)
 }
 
 fn copies_and_events(device: &CudaLauncher) -> Result<(), Failed> {

@@ -1,4 +1,4 @@
-// Pooling of scores along the keys, and their reduction over a group of heads: what a selection ranks.
+// Pooling of scores along the keys, and their sum over a group of heads: what a selection ranks.
 // One definition for everything that pools, so that pooling alone and pooling on the way into a
 // selection give the same bits: taps are taken in the order of the keys, heads in their order.
 //
@@ -21,82 +21,117 @@ struct FourScores {
     float of[4];
 };
 
-// Scores of keys key..key+4 of one head, `outside` where there is no such key; `key` is a multiple of 4.
-__device__ __forceinline__ FourScores load_scores(const float* head, int32_t keys, int32_t key, float outside) {
-    FourScores four;
-    if (key >= 0 && keys - key >= 4 && reinterpret_cast<uintptr_t>(head) % FASTKV_VECTOR_BYTES == 0) {
-        const float4 vector = __ldg(reinterpret_cast<const float4*>(head + key));
-        four = {vector.x, vector.y, vector.z, vector.w};
-    } else {
-#pragma unroll
-        for (int32_t i = 0; i < 4; ++i) {
-            four.of[i] = key + i >= 0 && key + i < keys ? __ldg(head + key + i) : outside;
-        }
-    }
-    return four;
+__device__ __forceinline__ FourScores load_vector(const float* scores) {
+    const float4 vector = __ldg(reinterpret_cast<const float4*>(scores));
+    return {vector.x, vector.y, vector.z, vector.w};
 }
 
-// Pooled scores of four keys of one head: stride 1, padded by half the kernel on either side. Max pads
-// with -inf and passes over NaN, average counts the zeros of the padding. REACH is half the kernel where
-// that is known when compiling, else -1.
+// What a mean or a maximum begins with: a score of the padding, which changes neither.
+__device__ __forceinline__ float padding_of(int32_t kind) {
+    return kind == FASTKV_POOLING_MAX ? -INFINITY : 0.0f;
+}
+
+__device__ __forceinline__ float taken(int32_t kind, float pooled, float score) {
+    return kind == FASTKV_POOLING_MAX ? fmaxf(pooled, score) : pooled + score;
+}
+
+// Vectors that a thread has in flight: all there are for a kernel of up to 9.
+constexpr int32_t POOL_BATCH = 3;
+
+// Sums or maxima of what four keys of one head have in reach, where that lies in whole vectors of the row.
+// REACH is half the kernel if that is known when compiling, else -1.
 template <int32_t KIND, int32_t REACH>
-__device__ __forceinline__ FourScores pool(const float* head, int32_t keys, int32_t key, int32_t kernel) {
-    constexpr float OUTSIDE = KIND == FASTKV_POOLING_MAX ? -INFINITY : 0.0f;
+__device__ __forceinline__ FourScores pool_inside(const float* head, int32_t key, int32_t kernel) {
     const int32_t reach = REACH < 0 ? kernel / 2 : REACH;
     const int32_t vectors = (reach + 3) / 4;
-    FourScores pooled = {OUTSIDE, OUTSIDE, OUTSIDE, OUTSIDE};
-#pragma unroll(REACH < 0 ? 1 : 2 * ((REACH + 3) / 4) + 1)
-    for (int32_t vector = -vectors; vector <= vectors; ++vector) {
-        const FourScores near = load_scores(head, keys, key + 4 * vector, OUTSIDE);
+    const float padding = padding_of(KIND);
+    FourScores pooled = {padding, padding, padding, padding};
+#pragma unroll 1
+    for (int32_t batch = -vectors; batch <= vectors; batch += POOL_BATCH) {
+        FourScores near[POOL_BATCH];
 #pragma unroll
-        for (int32_t from = 0; from < 4; ++from) {
+        for (int32_t i = 0; i < POOL_BATCH; ++i) {
+            near[i] = load_vector(head + key + 4 * (batch + i));
+        }
+#pragma unroll
+        for (int32_t i = 0; i < 4 * POOL_BATCH; ++i) {
 #pragma unroll
             for (int32_t to = 0; to < 4; ++to) {
-                if (abs(4 * vector + from - to) <= reach) {
-                    pooled.of[to] = KIND == FASTKV_POOLING_MAX ? fmaxf(pooled.of[to], near.of[from])
-                                                               : pooled.of[to] + near.of[from];
+                if (abs(4 * batch + i - to) <= reach) {
+                    pooled.of[to] = taken(KIND, pooled.of[to], near[i / 4].of[i % 4]);
                 }
             }
-        }
-    }
-    if (KIND == FASTKV_POOLING_AVERAGE) {
-#pragma unroll
-        for (int32_t to = 0; to < 4; ++to) {
-            pooled.of[to] = __fdiv_rn(pooled.of[to], float(kernel));
         }
     }
     return pooled;
 }
 
-// The same for any pooling. A kernel of 1 leaves scores as they are, NaN included; 7 is what FastKV and
-// SnapKV use.
-__device__ __forceinline__ FourScores pool(const fastkv_pooling& pooling, const float* head, int32_t keys,
-                                           int32_t key) {
-    if (pooling.kernel == 1) {
-        return load_scores(head, keys, key, 0.0f);
+// The same at the ends of a row, and for rows that are no vectors.
+__device__ __forceinline__ FourScores pool_edge(const fastkv_pooling& pooling, const float* head, int32_t keys,
+                                                int32_t key) {
+    const int32_t reach = pooling.kernel / 2;
+    FourScores pooled;
+#pragma unroll
+    for (int32_t to = 0; to < 4; ++to) {
+        const int32_t end = min(keys, key + to + reach + 1);
+        pooled.of[to] = padding_of(pooling.kind);
+#pragma unroll 1
+        for (int32_t from = max(0, key + to - reach); from < end; ++from) {
+            pooled.of[to] = taken(pooling.kind, pooled.of[to], __ldg(head + from));
+        }
     }
-    if (pooling.kind == FASTKV_POOLING_MAX) {
-        return pooling.kernel == 7 ? pool<FASTKV_POOLING_MAX, 3>(head, keys, key, 7)
-                                   : pool<FASTKV_POOLING_MAX, -1>(head, keys, key, pooling.kernel);
-    }
-    return pooling.kernel == 7 ? pool<FASTKV_POOLING_AVERAGE, 3>(head, keys, key, 7)
-                               : pool<FASTKV_POOLING_AVERAGE, -1>(head, keys, key, pooling.kernel);
+    return pooled;
 }
 
-// Scores of keys key..key+4 for a group of heads: pooled for each head, then summed, or the largest of
-// them. Pooling comes first, since a maximum and a sum do not commute. The largest passes over NaN,
-// unless all are.
+// Pooled scores of keys key..key+4 of one head; `key` is a multiple of 4, and what lies behind the last
+// key means nothing. Stride 1, padded by half the kernel on either side: max pads with -inf and passes
+// over NaN, average counts the zeros of the padding. A kernel of 1 leaves scores as they are, NaN
+// included; 7 is what FastKV and SnapKV use.
+__device__ __forceinline__ FourScores pool(const fastkv_pooling& pooling, const float* head, int32_t keys,
+                                           int32_t key) {
+    const int32_t vectors = (pooling.kernel / 2 + 3) / 4;
+    const bool aligned = reinterpret_cast<uintptr_t>(head) % FASTKV_VECTOR_BYTES == 0;
+    FourScores pooled;
+    if (pooling.kernel == 1) {
+        if (aligned && keys - key >= 4) {
+            return load_vector(head + key);
+        }
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+            pooled.of[i] = key + i < keys ? __ldg(head + key + i) : 0.0f;
+        }
+        return pooled;
+    }
+    if (!aligned || key < 4 * vectors || keys - key < 4 * (vectors + POOL_BATCH)) {
+        pooled = pool_edge(pooling, head, keys, key);
+    } else if (pooling.kind == FASTKV_POOLING_MAX) {
+        pooled = pooling.kernel == 7 ? pool_inside<FASTKV_POOLING_MAX, 3>(head, key, 7)
+                                     : pool_inside<FASTKV_POOLING_MAX, -1>(head, key, pooling.kernel);
+    } else {
+        pooled = pooling.kernel == 7 ? pool_inside<FASTKV_POOLING_AVERAGE, 3>(head, key, 7)
+                                     : pool_inside<FASTKV_POOLING_AVERAGE, -1>(head, key, pooling.kernel);
+    }
+    if (pooling.kind == FASTKV_POOLING_AVERAGE) {
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+            pooled.of[i] = __fdiv_rn(pooled.of[i], float(pooling.kernel));
+        }
+    }
+    return pooled;
+}
+
+// Scores of keys key..key+4 for a group of heads: pooled for each head, then summed. Pooling comes first,
+// since a maximum and a sum do not commute.
 __device__ __forceinline__ FourScores pool_group(const ScoreGroup& group, const fastkv_pooling& pooling,
-                                                 int32_t reduction, int32_t key) {
-    FourScores reduced;
+                                                 int32_t key) {
+    FourScores sums = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
     for (int32_t head = 0; head < group.heads; ++head) {
         const FourScores one = pool(pooling, group.first + head * group.head_stride, group.keys, key);
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
-            const float sum = (head == 0 ? 0.0f : reduced.of[i]) + one.of[i];
-            const float largest = head == 0 ? one.of[i] : fmaxf(reduced.of[i], one.of[i]);
-            reduced.of[i] = reduction == FASTKV_REDUCTION_SUM ? sum : largest;
+            sums.of[i] += one.of[i];
         }
     }
-    return reduced;
+    return sums;
 }

@@ -172,6 +172,18 @@ pub enum Kernel {
     WindowScoresBf16D128,
     /// `fastkv_window_scores_bf16_256`, with [`abi::WindowScoresParams`](crate::abi::WindowScoresParams).
     WindowScoresBf16D256,
+    /// `fastkv_select_block`, with [`abi::SelectParams`](crate::abi::SelectParams).
+    SelectBlock,
+    /// `fastkv_select_cluster`, with [`abi::SelectParams`](crate::abi::SelectParams).
+    SelectCluster,
+    /// `fastkv_select_digit`, with [`abi::SelectParams`](crate::abi::SelectParams).
+    SelectDigit,
+    /// `fastkv_select_rank`, with [`abi::SelectParams`](crate::abi::SelectParams).
+    SelectRank,
+    /// `fastkv_select_split`, with [`abi::SelectParams`](crate::abi::SelectParams).
+    SelectSplit,
+    /// `fastkv_select_write`, with [`abi::SelectParams`](crate::abi::SelectParams).
+    SelectWrite,
 }
 
 impl Kernel {
@@ -213,6 +225,12 @@ impl Kernel {
         Self::WindowScoresBf16D96,
         Self::WindowScoresBf16D128,
         Self::WindowScoresBf16D256,
+        Self::SelectBlock,
+        Self::SelectCluster,
+        Self::SelectDigit,
+        Self::SelectRank,
+        Self::SelectSplit,
+        Self::SelectWrite,
     ];
 
     /// The image that holds it: the name of its source file without `.cu`.
@@ -250,6 +268,12 @@ impl Kernel {
             | Self::WindowScoresBf16D96
             | Self::WindowScoresBf16D128
             | Self::WindowScoresBf16D256 => "scores",
+            Self::SelectBlock
+            | Self::SelectDigit
+            | Self::SelectRank
+            | Self::SelectSplit
+            | Self::SelectWrite => "select",
+            Self::SelectCluster => "sm90_select",
         }
     }
 
@@ -292,6 +316,12 @@ impl Kernel {
             Self::WindowScoresBf16D96 => "fastkv_window_scores_bf16_96",
             Self::WindowScoresBf16D128 => "fastkv_window_scores_bf16_128",
             Self::WindowScoresBf16D256 => "fastkv_window_scores_bf16_256",
+            Self::SelectBlock => "fastkv_select_block",
+            Self::SelectCluster => "fastkv_select_cluster",
+            Self::SelectDigit => "fastkv_select_digit",
+            Self::SelectRank => "fastkv_select_rank",
+            Self::SelectSplit => "fastkv_select_split",
+            Self::SelectWrite => "fastkv_select_write",
         }
     }
 }

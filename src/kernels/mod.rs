@@ -8,6 +8,7 @@
 //! * [`attention`]: causal attention of a prompt, and the scores of its keys in the same launch.
 //! * [`gather`]: moves kept rows of K and V, and of hidden states.
 //! * [`scores`]: scores of keys by a window of queries, and their pooling.
+//! * [`select`]: the best keys of every row, from pooled scores.
 //! * [`batch`]: descriptions that attention and scores share.
 //! * [`images`]: the compiled kernels inside this library.
 //! * [`embed`], [`norm`], [`rope`], [`activation`], [`sample`]: what a Llama forward needs beside attention and
@@ -29,6 +30,7 @@ pub mod rope;
 mod rows;
 pub mod sample;
 pub mod scores;
+pub mod select;
 
 pub use device::{Device, Kernel, Launch};
 pub use error::{Error, cuda_error_name};

@@ -12,6 +12,7 @@ pub(crate) mod number;
 pub(crate) mod random;
 pub(crate) mod recorder;
 pub(crate) mod scores;
+pub(crate) mod select;
 
 use fastkv::kernels::MatrixProduct;
 
@@ -30,14 +31,26 @@ impl<D> Check<D> {
     pub(crate) fn portable(name: &'static str, run: fn(&D, u64) -> Result<(), String>) -> Self {
         Self { name, hopper: false, run }
     }
+
+    /// A check of something that Hopper does in its own way.
+    pub(crate) fn hopper(name: &'static str, run: fn(&D, u64) -> Result<(), String>) -> Self {
+        Self { name, hopper: true, run }
+    }
 }
 
 /// Every check that is small enough for the emulator.
 pub(crate) fn checks<D: MatrixProduct>() -> Vec<Check<D>> {
-    [attention::checks(), gather::checks(), llama::checks(), matmul::checks(), scores::checks()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        attention::checks(),
+        gather::checks(),
+        llama::checks(),
+        matmul::checks(),
+        scores::checks(),
+        select::checks(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Runs a check on cases, and names the first that fails.

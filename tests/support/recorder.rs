@@ -7,7 +7,9 @@ use fastkv::kernels::{Device, Error, Kernel, Launch};
 #[derive(Default)]
 pub(crate) struct Recorder {
     fails: bool,
+    hopper: bool,
     launches: RefCell<Vec<Recorded>>,
+    resources: RefCell<Vec<Resources>>,
 }
 
 /// A launch, parameters included.
@@ -19,7 +21,19 @@ pub(crate) struct Recorded {
     pub(crate) params: Vec<u8>,
 }
 
+/// What a launch asked for besides blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Resources {
+    pub(crate) cluster: [u32; 3],
+    pub(crate) shared_bytes: u32,
+}
+
 impl Recorder {
+    /// Claims compute capability 9.0.
+    pub(crate) fn hopper() -> Self {
+        Self { hopper: true, ..Self::default() }
+    }
+
     /// Fails every launch as a GPU would.
     pub(crate) fn failing() -> Self {
         Self { fails: true, ..Self::default() }
@@ -28,6 +42,11 @@ impl Recorder {
     /// The launches so far.
     pub(crate) fn launches(&self) -> Vec<Recorded> {
         self.launches.borrow().clone()
+    }
+
+    /// What the launches so far asked for.
+    pub(crate) fn resources(&self) -> Vec<Resources> {
+        self.resources.borrow().clone()
     }
 
     /// The last launch.
@@ -64,13 +83,15 @@ impl Device for Recorder {
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        let Launch { kernel, grid, block, .. } = *launch;
+        let Launch { kernel, grid, cluster, block, shared_bytes, .. } = *launch;
+        assert!((0..3).all(|axis| grid[axis].is_multiple_of(cluster[axis])), "{launch:?}");
         assert!(grid.iter().chain(&block).all(|n| *n > 0), "{launch:?}");
         assert!(grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16, "{launch:?}");
         assert!(block.iter().product::<u32>() <= 1024, "{launch:?}");
         if self.fails {
             return Err(Error::Driver { operation: "cuLaunchKernelEx", code: 719 });
         }
+        self.resources.borrow_mut().push(Resources { cluster, shared_bytes });
         self.launches.borrow_mut().push(Recorded { kernel, grid, block, params: launch.params.to_vec() });
         Ok(())
     }
@@ -88,7 +109,7 @@ impl Device for Recorder {
     }
 
     fn compute_capability(&self) -> (u32, u32) {
-        (8, 0)
+        if self.hopper { (9, 0) } else { (8, 0) }
     }
 
     fn multiprocessors(&self) -> u32 {

@@ -621,6 +621,18 @@ fn jitter() {
     assert_ne!(run(Some(0)), run(Some(1)));
 }
 
+/// A shared address whose register lies below 0 until the offset is added.
+#[test]
+fn short_addresses_wrap() {
+    let body = "{ .shared .align 8 .b64 cells[128]; .reg .b32 %i, %back; mov.u32 %i, %tid.x; mad.lo.u32 %i, %i, 8, cells;\n\
+        mul.lo.u32 %back, %i, -1; st.shared.b32 [%i], %a; bar.sync 0; mov.u32 %i, cells; mad.lo.u32 %back, %i, 2, %back;\n\
+        ld.shared.b32 %d, [%back+1016]; }";
+    let count = 128;
+    let arguments = (0..count).map(|n| [n, 0, 0]).collect::<Vec<_>>();
+    let found = run([32; 4], body, &arguments).unwrap();
+    assert_eq!(found, (0..count).rev().collect::<Vec<_>>());
+}
+
 /// Old values and results of each kind of atomic, in both spaces.
 #[test]
 fn atomics() {

@@ -114,9 +114,13 @@ impl Cluster<'_> {
         }
     }
 
+    /// Addresses of 32 bits wrap there: of `4080 - 16 * tid`, a compiler may have 4080 as the offset.
     pub(super) fn addresses(&self, w: usize, address: Address) -> Lanes {
         let base = self.value(w, address.base);
-        base.map(|base| base.wrapping_add_signed(address.offset))
+        base.map(|base| match u32::try_from(base) {
+            Ok(base) => base.wrapping_add_signed(address.offset as i32).into(),
+            Err(_) => base.wrapping_add_signed(address.offset),
+        })
     }
 
     fn count_access(&mut self, w: usize, space: Space, addresses: &Lanes, active: u32, bytes: u32) {
