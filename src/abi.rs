@@ -226,69 +226,31 @@ const _: () = {
 };
 /// Parameters of `fastkv_gather_kv`: the kept rows of K and of V, moved to ragged caches.
 #[repr(C)]
-#[derive(
-    Debug,
-    Default,
-    Copy,
-    Clone,
-    Hash,
-    PartialEq,
-    Eq,
-    bytemuck::Pod,
-    bytemuck::Zeroable
-)]
+#[derive(Debug, Default, Copy, Clone, Hash, Eq, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GatherKvParams {
-    /// Which rows, for each (sequence, kv head).
+    /// f
     pub kept: Kept,
-    /// K, rows of `row_bytes`.
+    /// f
     pub k: Rows,
-    /// V, rows of `row_bytes`.
+    /// f
     pub v: Rows,
-    /// Receives rows of K, `[out_rows, d]`, dense.
+    /// f
+    pub pages: Pages,
+    /// f
+    pub slots: Slots,
+    /// f
     pub k_out: u64,
-    /// Receives rows of V, `[out_rows, d]`, dense.
+    /// f
     pub v_out: u64,
-    /// Bytes of a row: head size times element size.
+    /// f
     pub row_bytes: i32,
-    /// Bytes of an element, the unit of the strides.
+    /// f
     pub element_bytes: i32,
-    /// log2 of the lanes that share a row: the smallest power of two that covers it, at most 32.
+    /// f
     pub lane_shift: i32,
-    /// Always 0.
+    /// f
     pub reserved: i32,
 }
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of GatherKvParams"][::core::mem::size_of::<GatherKvParams>() - 184usize];
-    ["Alignment of GatherKvParams"][::core::mem::align_of::<GatherKvParams>() - 8usize];
-    [
-        "Offset of field: GatherKvParams::kept",
-    ][::core::mem::offset_of!(GatherKvParams, kept) - 0usize];
-    [
-        "Offset of field: GatherKvParams::k",
-    ][::core::mem::offset_of!(GatherKvParams, k) - 88usize];
-    [
-        "Offset of field: GatherKvParams::v",
-    ][::core::mem::offset_of!(GatherKvParams, v) - 120usize];
-    [
-        "Offset of field: GatherKvParams::k_out",
-    ][::core::mem::offset_of!(GatherKvParams, k_out) - 152usize];
-    [
-        "Offset of field: GatherKvParams::v_out",
-    ][::core::mem::offset_of!(GatherKvParams, v_out) - 160usize];
-    [
-        "Offset of field: GatherKvParams::row_bytes",
-    ][::core::mem::offset_of!(GatherKvParams, row_bytes) - 168usize];
-    [
-        "Offset of field: GatherKvParams::element_bytes",
-    ][::core::mem::offset_of!(GatherKvParams, element_bytes) - 172usize];
-    [
-        "Offset of field: GatherKvParams::lane_shift",
-    ][::core::mem::offset_of!(GatherKvParams, lane_shift) - 176usize];
-    [
-        "Offset of field: GatherKvParams::reserved",
-    ][::core::mem::offset_of!(GatherKvParams, reserved) - 180usize];
-};
 /// Parameters of `fastkv_gather_rows`: whole rows of hidden states, moved to a dense tensor.
 #[repr(C)]
 #[derive(
@@ -1070,3 +1032,148 @@ const _: () = {
         "Offset of field: PoolScoresParams::tail",
     ][::core::mem::offset_of!(PoolScoresParams, tail) - 100usize];
 };
+/// constant
+pub const DECODE_BLOCK_KEYS: i32 = 64;
+/// constant
+pub const DECODE_CHUNKS: i32 = 64;
+/// constant
+pub const DECODE_QUERIES: i32 = 16;
+/// constant
+pub const DECODE_WARP_KEYS: i32 = 16;
+/// constant
+pub const COMPACT_THREADS: i32 = 512;
+/// struct
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, Hash, Eq, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Pages {
+    /// f
+    pub table: u64,
+    /// f
+    pub table_pages: i32,
+    /// f
+    pub pages: i32,
+    /// f
+    pub page_size: i32,
+    /// f
+    pub reserved: i32,
+}
+/// struct
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, Hash, Eq, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Cache {
+    /// f
+    pub k: Rows,
+    /// f
+    pub v: Rows,
+    /// f
+    pub starts: u64,
+    /// f
+    pub lengths: u64,
+    /// f
+    pub capacities: u64,
+    /// f
+    pub positions: u64,
+    /// f
+    pub pages: Pages,
+    /// f
+    pub rows: i64,
+    /// f
+    pub capacity: i32,
+    /// f
+    pub sequences: i32,
+    /// f
+    pub heads: i32,
+    /// f
+    pub reserved: i32,
+}
+/// struct
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct DecodeParams {
+    /// f
+    pub cache: Cache,
+    /// f
+    pub q: Rows,
+    /// f
+    pub k_new: Rows,
+    /// f
+    pub v_new: Rows,
+    /// f
+    pub out: Rows,
+    /// f
+    pub positions_new: u64,
+    /// f
+    pub lse: u64,
+    /// f
+    pub full: u64,
+    /// f
+    pub bias_heads: u64,
+    /// f
+    pub bias_keys: u64,
+    /// f
+    pub bias_key_stride: i64,
+    /// f
+    pub partials: u64,
+    /// f
+    pub statistics: u64,
+    /// f
+    pub finished: u64,
+    /// f
+    pub scale: f32,
+    /// f
+    pub bias: f32,
+    /// f
+    pub bias_positions: i32,
+    /// f
+    pub group: i32,
+    /// f
+    pub tokens: i32,
+    /// f
+    pub query_tiles: i32,
+    /// f
+    pub queries: i32,
+    /// f
+    pub chunks: i32,
+}
+/// struct
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, Hash, Eq, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct CompactParams {
+    /// f
+    pub cache: Cache,
+    /// f
+    pub indices: u64,
+    /// f
+    pub index_sequence_stride: i64,
+    /// f
+    pub index_head_stride: i64,
+    /// f
+    pub kept: u64,
+    /// f
+    pub lengths_out: u64,
+    /// f
+    pub index_capacity: i32,
+    /// f
+    pub row_bytes: i32,
+    /// f
+    pub element_bytes: i32,
+    /// f
+    pub lane_shift: i32,
+}
+/// struct
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, Hash, Eq, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Slots {
+    /// f
+    pub slots: u64,
+    /// f
+    pub page_stride: i64,
+    /// f
+    pub head_stride: i64,
+    /// f
+    pub slot_stride: i64,
+    /// f
+    pub pages: i32,
+    /// f
+    pub page_size: i32,
+}

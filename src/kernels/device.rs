@@ -100,6 +100,40 @@ pub struct Launch<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
+    /// `fastkv_decode_f16_64_q8`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeF16D64Q8,
+    /// `fastkv_decode_f16_64_q16`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeF16D64Q16,
+    /// `fastkv_decode_f16_96_q8`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeF16D96Q8,
+    /// `fastkv_decode_f16_96_q16`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeF16D96Q16,
+    /// `fastkv_decode_f16_128_q8`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeF16D128Q8,
+    /// `fastkv_decode_f16_128_q16`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeF16D128Q16,
+    /// `fastkv_decode_f16_256_q8`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeF16D256Q8,
+    /// `fastkv_decode_f16_256_q16`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeF16D256Q16,
+    /// `fastkv_decode_bf16_64_q8`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeBf16D64Q8,
+    /// `fastkv_decode_bf16_64_q16`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeBf16D64Q16,
+    /// `fastkv_decode_bf16_96_q8`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeBf16D96Q8,
+    /// `fastkv_decode_bf16_96_q16`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeBf16D96Q16,
+    /// `fastkv_decode_bf16_128_q8`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeBf16D128Q8,
+    /// `fastkv_decode_bf16_128_q16`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeBf16D128Q16,
+    /// `fastkv_decode_bf16_256_q8`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeBf16D256Q8,
+    /// `fastkv_decode_bf16_256_q16`, with [`abi::DecodeParams`](crate::abi::DecodeParams).
+    DecodeBf16D256Q16,
+    /// `fastkv_compact`, with [`abi::CompactParams`](crate::abi::CompactParams).
+    Compact,
     /// `fastkv_gather_indices`, with [`abi::GatherIndicesParams`](crate::abi::GatherIndicesParams).
     GatherIndices,
     /// `fastkv_gather_kv`, with [`abi::GatherKvParams`](crate::abi::GatherKvParams).
@@ -161,6 +195,23 @@ pub enum Kernel {
 impl Kernel {
     /// All of them; `ALL[kernel as usize] == kernel`.
     pub const ALL: &'static [Self] = &[
+        Self::DecodeF16D64Q8,
+        Self::DecodeF16D64Q16,
+        Self::DecodeF16D96Q8,
+        Self::DecodeF16D96Q16,
+        Self::DecodeF16D128Q8,
+        Self::DecodeF16D128Q16,
+        Self::DecodeF16D256Q8,
+        Self::DecodeF16D256Q16,
+        Self::DecodeBf16D64Q8,
+        Self::DecodeBf16D64Q16,
+        Self::DecodeBf16D96Q8,
+        Self::DecodeBf16D96Q16,
+        Self::DecodeBf16D128Q8,
+        Self::DecodeBf16D128Q16,
+        Self::DecodeBf16D256Q8,
+        Self::DecodeBf16D256Q16,
+        Self::Compact,
         Self::GatherIndices,
         Self::GatherKv,
         Self::GatherRows,
@@ -194,7 +245,23 @@ impl Kernel {
     /// The image that holds it: the name of its source file without `.cu`.
     pub const fn image(self) -> &'static str {
         match self {
-            Self::GatherIndices | Self::GatherKv | Self::GatherRows => "gather",
+            Self::DecodeF16D64Q8
+            | Self::DecodeF16D64Q16
+            | Self::DecodeF16D96Q8
+            | Self::DecodeF16D96Q16
+            | Self::DecodeF16D128Q8
+            | Self::DecodeF16D128Q16
+            | Self::DecodeF16D256Q8
+            | Self::DecodeF16D256Q16
+            | Self::DecodeBf16D64Q8
+            | Self::DecodeBf16D64Q16
+            | Self::DecodeBf16D96Q8
+            | Self::DecodeBf16D96Q16
+            | Self::DecodeBf16D128Q8
+            | Self::DecodeBf16D128Q16
+            | Self::DecodeBf16D256Q8
+            | Self::DecodeBf16D256Q16 => "decode",
+            Self::Compact | Self::GatherIndices | Self::GatherKv | Self::GatherRows => "gather",
             Self::Add | Self::Convert | Self::SiluMul => "activation",
             Self::Embed => "embed",
             Self::RmsNorm => "norm",
@@ -224,6 +291,23 @@ impl Kernel {
     /// The name to look it up by in that image.
     pub const fn entry(self) -> &'static str {
         match self {
+            Self::DecodeF16D64Q8 => "fastkv_decode_f16_64_q8",
+            Self::DecodeF16D64Q16 => "fastkv_decode_f16_64_q16",
+            Self::DecodeF16D96Q8 => "fastkv_decode_f16_96_q8",
+            Self::DecodeF16D96Q16 => "fastkv_decode_f16_96_q16",
+            Self::DecodeF16D128Q8 => "fastkv_decode_f16_128_q8",
+            Self::DecodeF16D128Q16 => "fastkv_decode_f16_128_q16",
+            Self::DecodeF16D256Q8 => "fastkv_decode_f16_256_q8",
+            Self::DecodeF16D256Q16 => "fastkv_decode_f16_256_q16",
+            Self::DecodeBf16D64Q8 => "fastkv_decode_bf16_64_q8",
+            Self::DecodeBf16D64Q16 => "fastkv_decode_bf16_64_q16",
+            Self::DecodeBf16D96Q8 => "fastkv_decode_bf16_96_q8",
+            Self::DecodeBf16D96Q16 => "fastkv_decode_bf16_96_q16",
+            Self::DecodeBf16D128Q8 => "fastkv_decode_bf16_128_q8",
+            Self::DecodeBf16D128Q16 => "fastkv_decode_bf16_128_q16",
+            Self::DecodeBf16D256Q8 => "fastkv_decode_bf16_256_q8",
+            Self::DecodeBf16D256Q16 => "fastkv_decode_bf16_256_q16",
+            Self::Compact => "fastkv_compact",
             Self::GatherIndices => "fastkv_gather_indices",
             Self::GatherKv => "fastkv_gather_kv",
             Self::GatherRows => "fastkv_gather_rows",

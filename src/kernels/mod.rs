@@ -5,7 +5,8 @@
 //! `backend::cuda` and something simpler in tests. Addresses are plain `u64` device addresses, so that
 //! any CUDA binding can call.
 //!
-//! * [`gather`]: moves kept rows of K and V, and of hidden states.
+//! * [`decode`]: attention of the newest tokens over a compact cache, which takes them in.
+//! * [`gather`]: moves kept rows of K and V, also within a cache, and of hidden states.
 //! * [`scores`]: scores of keys by a window of queries, and their pooling.
 //! * [`batch`]: descriptions that attention and scores share.
 //! * [`images`]: the compiled kernels inside this library.
@@ -14,7 +15,9 @@
 
 pub mod activation;
 pub mod batch;
+mod cache;
 mod check;
+pub mod decode;
 mod device;
 pub mod embed;
 mod error;

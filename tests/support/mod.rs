@@ -2,12 +2,14 @@
 //! them on. Each test program uses its share of this.
 #![allow(dead_code)]
 
+pub(crate) mod decode;
 pub(crate) mod emulator;
 pub(crate) mod gather;
 pub(crate) mod llama;
 pub(crate) mod matmul;
 pub(crate) mod memory;
 pub(crate) mod number;
+pub(crate) mod processors;
 pub(crate) mod random;
 pub(crate) mod recorder;
 pub(crate) mod scores;
@@ -33,7 +35,9 @@ impl<D> Check<D> {
 
 /// Every check that is small enough for the emulator.
 pub(crate) fn checks<D: MatrixProduct>() -> Vec<Check<D>> {
-    [gather::checks(), llama::checks(), matmul::checks(), scores::checks()].into_iter().flatten().collect()
+    let checks =
+        [decode::checks(), gather::checks(), llama::checks(), matmul::checks(), scores::checks()];
+    checks.into_iter().flatten().collect()
 }
 
 /// Runs a check on cases, and names the first that fails.
