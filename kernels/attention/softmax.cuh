@@ -52,7 +52,7 @@ struct Softmax {
 
     // The factor that makes probabilities of what was accumulated, and the natural logarithm of the sum.
     // A row that saw no key has 0 and -inf.
-    __device__ __forceinline__ void finish(int row, float scale, float& normalize, float& lse) {
+    __device__ __forceinline__ void finish(int row, float scale, float& normalize, float& lse) const {
         const float total = quad_reduce(sum[row], [](float a, float b) { return a + b; });
         const bool seen = total != 0.0f;
         normalize = seen ? __fdividef(1.0f, total) : 0.0f;
