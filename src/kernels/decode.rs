@@ -6,16 +6,15 @@
 //! same bit for bit, whatever else is in the batch and whatever the device.
 
 use super::{
-    DType, Device, Error, Kernel, Launch, cache,
-    check::{self, Presence, Shape, disjoint, range},
+    DType, Device, Error, Kernel, Launch,
+    batch::{self, Bias, Lengths},
+    cache,
+    check::{self, Presence, Shape, apart, range},
 };
 use crate::abi::{self, Cache, DecodeParams, Rows};
 
 /// New tokens of a sequence that one launch takes, at most.
 pub const MAX_TOKENS: u32 = 8;
-
-/// Query heads of a kv head, at most.
-pub const MAX_GROUP: u32 = 16;
 
 /// Entries of a list, at most: what a kernel counts in 32 bits.
 const MAX_CAPACITY: i32 = 1 << 30;
@@ -25,22 +24,6 @@ const ALIGNMENT: u64 = 256;
 
 /// Blocks of an SM: with two tiles of keys and values each, enough bytes in flight.
 const BLOCKS: u32 = 3;
-
-/// Attention steering (PASTA, arXiv 2311.02262): `value` is added to the scaled product of a biased query
-/// head and an entry at a biased position.
-#[derive(Clone, Copy, Debug)]
-pub struct Bias {
-    /// Address of u32 words with a bit for each query head, lowest bit first.
-    pub heads: u64,
-    /// Address of u32 words with a bit for each position of a sequence, lowest bit first.
-    pub keys: u64,
-    /// Words of `keys` from one sequence to the next.
-    pub key_stride: i64,
-    /// Positions with a bit, the prompt's as a rule; entries behind them are not biased.
-    pub positions: u32,
-    /// What is added, a finite number.
-    pub value: f32,
-}
 
 /// One step of decoding: `out = softmax(scale * q k^T + bias) v` over each list of the cache and the new
 /// tokens, which are appended. A query sees its own key and those before it.
@@ -65,11 +48,13 @@ pub struct Decode {
     /// Address of an i32 that is set to 1 where a list has no room for the new tokens. They are seen all the
     /// same, but such a list stays as it is. Needed where something is appended.
     pub full: u64,
-    /// Added to some of the products.
+    /// Added to some of the products; its keys are original positions.
     pub bias: Option<Bias>,
+    /// Positions with a bit in `bias`, the prompt's as a rule; entries behind them are not biased.
+    pub bias_positions: u32,
     /// Factor of the products, `1 / sqrt(head_dim)` as a rule; above 0.
     pub scale: f32,
-    /// A multiple of `cache.heads`, up to [`MAX_GROUP`] times as many.
+    /// A multiple of `cache.heads`, up to 16 times as many.
     pub query_heads: u32,
     /// New tokens of each sequence, 1 to [`MAX_TOKENS`].
     pub tokens: u32,
@@ -112,7 +97,7 @@ pub unsafe fn decode<D: Device + ?Sized>(device: &D, work: &Decode) -> Result<()
     let Workspace { statistics, partials, bytes } = split.workspace();
     check_workspace(work, bytes)?;
 
-    let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, positions: 0, value: 0.0 });
+    let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
     let params = DecodeParams {
         cache: *cache,
         q: work.q,
@@ -130,7 +115,7 @@ pub unsafe fn decode<D: Device + ?Sized>(device: &D, work: &Decode) -> Result<()
         finished: work.workspace,
         scale: work.scale,
         bias: bias.value,
-        bias_positions: bias.positions as i32,
+        bias_positions: work.bias_positions as i32,
         group: split.group as i32,
         tokens: work.tokens as i32,
         query_tiles: split.query_tiles as i32,
@@ -180,18 +165,14 @@ impl Split {
         if cache.capacity > MAX_CAPACITY {
             return Err(Error::argument("cache.capacity", cache.capacity, format!("at most {MAX_CAPACITY}")));
         }
-        let (heads, query_heads) = (cache.heads as u32, work.query_heads);
-        let group = query_heads.checked_div(heads).unwrap_or(1);
-        if group.checked_mul(heads) != Some(query_heads) || !(1..=MAX_GROUP).contains(&group) {
-            let expected = format!("a multiple of cache.heads, {heads}, of 1 to {MAX_GROUP} times as many");
-            return Err(Error::argument("query_heads", query_heads, expected));
+        if lists > 0 {
+            batch::check_heads(work.query_heads, cache.heads as u32)?;
         }
+        let group = work.query_heads.checked_div(cache.heads as u32).unwrap_or(1).max(1);
         if !(1..=MAX_TOKENS).contains(&work.tokens) {
             return Err(Error::argument("tokens", work.tokens, format!("from 1 to {MAX_TOKENS}")));
         }
-        if ![64, 96, 128, 256].contains(&work.head_dim) {
-            return Err(Error::argument("head_dim", work.head_dim, "64, 96, 128 or 256"));
-        }
+        batch::check_head_dim(work.head_dim)?;
         if work.dtype == DType::F32 {
             return Err(Error::argument("dtype", "F32", "F16 or BF16"));
         }
@@ -281,45 +262,31 @@ fn check_tensors(work: &Decode, split: &Split) -> Result<(), Error> {
     let new_shape = Shape { heads: cache.heads, ..query_shape };
     let appends = work.k_new.base != 0;
 
-    let q = check::rows("q", &work.q, query_shape)?;
-    let out = check::rows("out", &work.out, query_shape)?;
-    let mut reads = vec![("q", q)];
+    let mut inputs = vec![("q", check::rows("q", &work.q, query_shape)?)];
     if appends {
-        reads.push(("k_new", check::rows("k_new", &work.k_new, new_shape)?));
-        reads.push(("v_new", check::rows("v_new", &work.v_new, new_shape)?));
+        inputs.push(("k_new", check::rows("k_new", &work.k_new, new_shape)?));
+        inputs.push(("v_new", check::rows("v_new", &work.v_new, new_shape)?));
         range("full", work.full, 1, 4, Presence::Needed)?;
         let news = i128::from(sequences) * i128::from(tokens);
         let presence = if cache.positions == 0 { Presence::Optional } else { Presence::Needed };
         range("positions_new", work.positions_new, news, 4, presence)?;
     }
+    // K and V may lie between each other, so they are only held against the rest.
     let lists = cache::check(cache, width, dtype)?;
-    for (name, read) in reads.iter().chain(&lists) {
-        disjoint("out", &out, name, read)?;
+    if appends {
+        lists.iter().try_for_each(|list| apart(std::slice::from_ref(list), &inputs))?;
     }
-    for (name, list) in &lists {
-        for (other, read) in reads.iter().filter(|_| appends) {
-            disjoint(name, list, other, read)?;
-        }
-    }
+    inputs.extend(lists);
+    apart(&[("out", check::rows("out", &work.out, query_shape)?)], &inputs)?;
 
-    let lse = i128::from(split.lists * split.group) * i128::from(tokens);
-    range("lse", work.lse, lse, 4, Presence::Optional)?;
-    if !(work.scale > 0.0 && work.scale.is_finite()) {
-        return Err(Error::argument("scale", work.scale, "a number above 0"));
+    let queries = i128::from(split.lists) * i128::from(split.group) * i128::from(tokens);
+    range("lse", work.lse, queries, 4, Presence::Optional)?;
+    batch::check_scale(work.scale)?;
+    if let Some(bias) = work.bias {
+        let keys = Lengths::dense(work.bias_positions);
+        keys.check("bias_positions")?;
+        bias.check(sequences as u32, work.query_heads, keys, work.scale)?;
     }
-    let Some(bias) = work.bias else { return Ok(()) };
-    let words = i128::from(bias.positions.div_ceil(32));
-    if bias.key_stride < 0 {
-        return Err(Error::argument("bias.key_stride", bias.key_stride, "0 or more"));
-    }
-    if bias.positions > i32::MAX as u32 {
-        return Err(Error::argument("bias.positions", bias.positions, format!("at most {}", i32::MAX)));
-    }
-    if !bias.value.is_finite() {
-        return Err(Error::argument("bias.value", bias.value, "a number"));
-    }
-    range("bias.heads", bias.heads, work.query_heads.div_ceil(32).into(), 4, Presence::Needed)?;
-    range("bias.keys", bias.keys, check::last(sequences, bias.key_stride) + words, 4, Presence::Needed)?;
     Ok(())
 }
 

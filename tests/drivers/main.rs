@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod decode;
 mod gather;
 mod llama;
 

@@ -4,7 +4,8 @@ use fastkv::{
     abi::{Cache, Pages, Rows},
     kernels::{
         DType, Device,
-        decode::{self, Bias, Decode},
+        batch::Bias,
+        decode::{self, Decode},
     },
 };
 use half::{bf16, f16};
@@ -508,7 +509,6 @@ impl OnDevice {
             heads: put(bytemuck::cast_slice(&head_words), true),
             keys: put(bytemuck::cast_slice(&key_words), true),
             key_stride: BIASED_POSITIONS.div_ceil(32).into(),
-            positions: BIASED_POSITIONS,
             value: BIAS,
         });
         Self { cache, tensors, full: put(bytemuck::bytes_of(&state.full), true), bias }
@@ -558,6 +558,7 @@ fn run<D: Device>(
         lse: memory.untouched(4 * step.q.len() / case.head_dim),
         full: on.full,
         bias: on.bias,
+        bias_positions: BIASED_POSITIONS,
         scale: scale(case),
         query_heads: query_heads as u32,
         tokens,
