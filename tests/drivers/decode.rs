@@ -1,15 +1,21 @@
 //! Decoding.
 
-use crate::support::recorder::{Recorded, Recorder};
+use crate::support::{
+    decode::{Case, check},
+    emulator::Emulator,
+    recorder::{Recorded, Recorder},
+};
 use fastkv::{
     abi::{Cache, DecodeParams, Pages, Rows},
     kernels::{
         DType, Kernel,
         batch::Bias,
         decode::{Decode, decode, decode_workspace},
+        images,
     },
 };
 use proptest::prelude::*;
+use ptx_emulator::Schedule;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
@@ -221,6 +227,23 @@ fn refuses_pages() {
     refuses(|c| c.starts = 4096, "cache.starts is 0x1000; it must be 0 where the cache is paged");
     refuses(|c| c.capacities = 4096, "cache.capacities is 0x1000; it must be 0 where the cache is paged");
     refuses(|c| c.pages.table = 2, "cache.pages.table is 0x2; it must be a device address, a multiple of 4");
+}
+
+/// Rows of keys, values, queries and results lie so that no two lanes of a request want the same bank at
+/// once. What is left are the factors and counters of a merge, at most one pass in a hundred.
+#[test]
+#[cfg_attr(not(fastkv_kernels), ignore = "built without nvcc")]
+fn shared_memory_has_no_bank_conflicts() {
+    assert!(images::built());
+    for head_dim in [64, 96, 128, 256] {
+        for group in [4, 16] {
+            let emulator = Emulator::new(Schedule::Eager, (8, 0));
+            check(&emulator, &Case::new(head_dim, group, &[&[200, 500]])).unwrap();
+            let counters = emulator.counters();
+            assert!(counters.matrix_products > 500, "{counters:?}");
+            assert!(100 * counters.bank_conflicts <= counters.shared_passes, "{head_dim}: {counters:?}");
+        }
+    }
 }
 
 /// A failure of the device reaches the caller as it is.
