@@ -11,7 +11,10 @@ use super::{
     DType, Device, Error, Kernel, Launch, cache,
     check::{self, MAX_GRID_YZ, Presence, Shape, count, disjoint, last, range, row_bytes},
 };
-use crate::abi::{self, Cache, CompactParams, GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Pages, Rows, Slots};
+use crate::abi::{
+    self, Cache, CompactParams, GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Pages, Rows,
+    Slots,
+};
 
 /// The kept rows of K and of V for every (sequence, kv head): `k_out[start + i] = k[indices[i]]`, and
 /// so for V.

@@ -35,8 +35,7 @@ impl<D> Check<D> {
 
 /// Every check that is small enough for the emulator.
 pub(crate) fn checks<D: MatrixProduct>() -> Vec<Check<D>> {
-    let checks =
-        [decode::checks(), gather::checks(), llama::checks(), matmul::checks(), scores::checks()];
+    let checks = [decode::checks(), gather::checks(), llama::checks(), matmul::checks(), scores::checks()];
     checks.into_iter().flatten().collect()
 }
 
