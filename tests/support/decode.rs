@@ -577,6 +577,11 @@ fn run<D: Device>(
     })
 }
 
+/// Not of a NaN, and of an infinity only itself.
+fn is_near(found: f64, expected: f64, error: f64) -> bool {
+    found == expected || (found - expected).abs() <= error
+}
+
 fn compare(case: &Case, state: &State, step: &Step, found: &Outputs) -> Result<(), String> {
     let out: Vec<u16> = found.out.chunks_exact(2).map(bytemuck::pod_read_unaligned).collect();
     let lse: Vec<f32> = found.lse.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect();
@@ -587,8 +592,7 @@ fn compare(case: &Case, state: &State, step: &Step, found: &Outputs) -> Result<(
                     let which = [sequence, head, in_group, token];
                     let expected = expected(case, state, step, which);
                     let row = ((sequence * case.heads + head) * case.group + in_group) * case.tokens + token;
-                    let off = (f64::from(lse[row]) - expected.lse).abs();
-                    if f64::from(lse[row]) != expected.lse && !(off <= expected.lse_error) {
+                    if !is_near(lse[row].into(), expected.lse, expected.lse_error) {
                         return Err(format!(
                             "lse of {which:?}: {} instead of {} +- {:e}",
                             lse[row], expected.lse, expected.lse_error
@@ -596,7 +600,7 @@ fn compare(case: &Case, state: &State, step: &Step, found: &Outputs) -> Result<(
                     }
                     for i in 0..case.head_dim {
                         let found = decode_element(case.dtype, out[row * case.head_dim + i]);
-                        if !((found - expected.out[i]).abs() <= expected.out_error[i]) {
+                        if !is_near(found, expected.out[i], expected.out_error[i]) {
                             return Err(format!(
                                 "out of {which:?} at {i}: {found} instead of {} +- {:e}",
                                 expected.out[i], expected.out_error[i]
