@@ -45,7 +45,8 @@ struct Shape {
     static constexpr int32_t result_row = d + 4;
     static constexpr int32_t statistics = FASTKV_DECODE_QUERIES * result_row * 4;
     static_assert(statistics + FASTKV_DECODE_QUERIES * 8 <= warp_bytes, "a result fits the stage");
-    static_assert(FASTKV_DECODE_QUERIES * FASTKV_DECODE_CHUNKS * 4 <= stage, "merge factors fit the stage");
+    static constexpr int32_t factor_row = FASTKV_DECODE_CHUNKS + 1; // rows of factors for a merge
+    static_assert(FASTKV_DECODE_QUERIES * factor_row * 4 <= stage, "merge factors fit the stage");
     static_assert(FASTKV_DECODE_BLOCK_KEYS % tile_keys == 0, "a chunk is whole tiles");
 };
 
@@ -355,7 +356,7 @@ __device__ __forceinline__ void merge_chunks(const fastkv_decode_params& p, cons
         const float normalize = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
         for (int32_t i = 0; i < 2; ++i) {
-            factors[row * FASTKV_DECODE_CHUNKS + lane + 32 * i] = weight[i] * normalize;
+            factors[row * S::factor_row + lane + 32 * i] = weight[i] * normalize;
         }
         if (p.lse && lane == 0) {
             store_lse(p, at, row, most, sum);
@@ -368,7 +369,7 @@ __device__ __forceinline__ void merge_chunks(const fastkv_decode_params& p, cons
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
         for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-            sum = add_scaled(sum, factors[row * FASTKV_DECODE_CHUNKS + chunk],
+            sum = add_scaled(sum, factors[row * S::factor_row + chunk],
                              __ldcg(partials + int64_t(chunk) * p.queries * (d / 4) + part));
         }
         store_output<T>(p, at, row, part % (d / 4) * 4, sum);
