@@ -17,13 +17,29 @@ static const int32_t FASTKV_VECTOR_BYTES = 16;
 /** Threads of a block of `fastkv_prefill_attention_*`. */
 static const int32_t FASTKV_ATTENTION_THREADS = 128;
 
+
+/** Keys of a decode block, the unit in which lists are split. */
+static const int32_t FASTKV_DECODE_BLOCK_KEYS = 64;
+
+/** Chunks that `fastkv_decode_*` splits a list into, at most. */
+static const int32_t FASTKV_DECODE_CHUNKS = 64;
+
+/** Query rows (new tokens x heads of a GQA group) that one pass over a list serves, at most. */
+static const int32_t FASTKV_DECODE_QUERIES = 16;
+
+/** Keys of a list that each warp of `fastkv_decode_*` works on at a time. */
+static const int32_t FASTKV_DECODE_WARP_KEYS = 16;
+
 /** Threads of a block of `fastkv_gather_indices`. */
 static const int32_t FASTKV_GATHER_INDICES_THREADS = 256;
 
 /** Threads of a block of `fastkv_gather_kv`. */
 static const int32_t FASTKV_GATHER_KV_THREADS = 128;
 
-/** Rows that each thread of `fastkv_gather_kv` has in flight at once. */
+/** Threads of a block of `fastkv_compact`. */
+static const int32_t FASTKV_COMPACT_THREADS = 512;
+
+/** Rows that each thread of `fastkv_gather_kv` and `fastkv_compact` has in flight at once. */
 static const int32_t FASTKV_GATHER_KV_ROWS = 4;
 
 /** Pooling that takes the largest score in reach. */
@@ -101,7 +117,7 @@ typedef struct fastkv_kept {
      * packed. 0: a token's position is its index.
      */
     uint64_t positions;
-    /** i32 `[out_rows]`: receives the position of every row taken. 0: not wanted. */
+    /** i32 `[out_rows]`, or `[slots, heads]`: receives the position of every row taken. 0: not wanted. */
     uint64_t positions_out;
     /** Rows that the destination holds. */
     int64_t out_rows;
@@ -226,17 +242,181 @@ typedef struct fastkv_prefill_attention_params {
     int32_t score_slots;
 } fastkv_prefill_attention_params;
 
-/** Parameters of `fastkv_gather_kv`: the kept rows of K and of V, moved to ragged caches. */
+/**
+ * Pages that sequences are spread over: token i of a sequence is slot `i % page_size` of page
+ * `table[sequence][i / page_size]`. What is not in `[0, pages)`, -1 by convention, is no page: nobody
+ * reads or writes the tokens there.
+ */
+typedef struct fastkv_pages {
+    /** i32 `[sequences, table_pages]`. 0: there are no pages. */
+    uint64_t table;
+    /** Pages of a sequence in `table`. */
+    int32_t table_pages;
+    /** Pages of the tensors. */
+    int32_t pages;
+    /** Slots of a page. */
+    int32_t page_size;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_pages;
+
+/**
+ * A KV cache of lists, one for each (sequence, kv head), each with a length of its own on the device.
+ *
+ * Ragged, where there are no pages: entry i of a list is row `start + i` of `k` and `v`. Paged: entry i
+ * is token i of its sequence, whose lists share pages and length, and an entry without a page is absent:
+ * nobody sees it.
+ *
+ * Lengths are clipped to `capacity`, to the list's own room, and to `rows`; lists with a negative start
+ * are empty: no list can make a kernel touch memory outside the tensors described here.
+ */
+typedef struct fastkv_cache {
+    /**
+     * Keys, rotated. Ragged: `token_stride` from one row to the next, the rest unused. Paged:
+     * `sequence_stride` from one page to the next, `token_stride` from one slot to the next.
+     */
+    fastkv_rows k;
+    /** Values, as the keys. */
+    fastkv_rows v;
+    /** i64 `[sequences, heads]`: row of a list's first entry. 0: lists stand `capacity` apart. */
+    uint64_t starts;
+    /** i32 `[sequences, heads]`, paged `[sequences]`: entries in use. */
+    uint64_t lengths;
+    /** i32 `[sequences, heads]`: rows that belong to a list. 0: `capacity` for every list. */
+    uint64_t capacities;
+    /**
+     * i32: original position of every entry, `[rows]`, or `[pages, page_size, heads]`. 0: not kept.
+     */
+    uint64_t positions;
+    /** Where the entries of a paged cache lie. */
+    fastkv_pages pages;
+    /** Rows of `k` and `v` where the cache is ragged. */
+    int64_t rows;
+    /** Entries that a list can have, at most. */
+    int32_t capacity;
+    /** Sequences in the batch. */
+    int32_t sequences;
+    /** kv heads. */
+    int32_t heads;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_cache;
+
+/**
+ * Parameters of `fastkv_decode_*`: attention of the newest tokens of each sequence over its lists.
+ *
+ * Where `k_new` is given, the tokens' own keys and values are seen too and are appended to the lists,
+ * whose lengths grow; a list without room for all of them stays as it is, and `full` says so. Where it
+ * is 0 the last `tokens` entries of each list are the queries' own. A query sees the keys up to its
+ * own. A query that sees none has output 0 and LSE -inf.
+ */
+typedef struct fastkv_decode_params {
+    /** The lists; `lengths` and `positions` grow where something is appended. */
+    fastkv_cache cache;
+    /** Queries, `[sequence][query head][token][d]`. */
+    fastkv_rows q;
+    /** Keys of the new tokens, rotated, `[sequence][kv head][token][d]`. Base 0: nothing is appended. */
+    fastkv_rows k_new;
+    /** Values of the new tokens, as their keys. */
+    fastkv_rows v_new;
+    /** Receives the output, as the queries. */
+    fastkv_rows out;
+    /** i32 `[sequences, tokens]`: positions of the new tokens. 0 where none are kept. */
+    uint64_t positions_new;
+    /** Receives f32 `[sequence][query head][token]`: natural log of the sum. 0: not wanted. */
+    uint64_t lse;
+    /** i32: set to 1 where a list had no room; left alone otherwise. */
+    uint64_t full;
+    /** u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none. */
+    uint64_t bias_heads;
+    /** u32 words, a bit for each position of a sequence, lowest bit first: keys that are biased. */
+    uint64_t bias_keys;
+    /** Words of `bias_keys` from one sequence to the next. */
+    int64_t bias_key_stride;
+    /** f32 `[lists, query tiles, chunks, queries, d]`: what a chunk adds to an output. */
+    uint64_t partials;
+    /** f32 `[lists, query tiles, chunks, queries, 2]`: maximum and sum of each row of a chunk. */
+    uint64_t statistics;
+    /** i32 zeros: finished chunks of each (list, query tile), then finished blocks of the grid. */
+    uint64_t finished;
+    /** Factor of the products of queries and keys. */
+    float scale;
+    /** Added to the scaled product where the query head and the key's position are biased. */
+    float bias;
+    /** Positions that have a bit in `bias_keys`; those behind are not biased. */
+    int32_t bias_positions;
+    /** Query heads of a kv head. */
+    int32_t group;
+    /** New tokens of each sequence. */
+    int32_t tokens;
+    /** Query rows of a list, `group * tokens`, in tiles of `queries`. */
+    int32_t query_tiles;
+    /** Rows of a query tile, 8 or 16. */
+    int32_t queries;
+    /** Chunks that a list can have, at most FASTKV_DECODE_CHUNKS. */
+    int32_t chunks;
+} fastkv_decode_params;
+
+/**
+ * Parameters of `fastkv_compact`: entries of a cache moved to the front of their lists, in place.
+ *
+ * Indices ascend, so no row is overwritten before it was read. A list ends where it stops to ascend, or
+ * leaves the entries of the cache.
+ */
+typedef struct fastkv_compact_params {
+    /** The lists. */
+    fastkv_cache cache;
+    /** i32: ascending indices of the entries kept, `index_capacity` of them for each list. */
+    uint64_t indices;
+    /** Elements of `indices` from one sequence to the next. */
+    int64_t index_sequence_stride;
+    /** Elements of `indices` from one head to the next; 0 where all heads share one list. */
+    int64_t index_head_stride;
+    /** i32 `[sequences, heads]`: indices in use. 0: `index_capacity` for every list. */
+    uint64_t kept;
+    /** Receives i32 `[sequences, heads]`: entries that were kept. */
+    uint64_t lengths_out;
+    /** Room for indices in each list. */
+    int32_t index_capacity;
+    /** Bytes of a row: head size times element size. */
+    int32_t row_bytes;
+    /** Bytes of an element, the unit of the strides. */
+    int32_t element_bytes;
+    /** log2 of the lanes that share a row: the smallest power of two that covers it, at most 32. */
+    int32_t lane_shift;
+} fastkv_compact_params;
+
+/** Where rows of a destination go that is paged, one by one. */
+typedef struct fastkv_slots {
+    /** i64 `[out_rows]`: slot of each row, counted over all pages; -1 skips the row. 0: rows are dense. */
+    uint64_t slots;
+    /** Elements from one page to the next. */
+    int64_t page_stride;
+    /** Elements from one head to the next. */
+    int64_t head_stride;
+    /** Elements from one slot of a page to the next. */
+    int64_t slot_stride;
+    /** Pages of the destination. */
+    int32_t pages;
+    /** Slots of a page. */
+    int32_t page_size;
+} fastkv_slots;
+
+/** Parameters of `fastkv_gather_kv`: the kept rows of K and of V, moved to ragged or paged caches. */
 typedef struct fastkv_gather_kv_params {
     /** Which rows, for each (sequence, kv head). */
     fastkv_kept kept;
-    /** K, rows of `row_bytes`. */
+    /** K, rows of `row_bytes`; where it is paged `sequence_stride` leads from page to page. */
     fastkv_rows k;
-    /** V, rows of `row_bytes`. */
+    /** V, rows of `row_bytes`, as K. */
     fastkv_rows v;
-    /** Receives rows of K, `[out_rows, d]`, dense. */
+    /** Where the tokens of paged sources lie. */
+    fastkv_pages pages;
+    /** Where the rows of paged destinations go. */
+    fastkv_slots slots;
+    /** Receives rows of K: `[out_rows, d]`, dense, or the first page. */
     uint64_t k_out;
-    /** Receives rows of V, `[out_rows, d]`, dense. */
+    /** Receives rows of V, as K. */
     uint64_t v_out;
     /** Bytes of a row: head size times element size. */
     int32_t row_bytes;

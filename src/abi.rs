@@ -4,11 +4,21 @@
 pub const VECTOR_BYTES: i32 = 16;
 /// Threads of a block of `fastkv_prefill_attention_*`.
 pub const ATTENTION_THREADS: i32 = 128;
+/// Keys of a decode block, the unit in which lists are split.
+pub const DECODE_BLOCK_KEYS: i32 = 64;
+/// Chunks that `fastkv_decode_*` splits a list into, at most.
+pub const DECODE_CHUNKS: i32 = 64;
+/// Query rows (new tokens x heads of a GQA group) that one pass over a list serves, at most.
+pub const DECODE_QUERIES: i32 = 16;
+/// Keys of a list that each warp of `fastkv_decode_*` works on at a time.
+pub const DECODE_WARP_KEYS: i32 = 16;
 /// Threads of a block of `fastkv_gather_indices`.
 pub const GATHER_INDICES_THREADS: i32 = 256;
 /// Threads of a block of `fastkv_gather_kv`.
 pub const GATHER_KV_THREADS: i32 = 128;
-/// Rows that each thread of `fastkv_gather_kv` has in flight at once.
+/// Threads of a block of `fastkv_compact`.
+pub const COMPACT_THREADS: i32 = 512;
+/// Rows that each thread of `fastkv_gather_kv` and `fastkv_compact` has in flight at once.
 pub const GATHER_KV_ROWS: i32 = 4;
 /// Pooling that takes the largest score in reach.
 pub const POOLING_MAX: i32 = 0;
@@ -76,7 +86,7 @@ pub struct Kept {
     /** i32: position of every source token, `[sequences, tokens]`, or `[tokens]` where sequences are
  packed. 0: a token's position is its index.*/
     pub positions: u64,
-    /// i32 `[out_rows]`: receives the position of every row taken. 0: not wanted.
+    /// i32 `[out_rows]`, or `[slots, heads]`: receives the position of every row taken. 0: not wanted.
     pub positions_out: u64,
     /// Rows that the destination holds.
     pub out_rows: i64,
@@ -409,7 +419,370 @@ const _: () = {
         "Offset of field: PrefillAttentionParams::score_slots",
     ][::core::mem::offset_of!(PrefillAttentionParams, score_slots) - 276usize];
 };
-/// Parameters of `fastkv_gather_kv`: the kept rows of K and of V, moved to ragged caches.
+/** Pages that sequences are spread over: token i of a sequence is slot `i % page_size` of page
+ `table[sequence][i / page_size]`. What is not in `[0, pages)`, -1 by convention, is no page: nobody
+ reads or writes the tokens there.*/
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct Pages {
+    /// i32 `[sequences, table_pages]`. 0: there are no pages.
+    pub table: u64,
+    /// Pages of a sequence in `table`.
+    pub table_pages: i32,
+    /// Pages of the tensors.
+    pub pages: i32,
+    /// Slots of a page.
+    pub page_size: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Pages"][::core::mem::size_of::<Pages>() - 24usize];
+    ["Alignment of Pages"][::core::mem::align_of::<Pages>() - 8usize];
+    ["Offset of field: Pages::table"][::core::mem::offset_of!(Pages, table) - 0usize];
+    [
+        "Offset of field: Pages::table_pages",
+    ][::core::mem::offset_of!(Pages, table_pages) - 8usize];
+    ["Offset of field: Pages::pages"][::core::mem::offset_of!(Pages, pages) - 12usize];
+    [
+        "Offset of field: Pages::page_size",
+    ][::core::mem::offset_of!(Pages, page_size) - 16usize];
+    [
+        "Offset of field: Pages::reserved",
+    ][::core::mem::offset_of!(Pages, reserved) - 20usize];
+};
+/** A KV cache of lists, one for each (sequence, kv head), each with a length of its own on the device.
+
+ Ragged, where there are no pages: entry i of a list is row `start + i` of `k` and `v`. Paged: entry i
+ is token i of its sequence, whose lists share pages and length, and an entry without a page is absent:
+ nobody sees it.
+
+ Lengths are clipped to `capacity`, to the list's own room, and to `rows`; lists with a negative start
+ are empty: no list can make a kernel touch memory outside the tensors described here.*/
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct Cache {
+    /** Keys, rotated. Ragged: `token_stride` from one row to the next, the rest unused. Paged:
+ `sequence_stride` from one page to the next, `token_stride` from one slot to the next.*/
+    pub k: Rows,
+    /// Values, as the keys.
+    pub v: Rows,
+    /// i64 `[sequences, heads]`: row of a list's first entry. 0: lists stand `capacity` apart.
+    pub starts: u64,
+    /// i32 `[sequences, heads]`, paged `[sequences]`: entries in use.
+    pub lengths: u64,
+    /// i32 `[sequences, heads]`: rows that belong to a list. 0: `capacity` for every list.
+    pub capacities: u64,
+    /// i32: original position of every entry, `[rows]`, or `[pages, page_size, heads]`. 0: not kept.
+    pub positions: u64,
+    /// Where the entries of a paged cache lie.
+    pub pages: Pages,
+    /// Rows of `k` and `v` where the cache is ragged.
+    pub rows: i64,
+    /// Entries that a list can have, at most.
+    pub capacity: i32,
+    /// Sequences in the batch.
+    pub sequences: i32,
+    /// kv heads.
+    pub heads: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Cache"][::core::mem::size_of::<Cache>() - 144usize];
+    ["Alignment of Cache"][::core::mem::align_of::<Cache>() - 8usize];
+    ["Offset of field: Cache::k"][::core::mem::offset_of!(Cache, k) - 0usize];
+    ["Offset of field: Cache::v"][::core::mem::offset_of!(Cache, v) - 32usize];
+    ["Offset of field: Cache::starts"][::core::mem::offset_of!(Cache, starts) - 64usize];
+    [
+        "Offset of field: Cache::lengths",
+    ][::core::mem::offset_of!(Cache, lengths) - 72usize];
+    [
+        "Offset of field: Cache::capacities",
+    ][::core::mem::offset_of!(Cache, capacities) - 80usize];
+    [
+        "Offset of field: Cache::positions",
+    ][::core::mem::offset_of!(Cache, positions) - 88usize];
+    ["Offset of field: Cache::pages"][::core::mem::offset_of!(Cache, pages) - 96usize];
+    ["Offset of field: Cache::rows"][::core::mem::offset_of!(Cache, rows) - 120usize];
+    [
+        "Offset of field: Cache::capacity",
+    ][::core::mem::offset_of!(Cache, capacity) - 128usize];
+    [
+        "Offset of field: Cache::sequences",
+    ][::core::mem::offset_of!(Cache, sequences) - 132usize];
+    ["Offset of field: Cache::heads"][::core::mem::offset_of!(Cache, heads) - 136usize];
+    [
+        "Offset of field: Cache::reserved",
+    ][::core::mem::offset_of!(Cache, reserved) - 140usize];
+};
+/** Parameters of `fastkv_decode_*`: attention of the newest tokens of each sequence over its lists.
+
+ Where `k_new` is given, the tokens' own keys and values are seen too and are appended to the lists,
+ whose lengths grow; a list without room for all of them stays as it is, and `full` says so. Where it
+ is 0 the last `tokens` entries of each list are the queries' own. A query sees the keys up to its
+ own. A query that sees none has output 0 and LSE -inf.*/
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct DecodeParams {
+    /// The lists; `lengths` and `positions` grow where something is appended.
+    pub cache: Cache,
+    /// Queries, `[sequence][query head][token][d]`.
+    pub q: Rows,
+    /// Keys of the new tokens, rotated, `[sequence][kv head][token][d]`. Base 0: nothing is appended.
+    pub k_new: Rows,
+    /// Values of the new tokens, as their keys.
+    pub v_new: Rows,
+    /// Receives the output, as the queries.
+    pub out: Rows,
+    /// i32 `[sequences, tokens]`: positions of the new tokens. 0 where none are kept.
+    pub positions_new: u64,
+    /// Receives f32 `[sequence][query head][token]`: natural log of the sum. 0: not wanted.
+    pub lse: u64,
+    /// i32: set to 1 where a list had no room; left alone otherwise.
+    pub full: u64,
+    /// u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none.
+    pub bias_heads: u64,
+    /// u32 words, a bit for each position of a sequence, lowest bit first: keys that are biased.
+    pub bias_keys: u64,
+    /// Words of `bias_keys` from one sequence to the next.
+    pub bias_key_stride: i64,
+    /// f32 `[lists, query tiles, chunks, queries, d]`: what a chunk adds to an output.
+    pub partials: u64,
+    /// f32 `[lists, query tiles, chunks, queries, 2]`: maximum and sum of each row of a chunk.
+    pub statistics: u64,
+    /// i32 zeros: finished chunks of each (list, query tile), then finished blocks of the grid.
+    pub finished: u64,
+    /// Factor of the products of queries and keys.
+    pub scale: f32,
+    /// Added to the scaled product where the query head and the key's position are biased.
+    pub bias: f32,
+    /// Positions that have a bit in `bias_keys`; those behind are not biased.
+    pub bias_positions: i32,
+    /// Query heads of a kv head.
+    pub group: i32,
+    /// New tokens of each sequence.
+    pub tokens: i32,
+    /// Query rows of a list, `group * tokens`, in tiles of `queries`.
+    pub query_tiles: i32,
+    /// Rows of a query tile, 8 or 16.
+    pub queries: i32,
+    /// Chunks that a list can have, at most FASTKV_DECODE_CHUNKS.
+    pub chunks: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DecodeParams"][::core::mem::size_of::<DecodeParams>() - 376usize];
+    ["Alignment of DecodeParams"][::core::mem::align_of::<DecodeParams>() - 8usize];
+    [
+        "Offset of field: DecodeParams::cache",
+    ][::core::mem::offset_of!(DecodeParams, cache) - 0usize];
+    [
+        "Offset of field: DecodeParams::q",
+    ][::core::mem::offset_of!(DecodeParams, q) - 144usize];
+    [
+        "Offset of field: DecodeParams::k_new",
+    ][::core::mem::offset_of!(DecodeParams, k_new) - 176usize];
+    [
+        "Offset of field: DecodeParams::v_new",
+    ][::core::mem::offset_of!(DecodeParams, v_new) - 208usize];
+    [
+        "Offset of field: DecodeParams::out",
+    ][::core::mem::offset_of!(DecodeParams, out) - 240usize];
+    [
+        "Offset of field: DecodeParams::positions_new",
+    ][::core::mem::offset_of!(DecodeParams, positions_new) - 272usize];
+    [
+        "Offset of field: DecodeParams::lse",
+    ][::core::mem::offset_of!(DecodeParams, lse) - 280usize];
+    [
+        "Offset of field: DecodeParams::full",
+    ][::core::mem::offset_of!(DecodeParams, full) - 288usize];
+    [
+        "Offset of field: DecodeParams::bias_heads",
+    ][::core::mem::offset_of!(DecodeParams, bias_heads) - 296usize];
+    [
+        "Offset of field: DecodeParams::bias_keys",
+    ][::core::mem::offset_of!(DecodeParams, bias_keys) - 304usize];
+    [
+        "Offset of field: DecodeParams::bias_key_stride",
+    ][::core::mem::offset_of!(DecodeParams, bias_key_stride) - 312usize];
+    [
+        "Offset of field: DecodeParams::partials",
+    ][::core::mem::offset_of!(DecodeParams, partials) - 320usize];
+    [
+        "Offset of field: DecodeParams::statistics",
+    ][::core::mem::offset_of!(DecodeParams, statistics) - 328usize];
+    [
+        "Offset of field: DecodeParams::finished",
+    ][::core::mem::offset_of!(DecodeParams, finished) - 336usize];
+    [
+        "Offset of field: DecodeParams::scale",
+    ][::core::mem::offset_of!(DecodeParams, scale) - 344usize];
+    [
+        "Offset of field: DecodeParams::bias",
+    ][::core::mem::offset_of!(DecodeParams, bias) - 348usize];
+    [
+        "Offset of field: DecodeParams::bias_positions",
+    ][::core::mem::offset_of!(DecodeParams, bias_positions) - 352usize];
+    [
+        "Offset of field: DecodeParams::group",
+    ][::core::mem::offset_of!(DecodeParams, group) - 356usize];
+    [
+        "Offset of field: DecodeParams::tokens",
+    ][::core::mem::offset_of!(DecodeParams, tokens) - 360usize];
+    [
+        "Offset of field: DecodeParams::query_tiles",
+    ][::core::mem::offset_of!(DecodeParams, query_tiles) - 364usize];
+    [
+        "Offset of field: DecodeParams::queries",
+    ][::core::mem::offset_of!(DecodeParams, queries) - 368usize];
+    [
+        "Offset of field: DecodeParams::chunks",
+    ][::core::mem::offset_of!(DecodeParams, chunks) - 372usize];
+};
+/** Parameters of `fastkv_compact`: entries of a cache moved to the front of their lists, in place.
+
+ Indices ascend, so no row is overwritten before it was read. A list ends where it stops to ascend, or
+ leaves the entries of the cache.*/
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct CompactParams {
+    /// The lists.
+    pub cache: Cache,
+    /// i32: ascending indices of the entries kept, `index_capacity` of them for each list.
+    pub indices: u64,
+    /// Elements of `indices` from one sequence to the next.
+    pub index_sequence_stride: i64,
+    /// Elements of `indices` from one head to the next; 0 where all heads share one list.
+    pub index_head_stride: i64,
+    /// i32 `[sequences, heads]`: indices in use. 0: `index_capacity` for every list.
+    pub kept: u64,
+    /// Receives i32 `[sequences, heads]`: entries that were kept.
+    pub lengths_out: u64,
+    /// Room for indices in each list.
+    pub index_capacity: i32,
+    /// Bytes of a row: head size times element size.
+    pub row_bytes: i32,
+    /// Bytes of an element, the unit of the strides.
+    pub element_bytes: i32,
+    /// log2 of the lanes that share a row: the smallest power of two that covers it, at most 32.
+    pub lane_shift: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CompactParams"][::core::mem::size_of::<CompactParams>() - 200usize];
+    ["Alignment of CompactParams"][::core::mem::align_of::<CompactParams>() - 8usize];
+    [
+        "Offset of field: CompactParams::cache",
+    ][::core::mem::offset_of!(CompactParams, cache) - 0usize];
+    [
+        "Offset of field: CompactParams::indices",
+    ][::core::mem::offset_of!(CompactParams, indices) - 144usize];
+    [
+        "Offset of field: CompactParams::index_sequence_stride",
+    ][::core::mem::offset_of!(CompactParams, index_sequence_stride) - 152usize];
+    [
+        "Offset of field: CompactParams::index_head_stride",
+    ][::core::mem::offset_of!(CompactParams, index_head_stride) - 160usize];
+    [
+        "Offset of field: CompactParams::kept",
+    ][::core::mem::offset_of!(CompactParams, kept) - 168usize];
+    [
+        "Offset of field: CompactParams::lengths_out",
+    ][::core::mem::offset_of!(CompactParams, lengths_out) - 176usize];
+    [
+        "Offset of field: CompactParams::index_capacity",
+    ][::core::mem::offset_of!(CompactParams, index_capacity) - 184usize];
+    [
+        "Offset of field: CompactParams::row_bytes",
+    ][::core::mem::offset_of!(CompactParams, row_bytes) - 188usize];
+    [
+        "Offset of field: CompactParams::element_bytes",
+    ][::core::mem::offset_of!(CompactParams, element_bytes) - 192usize];
+    [
+        "Offset of field: CompactParams::lane_shift",
+    ][::core::mem::offset_of!(CompactParams, lane_shift) - 196usize];
+};
+/// Where rows of a destination go that is paged, one by one.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct Slots {
+    /// i64 `[out_rows]`: slot of each row, counted over all pages; -1 skips the row. 0: rows are dense.
+    pub slots: u64,
+    /// Elements from one page to the next.
+    pub page_stride: i64,
+    /// Elements from one head to the next.
+    pub head_stride: i64,
+    /// Elements from one slot of a page to the next.
+    pub slot_stride: i64,
+    /// Pages of the destination.
+    pub pages: i32,
+    /// Slots of a page.
+    pub page_size: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Slots"][::core::mem::size_of::<Slots>() - 40usize];
+    ["Alignment of Slots"][::core::mem::align_of::<Slots>() - 8usize];
+    ["Offset of field: Slots::slots"][::core::mem::offset_of!(Slots, slots) - 0usize];
+    [
+        "Offset of field: Slots::page_stride",
+    ][::core::mem::offset_of!(Slots, page_stride) - 8usize];
+    [
+        "Offset of field: Slots::head_stride",
+    ][::core::mem::offset_of!(Slots, head_stride) - 16usize];
+    [
+        "Offset of field: Slots::slot_stride",
+    ][::core::mem::offset_of!(Slots, slot_stride) - 24usize];
+    ["Offset of field: Slots::pages"][::core::mem::offset_of!(Slots, pages) - 32usize];
+    [
+        "Offset of field: Slots::page_size",
+    ][::core::mem::offset_of!(Slots, page_size) - 36usize];
+};
+/// Parameters of `fastkv_gather_kv`: the kept rows of K and of V, moved to ragged or paged caches.
 #[repr(C)]
 #[derive(
     Debug,
@@ -425,13 +798,17 @@ const _: () = {
 pub struct GatherKvParams {
     /// Which rows, for each (sequence, kv head).
     pub kept: Kept,
-    /// K, rows of `row_bytes`.
+    /// K, rows of `row_bytes`; where it is paged `sequence_stride` leads from page to page.
     pub k: Rows,
-    /// V, rows of `row_bytes`.
+    /// V, rows of `row_bytes`, as K.
     pub v: Rows,
-    /// Receives rows of K, `[out_rows, d]`, dense.
+    /// Where the tokens of paged sources lie.
+    pub pages: Pages,
+    /// Where the rows of paged destinations go.
+    pub slots: Slots,
+    /// Receives rows of K: `[out_rows, d]`, dense, or the first page.
     pub k_out: u64,
-    /// Receives rows of V, `[out_rows, d]`, dense.
+    /// Receives rows of V, as K.
     pub v_out: u64,
     /// Bytes of a row: head size times element size.
     pub row_bytes: i32,
@@ -444,7 +821,7 @@ pub struct GatherKvParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GatherKvParams"][::core::mem::size_of::<GatherKvParams>() - 184usize];
+    ["Size of GatherKvParams"][::core::mem::size_of::<GatherKvParams>() - 248usize];
     ["Alignment of GatherKvParams"][::core::mem::align_of::<GatherKvParams>() - 8usize];
     [
         "Offset of field: GatherKvParams::kept",
@@ -456,23 +833,29 @@ const _: () = {
         "Offset of field: GatherKvParams::v",
     ][::core::mem::offset_of!(GatherKvParams, v) - 120usize];
     [
+        "Offset of field: GatherKvParams::pages",
+    ][::core::mem::offset_of!(GatherKvParams, pages) - 152usize];
+    [
+        "Offset of field: GatherKvParams::slots",
+    ][::core::mem::offset_of!(GatherKvParams, slots) - 176usize];
+    [
         "Offset of field: GatherKvParams::k_out",
-    ][::core::mem::offset_of!(GatherKvParams, k_out) - 152usize];
+    ][::core::mem::offset_of!(GatherKvParams, k_out) - 216usize];
     [
         "Offset of field: GatherKvParams::v_out",
-    ][::core::mem::offset_of!(GatherKvParams, v_out) - 160usize];
+    ][::core::mem::offset_of!(GatherKvParams, v_out) - 224usize];
     [
         "Offset of field: GatherKvParams::row_bytes",
-    ][::core::mem::offset_of!(GatherKvParams, row_bytes) - 168usize];
+    ][::core::mem::offset_of!(GatherKvParams, row_bytes) - 232usize];
     [
         "Offset of field: GatherKvParams::element_bytes",
-    ][::core::mem::offset_of!(GatherKvParams, element_bytes) - 172usize];
+    ][::core::mem::offset_of!(GatherKvParams, element_bytes) - 236usize];
     [
         "Offset of field: GatherKvParams::lane_shift",
-    ][::core::mem::offset_of!(GatherKvParams, lane_shift) - 176usize];
+    ][::core::mem::offset_of!(GatherKvParams, lane_shift) - 240usize];
     [
         "Offset of field: GatherKvParams::reserved",
-    ][::core::mem::offset_of!(GatherKvParams, reserved) - 180usize];
+    ][::core::mem::offset_of!(GatherKvParams, reserved) - 244usize];
 };
 /// Parameters of `fastkv_gather_rows`: whole rows of hidden states, moved to a dense tensor.
 #[repr(C)]

@@ -1,17 +1,20 @@
-//! Moves what a selection kept: rows of K and V into ragged caches, rows of hidden states into the
-//! shorter sequence behind the TSP layer.
+//! Moves what a selection kept: rows of K and V into ragged or paged caches, or to the front of the lists
+//! of the cache they are in, rows of hidden states into the shorter sequence behind the TSP layer.
 //!
-//! Both read the lists, their lengths and the places they go to on the device, so a launch can be
+//! All read the lists, their lengths and the places they go to on the device, so a launch can be
 //! captured in a CUDA graph and replayed for other selections. The kernels clip every list to what is
 //! described here; a list can be wrong, but it cannot make them read or write elsewhere.
 
 use std::ops::Range;
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Device, Error, Kernel, Launch, cache,
     check::{self, MAX_GRID_YZ, Presence, Shape, count, disjoint, last, range, row_bytes},
 };
-use crate::abi::{self, GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Rows};
+use crate::abi::{
+    self, Cache, CompactParams, GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Pages, Rows,
+    Slots,
+};
 
 /// The kept rows of K and of V for every (sequence, kv head): `k_out[start + i] = k[indices[i]]`, and
 /// so for V.
@@ -19,13 +22,17 @@ use crate::abi::{self, GatherIndicesParams, GatherKvParams, GatherRowsParams, Ke
 pub struct GatherKv {
     /// Which rows, and where they go.
     pub kept: Kept,
-    /// K, `[sequence][head][token][head_dim]`.
+    /// K, `[sequence][head][token][head_dim]`, or `[page][head][slot][head_dim]` where it is paged.
     pub k: Rows,
     /// V, of the same shape; its strides may differ.
     pub v: Rows,
-    /// Address of `[kept.out_rows, head_dim]` for K; does not overlap the sources.
+    /// Where the tokens of paged sources lie; all zero where they are not.
+    pub pages: Pages,
+    /// Where the rows of paged destinations go; all zero where they are dense.
+    pub slots: Slots,
+    /// Address of `[kept.out_rows, head_dim]`, or of the first page, for K; does not overlap the sources.
     pub k_out: u64,
-    /// Address of `[kept.out_rows, head_dim]` for V.
+    /// The same for V, which does not overlap K's unless both are paged.
     pub v_out: u64,
     /// Elements of a row; a row is a multiple of 16 bytes.
     pub head_dim: u32,
@@ -45,6 +52,32 @@ pub struct GatherRows {
     /// Elements of a row; a row is a multiple of 16 bytes.
     pub width: u32,
     /// Element type of both tensors.
+    pub dtype: DType,
+}
+
+/// Entries of a cache that stay, moved to the front of their lists: `k[i] = k[indices[i]]`, and so for V and
+/// positions.
+#[derive(Clone, Copy, Debug)]
+pub struct Compact {
+    /// The lists. Their lengths are read, not changed.
+    pub cache: Cache,
+    /// Address of i32 indices, ascending within each list. A list ends where it stops to ascend or leaves
+    /// the entries of the cache.
+    pub indices: u64,
+    /// Elements of `indices` from one sequence to the next.
+    pub index_sequence_stride: i64,
+    /// Elements of `indices` from one head to the next; 0 where all heads share one list.
+    pub index_head_stride: i64,
+    /// Room for indices in each list.
+    pub index_capacity: u32,
+    /// Address of i32 `[sequences, heads]`: indices in use. 0: all of them.
+    pub kept: u64,
+    /// Address that receives i32 `[sequences, heads]`: entries that were kept, the lists' lengths from now
+    /// on; apart from `cache.lengths`.
+    pub lengths_out: u64,
+    /// Elements of a row; a row is a multiple of 16 bytes.
+    pub head_dim: u32,
+    /// Element type of K and V.
     pub dtype: DType,
 }
 
@@ -121,17 +154,17 @@ pub unsafe fn gather_kv<D: Device + ?Sized>(device: &D, work: &GatherKv) -> Resu
         return Ok(());
     }
     check_lists(kept)?;
-    let sources = [
-        ("k", check::rows("k", &work.k, source_shape(kept, work.head_dim, work.dtype))?),
-        ("v", check::rows("v", &work.v, source_shape(kept, work.head_dim, work.dtype))?),
-    ];
-    let k_out = check_out("k_out", work.k_out, kept, row_bytes)?;
-    let v_out = check_out("v_out", work.v_out, kept, row_bytes)?;
+    let shape = kv_source_shape(work)?;
+    let sources = [("k", check::rows("k", &work.k, shape)?), ("v", check::rows("v", &work.v, shape)?)];
+    let k_out = check_kv_out("k_out", work.k_out, work, row_bytes)?;
+    let v_out = check_kv_out("v_out", work.v_out, work, row_bytes)?;
     for (name, source) in sources {
         disjoint("k_out", &k_out, name, &source)?;
         disjoint("v_out", &v_out, name, &source)?;
     }
-    disjoint("v_out", &v_out, "k_out", &k_out)?;
+    if work.slots.slots == 0 {
+        disjoint("v_out", &v_out, "k_out", &k_out)?;
+    }
 
     let lane_shift = lane_shift(row_bytes);
     let groups = abi::GATHER_KV_THREADS as u32 >> lane_shift;
@@ -140,6 +173,8 @@ pub unsafe fn gather_kv<D: Device + ?Sized>(device: &D, work: &GatherKv) -> Resu
         kept: *kept,
         k: work.k,
         v: work.v,
+        pages: work.pages,
+        slots: work.slots,
         k_out: work.k_out,
         v_out: work.v_out,
         row_bytes,
@@ -203,6 +238,68 @@ pub unsafe fn gather_rows<D: Device + ?Sized>(device: &D, work: &GatherRows) -> 
             grid: [kept.capacity as u32, sequences, 1],
             cluster: [1, 1, 1],
             block: [row_threads(row_bytes), 1, 1],
+            shared_bytes: 0,
+            params: bytemuck::bytes_of(&params),
+        })
+    }
+}
+
+/// Queues the compaction of a cache. With nothing in it it launches nothing.
+///
+/// # Errors
+/// [`Error::Argument`] for a description that cannot be right; nothing was launched then. Otherwise
+/// what the device says.
+///
+/// # Safety
+/// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
+/// until the kernel is done. Nothing else reads or writes K, V and `cache.positions`, or writes the rest
+/// meanwhile, and no two lists share an entry.
+pub unsafe fn compact<D: Device + ?Sized>(device: &D, work: &Compact) -> Result<(), Error> {
+    let row_bytes = row_bytes("head_dim", work.head_dim, work.dtype)?;
+    let lists = cache::lists(&work.cache)?;
+    if lists == 0 {
+        return Ok(());
+    }
+    if work.index_capacity > i32::MAX as u32 {
+        let expected = format!("at most {}", i32::MAX);
+        return Err(Error::argument("index_capacity", work.index_capacity, expected));
+    }
+    let Cache { sequences, heads, .. } = work.cache;
+    let strides = [work.index_sequence_stride, work.index_head_stride];
+    for (what, stride) in ["index_sequence_stride", "index_head_stride"].into_iter().zip(strides) {
+        if stride < 0 {
+            return Err(Error::argument(what, stride, "0 or more"));
+        }
+    }
+    let indices = last(sequences, strides[0]) + last(heads, strides[1]) + i128::from(work.index_capacity);
+    let presence = if work.index_capacity == 0 { Presence::Optional } else { Presence::Needed };
+    range("indices", work.indices, indices, 4, presence)?;
+    range("kept", work.kept, lists.into(), 4, Presence::Optional)?;
+    let lengths_out = range("lengths_out", work.lengths_out, lists.into(), 4, Presence::Needed)?;
+    cache::check(&work.cache, work.head_dim, work.dtype)?;
+    let lengths = if work.cache.pages.table == 0 { lists } else { sequences as u32 };
+    let lengths = range("cache.lengths", work.cache.lengths, lengths.into(), 4, Presence::Needed)?;
+    disjoint("lengths_out", &lengths_out, "cache.lengths", &lengths)?;
+
+    let params = CompactParams {
+        cache: work.cache,
+        indices: work.indices,
+        index_sequence_stride: work.index_sequence_stride,
+        index_head_stride: work.index_head_stride,
+        kept: work.kept,
+        lengths_out: work.lengths_out,
+        index_capacity: work.index_capacity as i32,
+        row_bytes,
+        element_bytes: work.dtype.bytes() as i32,
+        lane_shift: lane_shift(row_bytes) as i32,
+    };
+    // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
+    unsafe {
+        device.launch(&Launch {
+            kernel: Kernel::Compact,
+            grid: [lists, 2, 1],
+            cluster: [1, 1, 1],
+            block: [abi::COMPACT_THREADS as u32, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),
         })
@@ -278,6 +375,50 @@ fn check_lists(kept: &Kept) -> Result<(), Error> {
 fn source_shape(kept: &Kept, width: u32, dtype: DType) -> Shape {
     let Kept { sequences, heads, tokens, .. } = *kept;
     Shape { sequences, heads, tokens, width, dtype, packed: kept.cu_seqlens != 0 }
+}
+
+/// The shape of K and V as they are stored.
+fn kv_source_shape(work: &GatherKv) -> Result<Shape, Error> {
+    let GatherKv { kept, pages, .. } = work;
+    let shape = source_shape(kept, work.head_dim, work.dtype);
+    if pages.table == 0 {
+        return Ok(shape);
+    }
+    if kept.cu_seqlens != 0 {
+        let value = format_args!("{:#x}", kept.cu_seqlens);
+        return Err(Error::argument("kept.cu_seqlens", value, "0 where sources are paged"));
+    }
+    cache::pages("pages", pages, kept.sequences, ("kept.tokens", kept.tokens))?;
+    Ok(Shape { sequences: pages.pages, tokens: pages.page_size, ..shape })
+}
+
+fn check_kv_out(name: &str, base: u64, work: &GatherKv, row_bytes: i32) -> Result<Range<u64>, Error> {
+    let GatherKv { kept, slots, .. } = work;
+    if slots.slots == 0 {
+        return check_out(name, base, kept, row_bytes);
+    }
+    for (what, size) in [("slots.pages", slots.pages), ("slots.page_size", slots.page_size)] {
+        if size <= 0 {
+            return Err(Error::argument(what, size, "1 or more where destinations are paged"));
+        }
+    }
+    let all = cache::slots("slots", slots.pages, slots.page_size)?;
+    range("slots.slots", slots.slots, kept.out_rows.into(), 8, Presence::Needed)?;
+    let positions = i128::from(all) * i128::from(kept.heads);
+    range("kept.positions_out", kept.positions_out, positions, 4, Presence::Optional)?;
+    let rows = Rows {
+        base,
+        sequence_stride: slots.page_stride,
+        head_stride: slots.head_stride,
+        token_stride: slots.slot_stride,
+    };
+    let shape = Shape {
+        sequences: slots.pages,
+        tokens: slots.page_size,
+        packed: false,
+        ..source_shape(kept, work.head_dim, work.dtype)
+    };
+    check::rows(name, &rows, shape)
 }
 
 fn check_out(name: &str, base: u64, kept: &Kept, row_bytes: i32) -> Result<Range<u64>, Error> {

@@ -6,7 +6,8 @@
 //! any CUDA binding can call.
 //!
 //! * [`attention`]: causal attention of a prompt, and the scores of its keys in the same launch.
-//! * [`gather`]: moves kept rows of K and V, and of hidden states.
+//! * [`decode`]: attention of the newest tokens over a compact cache, which takes them in.
+//! * [`gather`]: moves kept rows of K and V, also within a cache, and of hidden states.
 //! * [`scores`]: scores of keys by a window of queries, and their pooling.
 //! * [`select`]: the best keys of every row, from pooled scores.
 //! * [`batch`]: descriptions that attention and scores share.
@@ -17,12 +18,15 @@
 pub mod activation;
 pub mod attention;
 pub mod batch;
+mod cache;
 mod check;
+pub mod decode;
 mod device;
 pub mod embed;
 mod error;
 pub mod gather;
 pub mod images;
+mod kernel;
 mod matmul;
 pub mod norm;
 mod pooling;
@@ -32,8 +36,9 @@ pub mod sample;
 pub mod scores;
 pub mod select;
 
-pub use device::{Device, Kernel, Launch};
+pub use device::{Device, Launch};
 pub use error::{Error, cuda_error_name};
+pub use kernel::Kernel;
 pub use matmul::{Matmul, MatrixProduct};
 
 use crate::abi;

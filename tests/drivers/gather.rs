@@ -2,7 +2,7 @@
 
 use crate::support::recorder::{Recorded, Recorder};
 use fastkv::{
-    abi::{GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Rows},
+    abi::{GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Pages, Rows, Slots},
     kernels::{DType, Kernel, gather},
 };
 use proptest::prelude::*;
@@ -46,6 +46,8 @@ fn gather_kv_fills_its_params() {
         kept: kv().kept,
         k: Rows { base: 4096, sequence_stride: 1_024_000, head_stride: 128, token_stride: 1024 },
         v: Rows { base: 4096, sequence_stride: 1_024_000, head_stride: 128, token_stride: 1024 },
+        pages: Pages::default(),
+        slots: Slots::default(),
         k_out: 1 << 50,
         v_out: 1 << 51,
         row_bytes: 256,
@@ -231,6 +233,8 @@ fn kv() -> gather::GatherKv {
         },
         k: Rows::token_major(4096, 1000, 8, 128),
         v: Rows::token_major(4096, 1000, 8, 128),
+        pages: Pages::default(),
+        slots: Slots::default(),
         k_out: 1 << 50,
         v_out: 1 << 51,
         head_dim: 128,

@@ -4,8 +4,10 @@
 mod support;
 
 mod attention;
+mod decode;
 mod gather;
 mod llama;
+mod scores;
 mod select;
 
 use fastkv::kernels::{Kernel, images};

@@ -1,7 +1,7 @@
 //! Gathers: descriptions of work, plain loops that say what should come out, and a run on a device.
 
 use fastkv::{
-    abi::{Kept, Rows},
+    abi::{Cache, Kept, Pages, Rows, Slots},
     kernels::{DType, Device, gather},
 };
 
@@ -37,7 +37,56 @@ pub(crate) struct Case {
     pub(crate) out_rows: usize,
     /// Positions of the tokens, sequence after sequence.
     pub(crate) positions: Option<Vec<i32>>,
+    /// Where tokens lie that are paged, `[pages, page_size, heads, width]`.
+    pub(crate) table: Option<Table>,
+    /// Where rows of K and V go that are paged, `[pages, page_size, heads, width]`.
+    pub(crate) slots: Option<SlotMap>,
     pub(crate) seed: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Table {
+    page_size: usize,
+    pages: usize,
+    /// As many for each sequence.
+    entries: Vec<i32>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct SlotMap {
+    page_size: usize,
+    pages: usize,
+    /// One for each row of the destination.
+    slots: Vec<i64>,
+}
+
+impl Table {
+    /// Pages for `tokens` of each sequence in no order, some missing.
+    fn random(random: &mut Random, sequences: usize, tokens: usize) -> Self {
+        let page_size = random.of(&[1, 3, 16, 64]);
+        let needed = sequences * tokens.div_ceil(page_size).max(1);
+        let pages = needed + random.below(3);
+        let mut free: Vec<_> = (0..pages as i32).collect();
+        let entries = (0..needed).map(|_| match random.below(16) {
+            0 => random.of(&[-1, i32::MIN, pages as i32, i32::MAX]),
+            _ => free.swap_remove(random.below(free.len())),
+        });
+        Self { page_size, pages, entries: entries.collect() }
+    }
+}
+
+impl SlotMap {
+    /// A slot of its own for each row, some missing.
+    fn random(random: &mut Random, rows: usize) -> Self {
+        let page_size = random.of(&[1, 3, 16, 64]);
+        let pages = rows.div_ceil(page_size) + 1;
+        let mut free: Vec<_> = (0..(pages * page_size) as i64).collect();
+        let slots = (0..rows).map(|_| match random.below(16) {
+            0 => random.of(&[-1, i64::MIN, (pages * page_size) as i64, i64::MAX]),
+            _ => free.swap_remove(random.below(free.len())),
+        });
+        Self { page_size, pages, slots: slots.collect() }
+    }
 }
 
 impl Case {
@@ -61,8 +110,23 @@ impl Case {
             starts: None,
             out_rows: sequences * heads * kept,
             positions: None,
+            table: None,
+            slots: None,
             seed: 1,
         }
+    }
+
+    /// The same with K and V paged, before or after the move or both.
+    fn paged(mut self) -> Self {
+        let mut random = Random(self.seed ^ 5);
+        let which = random.below(3);
+        if which != 1 && self.layout != Layout::Packed && !self.tokens.is_empty() {
+            self.table = Some(Table::random(&mut random, self.tokens.len(), self.tokens[0]));
+        }
+        if which != 0 {
+            self.slots = Some(SlotMap::random(&mut random, self.out_rows));
+        }
+        self
     }
 
     /// Everything that may vary, drawn from `seed`; about one index in eight is -1 or out of range.
@@ -123,16 +187,45 @@ impl Case {
             starts,
             out_rows,
             positions,
+            table: None,
+            slots: None,
             seed,
         }
     }
 
     fn elements(&self) -> usize {
-        self.tokens.iter().sum::<usize>() * self.heads * self.width
+        let tokens = self.tokens.iter().sum::<usize>();
+        self.table.as_ref().map_or(tokens, |table| table.pages * table.page_size) * self.heads * self.width
+    }
+
+    /// Rows of K that the destination has for each head, or for all together where it is dense.
+    fn places(&self) -> usize {
+        self.slots.as_ref().map_or(self.out_rows, |map| map.pages * map.page_size * self.heads)
+    }
+
+    /// Place of a destination row.
+    fn place(&self, head: usize, row: usize) -> Option<usize> {
+        let Some(map) = &self.slots else { return Some(row) };
+        let slot = usize::try_from(map.slots[row]).ok().filter(|slot| *slot < map.pages * map.page_size)?;
+        Some(slot * self.heads + head)
+    }
+
+    /// Whether a token lies anywhere.
+    fn exists(&self, sequence: usize, token: usize) -> bool {
+        let Some(table) = &self.table else { return true };
+        let page =
+            table.entries[sequence * (table.entries.len() / self.tokens.len()) + token / table.page_size];
+        (0..table.pages as i32).contains(&page)
     }
 
     /// First element of the row of a token.
     fn element(&self, sequence: usize, head: usize, token: usize) -> usize {
+        if let Some(table) = &self.table {
+            let of_sequence = table.entries.len() / self.tokens.len();
+            let page = table.entries[sequence * of_sequence + token / table.page_size] as usize;
+            let slot = page * table.page_size + token % table.page_size;
+            return (slot * self.heads + head) * self.width;
+        }
         let before: usize = self.tokens[..sequence].iter().sum();
         match self.layout {
             Layout::HeadMajor => (before * self.heads + head * self.tokens[sequence] + token) * self.width,
@@ -140,7 +233,7 @@ impl Case {
         }
     }
 
-    /// Every (sequence, head, token, destination row) that is to be moved.
+    /// Every (sequence, head, token, place in the destination) that is to be moved.
     fn moves(&self) -> Vec<(usize, usize, usize, usize)> {
         let mut moves = Vec::new();
         for sequence in 0..self.tokens.len() {
@@ -152,8 +245,13 @@ impl Case {
                     let index = self.indices[if self.shared { sequence } else { list } * self.capacity + i];
                     let row = start.saturating_add(i as i64);
                     let token_exists = index >= 0 && (index as usize) < self.tokens[sequence];
-                    if token_exists && start >= 0 && row < self.out_rows as i64 {
-                        moves.push((sequence, head, index as usize, row as usize));
+                    if !token_exists || start < 0 || row >= self.out_rows as i64 {
+                        continue;
+                    }
+                    let place =
+                        self.place(head, row as usize).filter(|_| self.exists(sequence, index as usize));
+                    if let Some(place) = place {
+                        moves.push((sequence, head, index as usize, place));
                     }
                 }
             }
@@ -165,7 +263,7 @@ impl Case {
     fn moved(&self, source: &[u8]) -> Vec<u8> {
         let element = self.dtype.bytes() as usize;
         let row_bytes = self.width * element;
-        let mut out = vec![UNTOUCHED; self.out_rows * row_bytes];
+        let mut out = vec![UNTOUCHED; self.places() * row_bytes];
         for (sequence, head, token, row) in self.moves() {
             let from = self.element(sequence, head, token) * element;
             out[row * row_bytes..][..row_bytes].copy_from_slice(&source[from..][..row_bytes]);
@@ -174,7 +272,7 @@ impl Case {
     }
 
     fn moved_positions(&self) -> Vec<u8> {
-        let mut out = vec![i32::from_ne_bytes([UNTOUCHED; 4]); self.out_rows];
+        let mut out = vec![i32::from_ne_bytes([UNTOUCHED; 4]); self.places()];
         for (sequence, _, token, row) in self.moves() {
             let before: usize = self.tokens[..sequence].iter().sum();
             out[row] = self.positions.as_ref().map_or(token as i32, |positions| positions[before + token]);
@@ -185,6 +283,9 @@ impl Case {
     fn rows(&self, base: u64) -> Rows {
         let (heads, width) = (self.heads as u32, self.width as u32);
         let tokens = self.tokens.first().map_or(0, |tokens| *tokens as u32);
+        if let Some(table) = &self.table {
+            return Rows::token_major(base, table.page_size as u32, heads, width);
+        }
         match self.layout {
             Layout::TokenMajor => Rows::token_major(base, tokens, heads, width),
             Layout::HeadMajor => Rows::head_major(base, heads, tokens, width),
@@ -208,13 +309,35 @@ impl Case {
             starts: self.starts.as_ref().map_or(0, |starts| memory.put(bytemuck::cast_slice(starts))),
             cu_seqlens: if packed { memory.put(bytemuck::cast_slice(&cu_seqlens)) } else { 0 },
             positions: self.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
-            positions_out: memory.untouched(self.out_rows * 4),
+            positions_out: memory.untouched(self.places() * 4),
             out_rows: self.out_rows as i64,
             sequences: self.tokens.len() as i32,
             heads: self.heads as i32,
             tokens: tokens as i32,
             capacity: self.capacity as i32,
         }
+    }
+
+    fn pages<D: Device>(&self, memory: &mut Memory<'_, D>) -> Pages {
+        self.table.as_ref().map_or(Pages::default(), |table| Pages {
+            table: memory.put(bytemuck::cast_slice(&table.entries)),
+            table_pages: (table.entries.len() / self.tokens.len()) as i32,
+            pages: table.pages as i32,
+            page_size: table.page_size as i32,
+            reserved: 0,
+        })
+    }
+
+    fn slots<D: Device>(&self, memory: &mut Memory<'_, D>) -> Slots {
+        let row = (self.heads * self.width) as i64;
+        self.slots.as_ref().map_or(Slots::default(), |map| Slots {
+            slots: memory.put(bytemuck::cast_slice(&map.slots)),
+            page_stride: map.page_size as i64 * row,
+            head_stride: self.width as i64,
+            slot_stride: row,
+            pages: map.pages as i32,
+            page_size: map.page_size as i32,
+        })
     }
 
     fn source(&self, salt: u64) -> Vec<u8> {
@@ -231,6 +354,18 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
             all((0..50).map(|n| Case::random(seed * 50 + n, 1 + n as usize % 9)), |case| {
                 check_kv(device, case)
             })
+        }),
+        Check::portable("gather_kv_paged", |device, seed| {
+            all(shared_slots(), |case| check_kv(device, case))?;
+            all((0..40).map(|n| Case::random(seed * 40 + n, 1 + n as usize % 5).paged()), |case| {
+                check_kv(device, case)
+            })
+        }),
+        Check::portable("compact_edges", |device, _| {
+            all(compact_edges(), |case| check_compact(device, case))
+        }),
+        Check::portable("compact_random", |device, seed| {
+            all((0..40).map(|n| Compaction::random(seed * 40 + n)), |case| check_compact(device, case))
         }),
         Check::portable("gather_rows_edges", |device, _| {
             let cases = edges().into_iter().filter(|case| case.heads == 1);
@@ -275,12 +410,14 @@ fn check_indices<D: Device>(device: &D, seed: u64) -> Result<(), String> {
 pub(crate) fn check_kv<D: Device>(device: &D, case: &Case) -> Result<(), String> {
     let mut memory = Memory::new(device);
     let (k, v) = (case.source(1), case.source(2));
-    let out_bytes = case.out_rows * case.width * case.dtype.bytes() as usize;
+    let out_bytes = case.places() * case.width * case.dtype.bytes() as usize;
     let kept = case.kept(&mut memory);
     let work = gather::GatherKv {
         kept,
         k: case.rows(memory.put(&k)),
         v: case.rows(memory.put(&v)),
+        pages: case.pages(&mut memory),
+        slots: case.slots(&mut memory),
         k_out: memory.untouched(out_bytes),
         v_out: memory.untouched(out_bytes),
         head_dim: case.width as u32,
@@ -336,4 +473,230 @@ fn edges() -> Vec<Case> {
         }
     }
     cases
+}
+
+/// Slots that all heads of a sequence share, as engines map them.
+fn shared_slots() -> Vec<Case> {
+    let slots = |slots| Some(SlotMap { page_size: 16, pages: 6, slots });
+    let plain = Case::plain(Layout::TokenMajor, DType::BF16, [2, 3, 100, 30, 64]);
+    let starts = Some(vec![0, 0, 0, 30, 30, 30]);
+    vec![
+        Case { starts: starts.clone(), out_rows: 60, slots: slots((0..60).rev().collect()), ..plain.clone() },
+        Case { starts, out_rows: 60, slots: slots(vec![-1; 60]), ..plain },
+    ]
+}
+
+/// A cache of lists and what is to stay of it.
+#[derive(Clone, Debug)]
+struct Compaction {
+    dtype: DType,
+    width: usize,
+    heads: usize,
+    /// Room of every list; lists stand that far apart.
+    capacity: usize,
+    /// Of each list, or of each sequence where the cache is paged.
+    lengths: Vec<i32>,
+    table: Option<Table>,
+    /// `index_capacity` for each list, or for each sequence where heads share.
+    indices: Vec<i32>,
+    index_capacity: usize,
+    shared: bool,
+    kept: Option<Vec<i32>>,
+    seed: u64,
+}
+
+impl Compaction {
+    /// A list of 16-bit rows, from its length and the indices that stay.
+    fn list(length: i32, indices: Vec<i32>) -> Self {
+        Self {
+            dtype: DType::BF16,
+            width: 64,
+            heads: 1,
+            capacity: 300,
+            lengths: vec![length],
+            table: None,
+            index_capacity: indices.len(),
+            indices,
+            shared: false,
+            kept: None,
+            seed: 9,
+        }
+    }
+
+    fn random(seed: u64) -> Self {
+        let mut random = Random(seed);
+        let (sequences, heads) = (1 + random.below(3), 1 + random.below(3));
+        let capacity = 1 + random.below(400);
+        let table = (random.below(3) == 0).then(|| Table::random(&mut random, sequences, capacity));
+        let lists = if table.is_some() { sequences } else { sequences * heads };
+        let lengths = (0..lists).map(|_| random.below(capacity + 2) as i32 - 1).collect();
+        let index_capacity = random.below(capacity + 10);
+        let shared = random.below(3) == 0;
+        let dense = 1 + random.below(4);
+        let mut indices = Vec::new();
+        for _ in 0..if shared { sequences } else { sequences * heads } {
+            let mut index = -1;
+            for _ in 0..index_capacity {
+                index += 1 + random.below(dense) as i32;
+                // Now and then a list breaks its order.
+                indices.push(if random.below(200) == 0 { random.below(capacity) as i32 - 1 } else { index });
+            }
+        }
+        let kept = (random.below(2) == 0)
+            .then(|| (0..sequences * heads).map(|_| random.below(index_capacity + 4) as i32 - 2).collect());
+        Self {
+            dtype: random.of(&[DType::F16, DType::BF16, DType::F32]),
+            width: random.of(&[8, 64, 80, 128, 256, 576]),
+            heads,
+            capacity,
+            lengths,
+            table,
+            indices,
+            index_capacity,
+            shared,
+            kept,
+            seed,
+        }
+    }
+
+    fn sequences(&self) -> usize {
+        self.lengths.len() / if self.table.is_some() { 1 } else { self.heads }
+    }
+
+    /// Rows of K.
+    fn rows(&self) -> usize {
+        let lists = self.sequences() * self.heads;
+        self.table.as_ref().map_or(lists * self.capacity, |table| table.pages * table.page_size * self.heads)
+    }
+
+    fn row(&self, sequence: usize, head: usize, entry: usize) -> Option<usize> {
+        let Some(table) = &self.table else {
+            return Some((sequence * self.heads + head) * self.capacity + entry);
+        };
+        let of_sequence = table.entries.len() / self.sequences();
+        let page = table.entries[sequence * of_sequence + entry / table.page_size];
+        let page = usize::try_from(page).ok().filter(|page| *page < table.pages)?;
+        Some((page * table.page_size + entry % table.page_size) * self.heads + head)
+    }
+
+    /// The rows that move, from one to the other, and how many entries each list keeps.
+    fn moves(&self) -> (Vec<(usize, usize)>, Vec<i32>) {
+        let (mut moves, mut lengths) = (Vec::new(), Vec::new());
+        for sequence in 0..self.sequences() {
+            for head in 0..self.heads {
+                let list = sequence * self.heads + head;
+                let length = self.lengths[if self.table.is_some() { sequence } else { list }];
+                let length = length.min(self.capacity as i32);
+                let indices = if self.shared { sequence } else { list } * self.index_capacity;
+                let kept = self.kept.as_ref().map_or(self.index_capacity as i32, |kept| kept[list]);
+                let (mut before, mut count) = (-1, 0);
+                while count < kept.min(self.index_capacity as i32) {
+                    let index = self.indices[indices + count as usize];
+                    if index <= before || index >= length {
+                        break;
+                    }
+                    let rows = [index, count].map(|entry| self.row(sequence, head, entry as usize));
+                    if let [Some(from), Some(to)] = rows {
+                        moves.push((from, to));
+                    }
+                    (before, count) = (index, count + 1);
+                }
+                lengths.push(count);
+            }
+        }
+        (moves, lengths)
+    }
+}
+
+/// Lists that keep nothing, one, all; tiles of 128 rows and wider ones; order that breaks.
+fn compact_edges() -> Vec<Compaction> {
+    let every = |step: i32, count: i32| (0..count).map(|i| i * step).collect::<Vec<_>>();
+    let mut cases = vec![
+        Compaction::list(300, every(1, 300)),
+        Compaction::list(300, every(2, 150)),
+        Compaction::list(300, vec![299]),
+        Compaction::list(300, (1..300).collect()),
+        Compaction::list(300, (0..299).map(|i| if i < 256 { i } else { i + 1 }).collect()),
+        Compaction::list(200, every(1, 300)),
+        Compaction::list(0, every(1, 5)),
+        Compaction::list(-3, every(1, 5)),
+        Compaction::list(i32::MAX, every(1, 300)),
+        Compaction::list(300, vec![5, 6, 6, 7]),
+        Compaction::list(300, vec![5, 9, 8, 100]),
+        Compaction::list(300, vec![-1, 1, 2]),
+        Compaction::list(300, vec![3, 300, 301]),
+        Compaction::list(300, vec![i32::MIN, i32::MAX]),
+    ];
+    for kept in [i32::MIN, -1, 0, 3, i32::MAX] {
+        cases.push(Compaction { kept: Some(vec![kept]), ..Compaction::list(300, every(3, 40)) });
+    }
+    cases.push(Compaction { width: 1024, ..Compaction::list(300, every(2, 150)) });
+    cases
+}
+
+/// Compacts a cache and compares every byte of it.
+fn check_compact<D: Device>(device: &D, case: &Compaction) -> Result<(), String> {
+    let mut memory = Memory::new(device);
+    let row_bytes = case.width * case.dtype.bytes() as usize;
+    let mut random = Random(case.seed ^ 11);
+    let mut bytes = |count: usize| (0..count).map(|_| random.next() as u8).collect::<Vec<_>>();
+    let mut tensors =
+        [bytes(case.rows() * row_bytes), bytes(case.rows() * row_bytes), bytes(case.rows() * 4)];
+    let [k, v, positions] = [0, 1, 2].map(|which| memory.put(&tensors[which]));
+    let width = case.width as i64;
+    let row = case.heads as i64 * width;
+    let page_size = case.table.as_ref().map_or(0, |table| table.page_size);
+    let rows = |base| match case.table {
+        None => Rows { base, token_stride: width, ..Rows::default() },
+        Some(_) => {
+            Rows { base, sequence_stride: page_size as i64 * row, head_stride: width, token_stride: row }
+        }
+    };
+    let pages = case.table.as_ref().map_or(Pages::default(), |table| Pages {
+        table: memory.put(bytemuck::cast_slice(&table.entries)),
+        table_pages: (table.entries.len() / case.sequences()) as i32,
+        pages: table.pages as i32,
+        page_size: table.page_size as i32,
+        reserved: 0,
+    });
+    let per_sequence = case.index_capacity * if case.shared { 1 } else { case.heads };
+    let lists = case.sequences() * case.heads;
+    let work = gather::Compact {
+        cache: Cache {
+            k: rows(k),
+            v: rows(v),
+            starts: 0,
+            lengths: memory.put(bytemuck::cast_slice(&case.lengths)),
+            capacities: 0,
+            positions,
+            pages,
+            rows: case.rows() as i64,
+            capacity: case.capacity as i32,
+            sequences: case.sequences() as i32,
+            heads: case.heads as i32,
+            reserved: 0,
+        },
+        indices: memory.put(bytemuck::cast_slice(&case.indices)),
+        index_sequence_stride: per_sequence as i64,
+        index_head_stride: if case.shared { 0 } else { case.index_capacity as i64 },
+        index_capacity: case.index_capacity as u32,
+        kept: case.kept.as_ref().map_or(0, |kept| memory.put(bytemuck::cast_slice(kept))),
+        lengths_out: memory.untouched(4 * lists),
+        head_dim: case.width as u32,
+        dtype: case.dtype,
+    };
+    // SAFETY: every address is a block of `memory` of the size that its field states.
+    unsafe { gather::compact(device, &work) }.map_err(|error| error.to_string())?;
+
+    let (moves, lengths) = case.moves();
+    for (tensor, bytes) in tensors.iter_mut().zip([row_bytes, row_bytes, 4]) {
+        let before = tensor.clone();
+        for (from, to) in &moves {
+            tensor[to * bytes..][..bytes].copy_from_slice(&before[from * bytes..][..bytes]);
+        }
+    }
+    memory.expect("k", k, &tensors[0])?;
+    memory.expect("v", v, &tensors[1])?;
+    memory.expect("positions", positions, &tensors[2])?;
+    memory.expect("lengths_out", work.lengths_out, bytemuck::cast_slice(&lengths))
 }

@@ -3,12 +3,14 @@
 #![allow(dead_code)]
 
 pub(crate) mod attention;
+pub(crate) mod decode;
 pub(crate) mod emulator;
 pub(crate) mod gather;
 pub(crate) mod llama;
 pub(crate) mod matmul;
 pub(crate) mod memory;
 pub(crate) mod number;
+pub(crate) mod processors;
 pub(crate) mod random;
 pub(crate) mod recorder;
 pub(crate) mod scores;
@@ -42,6 +44,7 @@ impl<D> Check<D> {
 pub(crate) fn checks<D: MatrixProduct>() -> Vec<Check<D>> {
     [
         attention::checks(),
+        decode::checks(),
         gather::checks(),
         llama::checks(),
         matmul::checks(),

@@ -1,0 +1,553 @@
+// Attention of the newest tokens over the compact cache, with their keys and values appended in passing.
+//
+// Memory decides: every key and value is read once, for all heads of its GQA group. A list is cut into
+// chunks (flash decoding), the blocks of a fixed grid share all chunks of the batch, and the block that
+// finishes the last chunk of a list merges them.
+//
+// Lengths are read by every block at its start and advanced by the last block of the grid at its end;
+// new keys and values are read where the caller has them, so nobody reads a row that is written.
+
+#include "abi.h"
+#include "attention/softmax.cuh"
+#include "decode/work.cuh"
+#include "primitives/convert.cuh"
+#include "primitives/cp_async.cuh"
+#include "primitives/global.cuh"
+#include "primitives/ldmatrix.cuh"
+#include "primitives/mma.cuh"
+
+static_assert(sizeof(fastkv_cache) == 144, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_decode_params) == 376, "src/abi.rs was generated for another layout");
+
+namespace {
+
+constexpr float LOG2_E = 1.44269504f;
+constexpr int32_t WARP_KEYS = FASTKV_DECODE_WARP_KEYS;
+
+// What a block holds in shared memory: two stages of keys and values, and the queries of two items.
+// Rows are 16 bytes longer than they need be, so that eight neighbours lie in different banks. A warp
+// fills and reads its own keys alone, and waits for no other warp until the item ends.
+template <int d>
+struct Shape {
+    // Two warps where rows are long, so that several blocks fit an SM.
+    static constexpr int32_t warps = d > 128 ? 2 : 4;
+    static constexpr int32_t threads = 32 * warps;
+    static constexpr int32_t tile_keys = warps * WARP_KEYS;
+    static constexpr int32_t vectors = d / 8; // of a row
+    static constexpr int32_t row = 2 * d + FASTKV_VECTOR_BYTES;
+    static constexpr int32_t values = WARP_KEYS * row; // where they begin behind a warp's keys
+    static constexpr int32_t warp_bytes = 2 * values;
+    static constexpr int32_t stage = warps * warp_bytes;
+    static constexpr int32_t queries = 2 * stage;
+
+    // When an item ends its last stage holds each warp's result instead: rows of f32, which two lanes of
+    // different quads reach without a conflict, then maximum and sum of each row.
+    static constexpr int32_t result_row = d + 4;
+    static constexpr int32_t statistics = FASTKV_DECODE_QUERIES * result_row * 4;
+    static_assert(statistics + FASTKV_DECODE_QUERIES * 8 <= warp_bytes, "a result fits the stage");
+    static constexpr int32_t factor_row = FASTKV_DECODE_CHUNKS + 1; // rows of factors for a merge
+    static_assert(FASTKV_DECODE_QUERIES * factor_row * 4 <= stage, "merge factors fit the stage");
+    static_assert(FASTKV_DECODE_BLOCK_KEYS % tile_keys == 0, "a chunk is whole tiles");
+};
+
+__device__ __forceinline__ uint64_t row_address(const fastkv_rows& rows, int32_t sequence, int32_t head,
+                                                int32_t token) {
+    return rows.base +
+           2 * (sequence * rows.sequence_stride + head * rows.head_stride + token * rows.token_stride);
+}
+
+// One row of a query tile.
+struct Row {
+    int32_t token;
+    int32_t head;
+
+    __device__ __forceinline__ Row(const fastkv_decode_params& p, const Cursor& at, int32_t row) {
+        const int32_t of_list = at.query_tile * p.queries + row;
+        token = of_list / p.group;
+        head = at.list.head(p.cache) * p.group + of_list % p.group;
+    }
+
+    __device__ __forceinline__ uint64_t address(const fastkv_rows& rows, int32_t sequence) const {
+        return row_address(rows, sequence, head, token);
+    }
+};
+
+__device__ __forceinline__ int32_t rows_of(const fastkv_decode_params& p, const Cursor& at) {
+    return min(p.queries, p.group * p.tokens - at.query_tile * p.queries);
+}
+
+__device__ __forceinline__ bool bit(uint64_t words, int32_t index) {
+    return __ldg(reinterpret_cast<const uint32_t*>(words) + index / 32) >> (index % 32) & 1;
+}
+
+template <bool paged>
+__device__ __forceinline__ bool is_biased(const fastkv_decode_params& p, const List& l, int32_t entry,
+                                          const Place<paged>& place) {
+    const int32_t* positions = reinterpret_cast<const int32_t*>(p.cache.positions);
+    const int32_t position = positions ? positions[place.row(p.cache, l.head(p.cache))] : entry;
+    return uint32_t(position) < uint32_t(p.bias_positions) &&
+           bit(p.bias_keys + 4 * l.sequence(p.cache) * p.bias_key_stride, position);
+}
+
+// A bit for each of a warp's keys.
+struct Keys {
+    uint32_t present;
+    uint32_t biased;
+};
+
+// Begins to load a warp's keys and values of a tile. Absent ones become zeros.
+template <int d, bool paged>
+__device__ __forceinline__ Keys load_keys(const fastkv_decode_params& p, const Cursor& at, uint32_t shared) {
+    using S = Shape<d>;
+    const int32_t lane = threadIdx.x % 32;
+    const int32_t warp = threadIdx.x / 32;
+    // Half the lanes look up keys, half values; which is which is told when they are copied.
+    const bool is_value = lane >= WARP_KEYS;
+    const int32_t entry = at.key + warp * WARP_KEYS + lane % WARP_KEYS;
+    uint64_t address = 0;
+    bool biased = false;
+    if (entry < at.list.length) {
+        const Place<paged> place(p.cache, at.list, entry);
+        if (place.page >= 0) {
+            const fastkv_rows& rows = is_value ? p.cache.v : p.cache.k;
+            address = rows.base + 2 * place.offset(rows, at.list.head(p.cache));
+            biased = p.bias_heads && is_biased(p, at.list, entry, place);
+        }
+    } else if (entry < keys_of(p, at.list)) {
+        address = row_address(is_value ? p.v_new : p.k_new, at.list.sequence(p.cache), at.list.head(p.cache),
+                              entry - at.list.length);
+    }
+    shared += warp * S::warp_bytes;
+#pragma unroll
+    for (int32_t i = 0; i < 2 * WARP_KEYS * S::vectors / 32; ++i) {
+        const int32_t row = (i * 32 + lane) / S::vectors; // values follow keys
+        const int32_t byte = (i * 32 + lane) % S::vectors * FASTKV_VECTOR_BYTES;
+        const uint64_t from = __shfl_sync(~0u, address, row);
+        cp_async(shared + row * S::row + byte, from + byte, from != 0);
+    }
+    const uint32_t keys = (1u << WARP_KEYS) - 1;
+    return {__ballot_sync(~0u, address != 0) & keys, __ballot_sync(~0u, biased) & keys};
+}
+
+// Begins to load the queries of an item; rows behind the last are zeros.
+template <int d, int tiles>
+__device__ __forceinline__ void load_queries(const fastkv_decode_params& p, const Cursor& at,
+                                             uint32_t shared) {
+    using S = Shape<d>;
+    const int32_t rows = rows_of(p, at);
+    for (int32_t vector = threadIdx.x; vector < 8 * tiles * S::vectors; vector += S::threads) {
+        const int32_t row = vector / S::vectors;
+        const int32_t byte = vector % S::vectors * FASTKV_VECTOR_BYTES;
+        const uint64_t from = Row(p, at, row).address(p.q, at.list.sequence(p.cache));
+        cp_async(shared + row * S::row + byte, row < rows ? from + byte : p.q.base, row < rows);
+    }
+}
+
+// Writes the new tokens of a chunk behind the list's last entry, for a whole block.
+template <int d, bool paged>
+__device__ __forceinline__ void append(const fastkv_decode_params& p, const Cursor& at) {
+    using S = Shape<d>;
+    const int32_t begin = max(at.begin(p), at.list.length);
+    const int32_t end = min(at.begin(p) + chunk_keys(p, at.list), keys_of(p, at.list));
+    if (begin >= end || !has_room<paged>(p, at.list)) {
+        return;
+    }
+    const int32_t head = at.list.head(p.cache);
+    const int32_t sequence = at.list.sequence(p.cache);
+    for (int32_t part = threadIdx.x; part < (end - begin) * S::vectors; part += S::threads) {
+        const int32_t entry = begin + part / S::vectors;
+        const int32_t byte = part % S::vectors * FASTKV_VECTOR_BYTES;
+        const int32_t token = entry - at.list.length;
+        const Place<paged> place(p.cache, at.list, entry);
+        store(p.cache.k.base + 2 * place.offset(p.cache.k, head) + byte,
+              load_once(row_address(p.k_new, sequence, head, token) + byte));
+        store(p.cache.v.base + 2 * place.offset(p.cache.v, head) + byte,
+              load_once(row_address(p.v_new, sequence, head, token) + byte));
+        if (p.cache.positions && byte == 0) {
+            const int32_t* positions = reinterpret_cast<const int32_t*>(p.positions_new);
+            reinterpret_cast<int32_t*>(p.cache.positions)[place.row(p.cache, head)] =
+                positions[int64_t(sequence) * p.tokens + token];
+        }
+    }
+}
+
+// Output of one warp, transposed: with g = lane / 4 and t = lane % 4, o[n][i] holds rows 8 n + 2 t and
+// 8 n + 2 t + 1 at elements 16 i + g, and the same 8 elements on.
+template <int d, int tiles>
+struct Output {
+    Softmax softmax;
+    float o[tiles][d / 16][4] = {};
+};
+
+// One tile of a warp: S = Q K^T with queries as the 16 rows, so that S leaves the first product as P
+// has to enter the second, O^T = V^T P^T.
+template <typename T, int d, int tiles>
+__device__ __forceinline__ void multiply(const fastkv_decode_params& p, const Cursor& at, const Keys& keys,
+                                         uint32_t biased_rows, uint32_t queries, uint32_t stage,
+                                         Output<d, tiles>& out) {
+    using S = Shape<d>;
+    const int32_t lane = threadIdx.x % 32;
+    const int32_t warp = threadIdx.x / 32;
+    const uint32_t k = stage + warp * S::warp_bytes;
+    const uint32_t v = k + S::values;
+
+    float s[2][4] = {};
+    const uint32_t key_lane = k + (lane % 8 + lane / 16 * 8) * S::row + lane / 8 % 2 * 16;
+    const uint32_t query_lane = tiles == 1 ? queries + lane % 8 * S::row + lane / 8 * 16
+                                           : queries + lane % 16 * S::row + lane / 16 * 16;
+#pragma unroll
+    for (int32_t step = 0; step < d / 16; step += 2) {
+        uint32_t first[4], second[4];
+        if (tiles == 1) {
+            uint32_t both[4];
+            ldmatrix(both, query_lane + step * 32);
+            first[0] = both[0], first[1] = 0, first[2] = both[1], first[3] = 0;
+            second[0] = both[2], second[1] = 0, second[2] = both[3], second[3] = 0;
+        } else {
+            ldmatrix(first, query_lane + step * 32);
+            ldmatrix(second, query_lane + step * 32 + 32);
+        }
+        uint32_t b[4];
+        ldmatrix(b, key_lane + step * 32);
+        mma<T>(s[0], first, b[0], b[1]);
+        mma<T>(s[1], first, b[2], b[3]);
+        ldmatrix(b, key_lane + step * 32 + 32);
+        mma<T>(s[0], second, b[0], b[1]);
+        mma<T>(s[1], second, b[2], b[3]);
+    }
+
+    const int32_t column = 2 * (lane % 4);
+    if (keys.biased && biased_rows) {
+        const float bias = p.bias / p.scale;
+#pragma unroll
+        for (int32_t i = 0; i < 8; ++i) {
+            const bool biased = keys.biased >> (i / 4 * 8 + column + i % 2) & biased_rows >> (i / 2 % 2) & 1;
+            s[i / 4][i % 4] += biased ? bias : 0.0f;
+        }
+    }
+    const uint32_t all = (1u << WARP_KEYS) - 1;
+    if (keys.present != all || p.tokens > 1) {
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+            // A token does not see those after it, which are the last keys.
+            const int32_t after = p.tokens - 1 - Row(p, at, lane / 4 + 8 * half).token;
+            const int32_t seen = keys_of(p, at.list) - after - at.key - warp * WARP_KEYS;
+            const uint32_t visible = keys.present & (seen <= 0 ? 0 : seen < WARP_KEYS ? (1u << seen) - 1 : all);
+#pragma unroll
+            for (int32_t i = 0; i < 4; ++i) {
+                float& logit = s[i / 2][2 * half + i % 2];
+                logit = visible >> (i / 2 * 8 + column + i % 2) & 1 ? logit : -CUDART_INF_F;
+            }
+        }
+    }
+
+    float shrink[2];
+    out.softmax.template update<true>(s, p.scale * LOG2_E, shrink);
+    // Maxima seldom grow once there were some keys.
+    if (__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+#pragma unroll
+        for (int32_t n = 0; n < tiles; ++n) {
+            const float left = __shfl_sync(~0u, shrink[n], 4 * column);
+            const float right = __shfl_sync(~0u, shrink[n], 4 * column + 4);
+#pragma unroll
+            for (int32_t i = 0; i < d / 16; ++i) {
+                out.o[n][i][0] *= left;
+                out.o[n][i][1] *= right;
+                out.o[n][i][2] *= left;
+                out.o[n][i][3] *= right;
+            }
+        }
+    }
+
+    const uint32_t value_lane = v + (lane % 8 + lane / 16 * 8) * S::row + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int32_t i = 0; i < d / 16; ++i) {
+        uint32_t a[4];
+        ldmatrix_transposed(a, value_lane + i * 32);
+#pragma unroll
+        for (int32_t n = 0; n < tiles; ++n) {
+            mma<T>(out.o[n][i], a, pack<T>(s[0][2 * n], s[0][2 * n + 1]),
+                   pack<T>(s[1][2 * n], s[1][2 * n + 1]));
+        }
+    }
+}
+
+// Leaves a warp's result in its own part of a stage that is used up.
+template <int d, int tiles>
+__device__ __forceinline__ void leave_result(char* stage, const Output<d, tiles>& out) {
+    using S = Shape<d>;
+    const int32_t lane = threadIdx.x % 32;
+    char* own = stage + threadIdx.x / 32 * S::warp_bytes;
+    float* result = reinterpret_cast<float*>(own);
+#pragma unroll
+    for (int32_t n = 0; n < tiles; ++n) {
+#pragma unroll
+        for (int32_t i = 0; i < d / 16; ++i) {
+#pragma unroll
+            for (int32_t j = 0; j < 4; ++j) {
+                const int32_t row = 8 * n + 2 * (lane % 4) + j % 2;
+                result[row * S::result_row + 16 * i + lane / 4 + j / 2 * 8] = out.o[n][i][j];
+            }
+        }
+        const float sum = quad_reduce(out.softmax.sum[n], [](float a, float b) { return a + b; });
+        if (lane % 4 == 0) {
+            reinterpret_cast<float2*>(own + S::statistics)[8 * n + lane / 4] =
+                make_float2(out.softmax.maximum[n], sum);
+        }
+    }
+}
+
+__device__ __forceinline__ float4 add_scaled(float4 sum, float factor, float4 value) {
+    return make_float4(fmaf(factor, value.x, sum.x), fmaf(factor, value.y, sum.y),
+                       fmaf(factor, value.z, sum.z), fmaf(factor, value.w, sum.w));
+}
+
+// A row without keys has maximum -inf, and so have all its parts.
+__device__ __forceinline__ float finite(float maximum) { return maximum == -CUDART_INF_F ? 0.0f : maximum; }
+
+template <typename T>
+__device__ __forceinline__ void store_output(const fastkv_decode_params& p, const Cursor& at, int32_t row,
+                                             int32_t element, float4 value) {
+    const uint64_t address = Row(p, at, row).address(p.out, at.list.sequence(p.cache)) + 2 * element;
+    *reinterpret_cast<uint2*>(address) =
+        make_uint2(pack<T>(value.x, value.y), pack<T>(value.z, value.w));
+}
+
+__device__ __forceinline__ void store_lse(const fastkv_decode_params& p, const Cursor& at, int32_t row,
+                                          float maximum, float sum) {
+    const Row r(p, at, row);
+    const int64_t head = int64_t(at.list.sequence(p.cache)) * p.cache.heads * p.group + r.head;
+    reinterpret_cast<float*>(p.lse)[head * p.tokens + r.token] =
+        sum == 0.0f ? -CUDART_INF_F : fmaf(maximum, p.scale, log2_approx(sum) * 0.693147181f);
+}
+
+// Adds the chunks of a list in their order. The block that finished the last of them does.
+template <typename T, int d>
+__device__ __forceinline__ void merge_chunks(const fastkv_decode_params& p, const Cursor& at, int32_t slot,
+                                             float* factors) {
+    using S = Shape<d>;
+    const int32_t rows = rows_of(p, at);
+    const int32_t chunks = chunks_of(p, at.list);
+    const int32_t lane = threadIdx.x % 32;
+    const float2* statistics = reinterpret_cast<const float2*>(p.statistics) + int64_t(slot) * p.queries;
+    for (int32_t row = threadIdx.x / 32; row < rows; row += S::warps) {
+        float2 part[2];
+#pragma unroll
+        for (int32_t i = 0; i < 2; ++i) {
+            const int32_t chunk = lane + 32 * i;
+            part[i] = chunk < chunks ? __ldcg(statistics + chunk * p.queries + row)
+                                     : make_float2(-CUDART_INF_F, 0.0f);
+        }
+        float most = fmaxf(part[0].x, part[1].x);
+#pragma unroll
+        for (int32_t distance = 16; distance > 0; distance /= 2) {
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
+        }
+        float weight[2];
+#pragma unroll
+        for (int32_t i = 0; i < 2; ++i) {
+            weight[i] = exp2_approx((part[i].x - finite(most)) * p.scale * LOG2_E);
+        }
+        float sum = fmaf(weight[0], part[0].y, weight[1] * part[1].y);
+#pragma unroll
+        for (int32_t distance = 16; distance > 0; distance /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, distance);
+        }
+        const float normalize = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+        for (int32_t i = 0; i < 2; ++i) {
+            factors[row * S::factor_row + lane + 32 * i] = weight[i] * normalize;
+        }
+        if (p.lse && lane == 0) {
+            store_lse(p, at, row, most, sum);
+        }
+    }
+    __syncthreads();
+    const float4* partials = reinterpret_cast<const float4*>(p.partials) + int64_t(slot) * p.queries * (d / 4);
+    for (int32_t part = threadIdx.x; part < rows * (d / 4); part += S::threads) {
+        const int32_t row = part / (d / 4);
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+        for (int32_t chunk = 0; chunk < chunks; ++chunk) {
+            sum = add_scaled(sum, factors[row * S::factor_row + chunk],
+                             __ldcg(partials + int64_t(chunk) * p.queries * (d / 4) + part));
+        }
+        store_output<T>(p, at, row, part % (d / 4) * 4, sum);
+    }
+}
+
+// Whether a thread is the last of `count` to come here; what the others did before can be seen then. For
+// a whole block, and for one block of those that share a counter at a time.
+__device__ __forceinline__ bool is_last(uint64_t counter, int32_t count) {
+    __shared__ int32_t before;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        before = atomicAdd(reinterpret_cast<int32_t*>(counter), 1);
+        __threadfence();
+    }
+    __syncthreads();
+    return before == count - 1;
+}
+
+// Ends an item: adds the results of the warps, and where the list is one chunk that is the output.
+template <typename T, int d>
+__device__ __forceinline__ void finish_item(const fastkv_decode_params& p, const Cursor& at, char* stage) {
+    using S = Shape<d>;
+    const int32_t chunks = chunks_of(p, at.list);
+    const int32_t tile = at.list.index * p.query_tiles + at.query_tile;
+    const int32_t slot = tile * p.chunks + at.chunk;
+    __syncthreads();
+    for (int32_t part = threadIdx.x; part < rows_of(p, at) * (d / 4); part += S::threads) {
+        const int32_t row = part / (d / 4);
+        const int32_t element = part % (d / 4) * 4;
+        float2 statistics[S::warps];
+        float most = -CUDART_INF_F;
+#pragma unroll
+        for (int32_t warp = 0; warp < S::warps; ++warp) {
+            const char* own = stage + warp * S::warp_bytes + S::statistics;
+            statistics[warp] = reinterpret_cast<const float2*>(own)[row];
+            most = fmaxf(most, statistics[warp].x);
+        }
+        float sum = 0.0f;
+        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int32_t warp = 0; warp < S::warps; ++warp) {
+            const float weight = exp2_approx((statistics[warp].x - finite(most)) * p.scale * LOG2_E);
+            const float* own = reinterpret_cast<const float*>(stage + warp * S::warp_bytes);
+            sum = fmaf(weight, statistics[warp].y, sum);
+            value = add_scaled(value, weight,
+                               *reinterpret_cast<const float4*>(own + row * S::result_row + element));
+        }
+        if (chunks > 1) {
+            const int64_t place = int64_t(slot) * p.queries + row;
+            reinterpret_cast<float4*>(p.partials)[place * (d / 4) + element / 4] = value;
+            if (element == 0) {
+                reinterpret_cast<float2*>(p.statistics)[place] = make_float2(most, sum);
+            }
+        } else {
+            const float normalize = sum == 0.0f ? 0.0f : 1.0f / sum;
+            store_output<T>(p, at, row, element,
+                            add_scaled(make_float4(0.0f, 0.0f, 0.0f, 0.0f), normalize, value));
+            if (p.lse && element == 0) {
+                store_lse(p, at, row, most, sum);
+            }
+        }
+    }
+    if (chunks > 1 && is_last(p.finished + 4 * int64_t(tile), chunks)) {
+        merge_chunks<T, d>(p, at, tile * p.chunks, reinterpret_cast<float*>(stage));
+    }
+    // The stage is free from here on.
+    __syncthreads();
+}
+
+// Lets the lists grow by the new tokens. The last block of the grid does, when all have read the lengths.
+template <int32_t threads, bool paged>
+__device__ __forceinline__ void advance_lengths(const fastkv_decode_params& p) {
+    const int32_t step = paged ? p.cache.heads : 1; // the heads share a length
+    const int32_t lengths = p.cache.sequences * p.cache.heads / step;
+    bool full = false;
+    for (int32_t i = threadIdx.x; i < lengths; i += threads) {
+        const List l = list_at(p.cache, i * step);
+        if (has_room<paged>(p, l)) {
+            reinterpret_cast<int32_t*>(p.cache.lengths)[i] = l.length + p.tokens;
+        } else {
+            full = true;
+        }
+    }
+    if (__syncthreads_or(full) && threadIdx.x == 0) {
+        *reinterpret_cast<int32_t*>(p.full) = 1;
+    }
+}
+
+template <typename T, int d, int tiles, bool paged>
+__device__ __forceinline__ void decode(const fastkv_decode_params& p) {
+    using S = Shape<d>;
+    extern __shared__ __align__(16) char memory[];
+    const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory));
+    const int32_t lane = threadIdx.x % 32;
+
+    Cursor at = first_item<S::threads>(p);
+    if (at.items > 0) {
+        Keys keys = load_keys<d, paged>(p, at, shared);
+        load_queries<d, tiles>(p, at, shared + S::queries);
+        cp_async_commit();
+        Output<d, tiles> out;
+        uint32_t biased_rows = 0;
+        int32_t stage = 0;
+        bool more;
+        do {
+            // The next tile loads while this one is worked on.
+            Cursor ahead = at;
+            Keys keys_ahead = {};
+            more = ahead.advance<S::tile_keys>(p);
+            if (more) {
+                keys_ahead = load_keys<d, paged>(p, ahead, shared + (stage ^ S::stage));
+                if (ahead.parity != at.parity) {
+                    load_queries<d, tiles>(p, ahead, shared + S::queries + ahead.parity * 8 * tiles * S::row);
+                }
+            }
+            cp_async_commit();
+            cp_async_wait<1>();
+            if (at.key == at.begin(p)) {
+                // Queries are everybody's.
+                __syncthreads();
+                biased_rows = 0;
+                for (int32_t half = 0; p.bias_heads && half < tiles; ++half) {
+                    const int32_t row = lane / 4 + 8 * half;
+                    const bool biased = row < rows_of(p, at) && bit(p.bias_heads, Row(p, at, row).head);
+                    biased_rows |= uint32_t(biased) << half;
+                }
+            } else {
+                __syncwarp();
+            }
+            multiply<T>(p, at, keys, biased_rows, shared + S::queries + at.parity * 8 * tiles * S::row,
+                        shared + stage, out);
+            __syncwarp();
+            if (!more || ahead.parity != at.parity) {
+                leave_result(memory + stage, out);
+                out = {};
+                finish_item<T, d>(p, at, memory + stage);
+                if (p.k_new.base && at.query_tile == 0) {
+                    append<d, paged>(p, at);
+                }
+            }
+            at = ahead;
+            keys = keys_ahead;
+            stage ^= S::stage;
+        } while (more);
+    }
+    if (p.k_new.base) {
+        const int64_t tile_count = int64_t(p.cache.sequences) * p.cache.heads * p.query_tiles;
+        if (is_last(p.finished + 4 * tile_count, gridDim.x)) {
+            advance_lengths<S::threads, paged>(p);
+        }
+    }
+}
+
+} // namespace
+
+// Grid: x, a few blocks per SM, which share all chunks of all lists. Registers are held to what lets
+// three blocks live on an SM.
+#define FASTKV_DECODE(name, T, d, tiles, queries)                                                            \
+    extern "C" __global__ void __launch_bounds__(Shape<d>::threads, d == 128 ? 5 - tiles : 3)                \
+        fastkv_decode_##name##_##d##_q##queries(__grid_constant__ const fastkv_decode_params p) {            \
+        p.cache.pages.table ? decode<T, d, tiles, true>(p) : decode<T, d, tiles, false>(p);                  \
+    }
+
+FASTKV_DECODE(f16, F16, 64, 1, 8)
+FASTKV_DECODE(f16, F16, 64, 2, 16)
+FASTKV_DECODE(f16, F16, 96, 1, 8)
+FASTKV_DECODE(f16, F16, 96, 2, 16)
+FASTKV_DECODE(f16, F16, 128, 1, 8)
+FASTKV_DECODE(f16, F16, 128, 2, 16)
+FASTKV_DECODE(f16, F16, 256, 1, 8)
+FASTKV_DECODE(f16, F16, 256, 2, 16)
+FASTKV_DECODE(bf16, BF16, 64, 1, 8)
+FASTKV_DECODE(bf16, BF16, 64, 2, 16)
+FASTKV_DECODE(bf16, BF16, 96, 1, 8)
+FASTKV_DECODE(bf16, BF16, 96, 2, 16)
+FASTKV_DECODE(bf16, BF16, 128, 1, 8)
+FASTKV_DECODE(bf16, BF16, 128, 2, 16)
+FASTKV_DECODE(bf16, BF16, 256, 1, 8)
+FASTKV_DECODE(bf16, BF16, 256, 2, 16)

@@ -1,0 +1,746 @@
+//! Decoding: caches of lists, plain f64 loops that say what a step gives and leaves, and runs on a device.
+
+use fastkv::{
+    abi::{Cache, Pages, Rows},
+    kernels::{
+        DType, Device,
+        batch::Bias,
+        decode::{self, Decode},
+    },
+};
+use half::{bf16, f16};
+
+use super::{
+    Check, all,
+    memory::{Memory, UNTOUCHED},
+    processors::Processors,
+    random::Random,
+};
+
+/// Elements and positions that nobody may look at: NaN in both element types, and a wild number.
+const POISON: u16 = u16::MAX;
+const UNTOUCHED_POSITION: i32 = i32::from_ne_bytes([UNTOUCHED; 4]);
+
+/// Positions that have a bias bit.
+const BIASED_POSITIONS: u32 = 70;
+
+/// What is added where head and position are biased.
+const BIAS: f32 = -1.5;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    Ragged,
+    /// `[pages, page_size, heads, d]`, K and V apart.
+    Paged(usize),
+    /// `[pages, 2, page_size, heads, d]`, K and V of a page side by side.
+    PagedTogether(usize),
+}
+
+/// Some steps of decoding over one batch.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) layout: Layout,
+    pub(crate) dtype: DType,
+    pub(crate) head_dim: usize,
+    pub(crate) heads: usize,
+    pub(crate) group: usize,
+    pub(crate) tokens: usize,
+    /// Entries of each list at the start, `[sequence][head]`; in a paged cache those of head 0 hold.
+    pub(crate) lengths: Vec<Vec<usize>>,
+    /// Free entries behind each list.
+    pub(crate) slack: usize,
+    /// Whether the new tokens are given and appended; else the last entries are theirs.
+    pub(crate) appends: bool,
+    /// Whether pages are missing here and there.
+    pub(crate) holes: bool,
+    pub(crate) bias: bool,
+    pub(crate) steps: usize,
+    /// What the contents of each sequence are drawn from.
+    pub(crate) seeds: Vec<u64>,
+}
+
+impl Case {
+    /// One step over lists of these lengths, one sequence for each row of them.
+    pub(crate) fn new(head_dim: usize, group: usize, lengths: &[&[usize]]) -> Self {
+        Self {
+            layout: Layout::Ragged,
+            dtype: DType::BF16,
+            head_dim,
+            heads: lengths[0].len(),
+            group,
+            tokens: 1,
+            lengths: lengths.iter().map(|sequence| sequence.to_vec()).collect(),
+            slack: 1,
+            appends: true,
+            holes: false,
+            bias: false,
+            steps: 1,
+            seeds: (1..=lengths.len() as u64).collect(),
+        }
+    }
+
+    /// Everything that may vary.
+    fn random(seed: u64) -> Self {
+        let mut random = Random(seed);
+        let heads = 1 + random.below(3);
+        let sequences = 1 + random.below(3);
+        let length = |random: &mut Random| match random.below(4) {
+            0 => random.below(4),
+            1 => 60 + random.below(10),
+            2 => random.below(200),
+            _ => random.below(40),
+        };
+        let lengths = (0..sequences).map(|_| (0..heads).map(|_| length(&mut random)).collect()).collect();
+        let layout = match random.below(4) {
+            0 => Layout::Paged(random.of(&[1, 7, 16, 64])),
+            1 => Layout::PagedTogether(random.of(&[8, 16])),
+            _ => Layout::Ragged,
+        };
+        Self {
+            layout,
+            dtype: random.of(&[DType::F16, DType::BF16]),
+            head_dim: random.of(&[64, 96, 128, 256]),
+            heads,
+            group: random.of(&[1, 2, 3, 4, 7, 8, 16]),
+            tokens: random.of(&[1, 1, 1, 2, 3, 8]),
+            lengths,
+            slack: random.below(12),
+            appends: random.below(4) > 0,
+            holes: random.below(2) == 0,
+            bias: random.below(3) == 0,
+            steps: 1 + random.below(2),
+            seeds: (0..sequences).map(|_| random.next()).collect(),
+        }
+    }
+
+    fn lists(&self) -> usize {
+        self.lengths.len() * self.heads
+    }
+
+    fn page_size(&self) -> Option<usize> {
+        match self.layout {
+            Layout::Ragged => None,
+            Layout::Paged(size) | Layout::PagedTogether(size) => Some(size),
+        }
+    }
+}
+
+/// A cache as a host sees it. Entries of a list are in their places in `tensors`.
+struct State {
+    /// K and V, or both in the first.
+    tensors: [Vec<u16>; 2],
+    positions: Vec<i32>,
+    /// Of each list, or of each sequence where the cache is paged.
+    lengths: Vec<i32>,
+    /// Of each list where the cache is ragged.
+    starts: Vec<i64>,
+    capacities: Vec<i32>,
+    table: Vec<i32>,
+    pages: usize,
+    table_pages: usize,
+    full: i32,
+}
+
+/// Where an entry is: tensor and element of its K and V rows, and its index among the positions.
+struct Place {
+    rows: [(usize, usize); 2],
+    position: usize,
+}
+
+impl State {
+    /// Lists in a scrambled order with holes between them that hold poison.
+    fn new(case: &Case) -> Self {
+        let mut random = Random(case.seeds.iter().fold(case.head_dim as u64, |a, b| a.rotate_left(7) ^ b));
+        let mut state = Self {
+            tensors: [Vec::new(), Vec::new()],
+            positions: Vec::new(),
+            lengths: Vec::new(),
+            starts: vec![0; case.lists()],
+            capacities: vec![0; case.lists()],
+            table: Vec::new(),
+            pages: 0,
+            table_pages: 0,
+            full: 0,
+        };
+        let mut rows = 0;
+        if let Some(size) = case.page_size() {
+            let longest = case.lengths.iter().map(|sequence| sequence[0]).max().unwrap_or(0);
+            state.lengths = case.lengths.iter().map(|sequence| sequence[0] as i32).collect();
+            state.table_pages = (longest + case.slack).div_ceil(size);
+            state.pages = state.table_pages * case.lengths.len() + 2;
+            let mut free: Vec<_> = (0..state.pages as i32).collect();
+            for _ in 0..state.table_pages * case.lengths.len() {
+                state.table.push(free.swap_remove(random.below(free.len())));
+            }
+            for entry in &mut state.table {
+                match random.below(if case.holes { 12 } else { usize::MAX }) {
+                    0 => *entry = -1,
+                    1 => *entry = state.pages as i32,
+                    2 => *entry = i32::MIN,
+                    _ => {}
+                }
+            }
+            rows = state.pages * size * case.heads;
+        } else {
+            state.lengths = case.lengths.iter().flatten().map(|length| *length as i32).collect();
+            let mut order: Vec<_> = (0..case.lists()).collect();
+            while !order.is_empty() {
+                let list = order.swap_remove(random.below(order.len()));
+                let room = state.lengths[list] as usize + case.slack;
+                rows += random.below(3);
+                state.starts[list] = rows as i64;
+                state.capacities[list] = room as i32;
+                rows += room;
+            }
+        }
+        let together = matches!(case.layout, Layout::PagedTogether(_));
+        let elements = rows * case.head_dim;
+        state.tensors = if together {
+            [vec![POISON; 2 * elements], Vec::new()]
+        } else {
+            [vec![POISON; elements], vec![POISON; elements]]
+        };
+        state.positions = vec![UNTOUCHED_POSITION; rows];
+        for (sequence, seed) in case.seeds.iter().enumerate() {
+            for head in 0..case.heads {
+                let mut random = Random(seed ^ (head as u64 + 1) << 32);
+                let mut position = -1;
+                for entry in 0..state.length(case, sequence, head) {
+                    // Drawn whether or not there is a place for it, so that holes change nothing else.
+                    position += 1 + random.below(3) as i32;
+                    let row = [0, 1].map(|_| draw(&mut random, case.dtype, case.head_dim));
+                    if let Some(place) = state.place(case, sequence, head, entry) {
+                        state.put(&place, &row, position);
+                    }
+                }
+            }
+        }
+        state
+    }
+
+    fn capacity(&self, case: &Case) -> usize {
+        match case.page_size() {
+            Some(size) => self.table_pages * size,
+            None => self.capacities.iter().copied().max().unwrap_or(0).max(0) as usize,
+        }
+    }
+
+    /// Entries that a list could have.
+    fn room(&self, case: &Case, sequence: usize, head: usize) -> usize {
+        if case.page_size().is_some() {
+            return self.capacity(case);
+        }
+        let list = sequence * case.heads + head;
+        let start = self.starts[list];
+        let behind = if start < 0 { 0 } else { (self.positions.len() as i64).saturating_sub(start) };
+        behind.min(self.capacities[list].into()).max(0) as usize
+    }
+
+    fn length_index(&self, case: &Case, sequence: usize, head: usize) -> usize {
+        if case.page_size().is_some() { sequence } else { sequence * case.heads + head }
+    }
+
+    fn length(&self, case: &Case, sequence: usize, head: usize) -> usize {
+        let length = self.lengths[self.length_index(case, sequence, head)];
+        (length.max(0) as usize).min(self.room(case, sequence, head))
+    }
+
+    fn place(&self, case: &Case, sequence: usize, head: usize, entry: usize) -> Option<Place> {
+        let d = case.head_dim;
+        let Some(size) = case.page_size() else {
+            let row = self.starts[sequence * case.heads + head] as usize + entry;
+            return Some(Place { rows: [(0, row * d), (1, row * d)], position: row });
+        };
+        let page = self.table[sequence * self.table_pages + entry / size];
+        let page = usize::try_from(page).ok().filter(|page| *page < self.pages)?;
+        let row = (page * size + entry % size) * case.heads + head;
+        let rows = if matches!(case.layout, Layout::Paged(_)) {
+            [(0, row * d), (1, row * d)]
+        } else {
+            let of_page = size * case.heads;
+            let in_page = row % of_page;
+            [0, 1].map(|which| (0, ((2 * page + which) * of_page + in_page) * d))
+        };
+        Some(Place { rows, position: row })
+    }
+
+    fn put(&mut self, place: &Place, rows: &[Vec<u16>; 2], position: i32) {
+        for ((tensor, element), row) in place.rows.iter().zip(rows) {
+            self.tensors[*tensor][*element..][..row.len()].copy_from_slice(row);
+        }
+        self.positions[place.position] = position;
+    }
+
+    /// Whether all new tokens of a list fit.
+    fn has_room(&self, case: &Case, sequence: usize, head: usize) -> bool {
+        let length = self.length(case, sequence, head);
+        length + case.tokens <= self.room(case, sequence, head)
+            && (0..case.tokens).all(|token| self.place(case, sequence, head, length + token).is_some())
+    }
+}
+
+/// What comes with a step: rows by sequence, head and token.
+struct Step {
+    q: Vec<u16>,
+    k: Vec<u16>,
+    v: Vec<u16>,
+    positions: Vec<i32>,
+}
+
+impl Step {
+    fn new(case: &Case, number: usize) -> Self {
+        let mut step = Self { q: Vec::new(), k: Vec::new(), v: Vec::new(), positions: Vec::new() };
+        for seed in &case.seeds {
+            let mut random = Random(seed ^ (number as u64 + 1) << 48);
+            let mut rows = |heads: usize| draw(&mut random, case.dtype, heads * case.tokens * case.head_dim);
+            step.q.extend(rows(case.heads * case.group));
+            step.k.extend(rows(case.heads));
+            step.v.extend(rows(case.heads));
+            step.positions.extend((0..case.tokens).map(|token| (1000 + 10 * number + token) as i32));
+        }
+        step
+    }
+}
+
+/// Uniform in [-2, 2), so that some keys outweigh others.
+fn draw(random: &mut Random, dtype: DType, count: usize) -> Vec<u16> {
+    (0..count)
+        .map(|_| {
+            let value = 2.0 * random.symmetric();
+            if dtype == DType::F16 { f16::from_f32(value).to_bits() } else { bf16::from_f32(value).to_bits() }
+        })
+        .collect()
+}
+
+fn decode_element(dtype: DType, bits: u16) -> f64 {
+    if dtype == DType::F16 { f16::from_bits(bits).to_f64() } else { bf16::from_bits(bits).to_f64() }
+}
+
+fn bias_bit(words: &[u32], index: usize) -> bool {
+    words[index / 32] >> (index % 32) & 1 == 1
+}
+
+/// Every third head and a scattering of positions, for each sequence.
+fn bias_words(case: &Case) -> (Vec<u32>, Vec<u32>) {
+    let heads = (0..(case.heads * case.group).div_ceil(32)).map(|_| 0x9249_2492).collect();
+    let keys = case.seeds.iter().flat_map(|seed| {
+        let mut random = Random(seed ^ 77);
+        (0..BIASED_POSITIONS.div_ceil(32)).map(move |_| random.next() as u32)
+    });
+    (heads, keys.collect())
+}
+
+fn scale(case: &Case) -> f32 {
+    1.0 / (case.head_dim as f32).sqrt()
+}
+
+/// Output and LSE of one query, and how far each may be off.
+struct Expected {
+    out: Vec<f64>,
+    out_error: Vec<f64>,
+    lse: f64,
+    lse_error: f64,
+}
+
+/// Attention of one query over rows of K and V, with a bias for each.
+///
+/// The kernel's error, with u the rounding unit of the element type and e = 2^-24 that of f32:
+/// * a logit is a sum of d products in d/16 steps, and hardware truncates where it adds: at most
+///   d/16 + 4 times 2 e of the sum of absolute products; then it is scaled, shifted and put through ex2,
+///   8 e of its magnitude and 4 e more;
+/// * probabilities are rounded to 16 bits for the second product (u, and 2^-25 below the f16 range),
+///   not for their sum; sums over keys, warps and chunks are in f32, 2 e each;
+/// * the output is rounded once: u.
+fn attend(case: &Case, q: &[f64], keys: &[(Vec<f64>, Vec<f64>, f64)]) -> Expected {
+    let d = case.head_dim;
+    let (unit, least) =
+        if case.dtype == DType::F16 { (2_f64.powi(-11), 2_f64.powi(-25)) } else { (2_f64.powi(-8), 0.0) };
+    let e = 2_f64.powi(-24);
+    let scale = f64::from(scale(case));
+    let mut logit_error = 0.0_f64;
+    let logits: Vec<f64> = keys
+        .iter()
+        .map(|(k, _, bias)| {
+            let products = q.iter().zip(k).map(|(q, k)| q * k);
+            let magnitude: f64 = products.clone().map(f64::abs).sum::<f64>() * scale + bias.abs();
+            logit_error = logit_error.max(magnitude * (2.0 * (d as f64 / 16.0 + 4.0) + 8.0) * e + 4.0 * e);
+            products.sum::<f64>() * scale + bias
+        })
+        .collect();
+    let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|logit| (logit - most).exp()).sum();
+    if keys.is_empty() {
+        return Expected {
+            out: vec![0.0; d],
+            out_error: vec![0.0; d],
+            lse: f64::NEG_INFINITY,
+            lse_error: 0.0,
+        };
+    }
+    let sums = 2.0 * e * (keys.len() as f64 + 80.0);
+    let (mut out, mut out_error) = (vec![0.0; d], vec![0.0; d]);
+    for i in 0..d {
+        let mut magnitude = 0.0;
+        for ((_, v, _), logit) in keys.iter().zip(&logits) {
+            let p = (logit - most).exp() / sum;
+            out[i] += p * v[i];
+            magnitude += (p * (unit + 2.0 * logit_error + sums) + least) * v[i].abs();
+        }
+        out_error[i] = magnitude + unit * out[i].abs() + least;
+    }
+    let lse = most + sum.ln();
+    Expected { out, out_error, lse, lse_error: 2.0 * logit_error + sums + 4.0 * e * (1.0 + lse.abs()) }
+}
+
+/// What a query of a list gives, before the list takes in the new tokens.
+fn expected(
+    case: &Case,
+    state: &State,
+    step: &Step,
+    [sequence, head, in_group, token]: [usize; 4],
+) -> Expected {
+    let d = case.head_dim;
+    let widen = |row: &[u16]| row.iter().map(|bits| decode_element(case.dtype, *bits)).collect::<Vec<_>>();
+    let query_head = head * case.group + in_group;
+    let q = ((sequence * case.heads * case.group + query_head) * case.tokens + token) * d;
+    let (heads, biased) = bias_words(case);
+    let biased = &biased[sequence * BIASED_POSITIONS.div_ceil(32) as usize..];
+    let length = state.length(case, sequence, head);
+    let seen =
+        if case.appends { length } else { (length + token + 1).saturating_sub(case.tokens).min(length) };
+    let mut keys = Vec::new();
+    for entry in 0..seen {
+        if let Some(place) = state.place(case, sequence, head, entry) {
+            let [k, v] = place.rows.map(|(tensor, element)| widen(&state.tensors[tensor][element..][..d]));
+            let position = state.positions[place.position] as usize;
+            let is_biased = case.bias
+                && bias_bit(&heads, query_head)
+                && position < BIASED_POSITIONS as usize
+                && bias_bit(biased, position);
+            keys.push((k, v, if is_biased { f64::from(BIAS) } else { 0.0 }));
+        }
+    }
+    for new in 0..=token {
+        if case.appends {
+            let row = ((sequence * case.heads + head) * case.tokens + new) * d;
+            keys.push((widen(&step.k[row..][..d]), widen(&step.v[row..][..d]), 0.0));
+        }
+    }
+    attend(case, &widen(&step.q[q..][..d]), &keys)
+}
+
+/// Lets the lists of a host's cache grow as the kernel is to.
+fn grow(case: &Case, state: &mut State, step: &Step) {
+    let d = case.head_dim;
+    for sequence in 0..case.lengths.len() {
+        // In a paged cache the heads share a length.
+        let mut lengths = Vec::new();
+        for head in 0..case.heads {
+            if !state.has_room(case, sequence, head) {
+                state.full = 1;
+                continue;
+            }
+            let length = state.length(case, sequence, head);
+            for token in 0..case.tokens {
+                let place = state.place(case, sequence, head, length + token).expect("there is room");
+                let row = ((sequence * case.heads + head) * case.tokens + token) * d;
+                let rows = [step.k[row..][..d].to_vec(), step.v[row..][..d].to_vec()];
+                state.put(&place, &rows, step.positions[sequence * case.tokens + token]);
+            }
+            lengths.push((state.length_index(case, sequence, head), (length + case.tokens) as i32));
+        }
+        for (index, length) in lengths {
+            state.lengths[index] = length;
+        }
+    }
+}
+
+/// Addresses of a cache on a device.
+struct OnDevice {
+    cache: Cache,
+    tensors: [u64; 2],
+    full: u64,
+    bias: Option<Bias>,
+}
+
+impl OnDevice {
+    fn new<D: Device>(case: &Case, state: &State, memory: &mut Memory<'_, D>) -> Self {
+        let (d, heads) = (case.head_dim as i64, case.heads as i64);
+        let tensors = [0, 1].map(|which| {
+            let tensor: &Vec<u16> = &state.tensors[which];
+            if tensor.is_empty() { 0 } else { memory.put(bytemuck::cast_slice(tensor)) }
+        });
+        let size = case.page_size().unwrap_or(0) as i64;
+        let rows = |base| match case.layout {
+            Layout::Ragged => Rows { base, token_stride: d, ..Rows::default() },
+            Layout::Paged(_) => {
+                Rows { base, sequence_stride: size * heads * d, head_stride: d, token_stride: heads * d }
+            }
+            Layout::PagedTogether(_) => {
+                Rows { base, sequence_stride: 2 * size * heads * d, head_stride: d, token_stride: heads * d }
+            }
+        };
+        let together = matches!(case.layout, Layout::PagedTogether(_));
+        let v = if together { tensors[0] + 2 * (size * heads * d) as u64 } else { tensors[1] };
+        let paged = case.page_size().is_some();
+        let mut put = |bytes: &[u8], present: bool| if present { memory.put(bytes) } else { 0 };
+        let cache = Cache {
+            k: rows(tensors[0]),
+            v: rows(v),
+            starts: put(bytemuck::cast_slice(&state.starts), !paged),
+            lengths: put(bytemuck::cast_slice(&state.lengths), true),
+            capacities: put(bytemuck::cast_slice(&state.capacities), !paged),
+            positions: put(bytemuck::cast_slice(&state.positions), true),
+            pages: Pages {
+                table: put(bytemuck::cast_slice(&state.table), paged),
+                table_pages: state.table_pages as i32,
+                pages: state.pages as i32,
+                page_size: size as i32,
+                reserved: 0,
+            },
+            rows: if paged { 0 } else { state.positions.len() as i64 },
+            capacity: state.capacity(case) as i32,
+            sequences: case.lengths.len() as i32,
+            heads: case.heads as i32,
+            reserved: 0,
+        };
+        let (head_words, key_words) = bias_words(case);
+        let bias = case.bias.then(|| Bias {
+            heads: put(bytemuck::cast_slice(&head_words), true),
+            keys: put(bytemuck::cast_slice(&key_words), true),
+            key_stride: BIASED_POSITIONS.div_ceil(32).into(),
+            value: BIAS,
+        });
+        Self { cache, tensors, full: put(bytemuck::bytes_of(&state.full), true), bias }
+    }
+
+    /// Everything that a step may change, against what it should be.
+    fn expect<D: Device>(&self, state: &State, memory: &Memory<'_, D>) -> Result<(), String> {
+        for (name, address, tensor) in
+            [("k", self.tensors[0], &state.tensors[0]), ("v", self.tensors[1], &state.tensors[1])]
+        {
+            memory.expect(name, address, bytemuck::cast_slice(tensor))?;
+        }
+        memory.expect("positions", self.cache.positions, bytemuck::cast_slice(&state.positions))?;
+        memory.expect("lengths", self.cache.lengths, bytemuck::cast_slice(&state.lengths))?;
+        memory.expect("full", self.full, bytemuck::bytes_of(&state.full))
+    }
+}
+
+/// The bytes that a step gave.
+#[derive(Debug, PartialEq)]
+struct Outputs {
+    out: Vec<u8>,
+    lse: Vec<u8>,
+}
+
+/// Runs one step. Rows of tensors lie token by token or head by head, as the step's number says.
+fn run<D: Device>(
+    device: &D,
+    memory: &mut Memory<'_, D>,
+    case: &Case,
+    on: &OnDevice,
+    step: &Step,
+) -> Result<Outputs, String> {
+    let query_heads = case.heads * case.group;
+    let (tokens, d) = (case.tokens as u32, case.head_dim as u32);
+    let rows = |base, heads: usize| Rows::head_major(base, heads as u32, tokens, d);
+    let new = |memory: &mut Memory<'_, D>, rows: &[u16]| {
+        if case.appends { memory.put(bytemuck::cast_slice(rows)) } else { 0 }
+    };
+    let mut work = Decode {
+        cache: on.cache,
+        q: rows(memory.put(bytemuck::cast_slice(&step.q)), query_heads),
+        k_new: rows(new(memory, &step.k), case.heads),
+        v_new: rows(new(memory, &step.v), case.heads),
+        out: rows(memory.untouched(2 * step.q.len()), query_heads),
+        positions_new: memory.put(bytemuck::cast_slice(&step.positions)),
+        lse: memory.untouched(4 * step.q.len() / case.head_dim),
+        full: on.full,
+        bias: on.bias,
+        bias_positions: BIASED_POSITIONS,
+        scale: scale(case),
+        query_heads: query_heads as u32,
+        tokens,
+        head_dim: d,
+        dtype: case.dtype,
+        workspace: 0,
+        workspace_bytes: 0,
+    };
+    work.workspace_bytes = decode::decode_workspace(&work).map_err(|error| error.to_string())?;
+    work.workspace = memory.reserve(work.workspace_bytes);
+    // SAFETY: every address is a block of `memory` of the size that its field states.
+    unsafe { decode::decode(device, &work) }.map_err(|error| error.to_string())?;
+    Ok(Outputs {
+        out: memory.get(work.out.base, 2 * step.q.len())?,
+        lse: memory.get(work.lse, 4 * step.q.len() / case.head_dim)?,
+    })
+}
+
+/// Not of a NaN, and of an infinity only itself.
+fn is_near(found: f64, expected: f64, error: f64) -> bool {
+    found == expected || (found - expected).abs() <= error
+}
+
+fn compare(case: &Case, state: &State, step: &Step, found: &Outputs) -> Result<(), String> {
+    let out: Vec<u16> = found.out.chunks_exact(2).map(bytemuck::pod_read_unaligned).collect();
+    let lse: Vec<f32> = found.lse.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect();
+    for sequence in 0..case.lengths.len() {
+        for head in 0..case.heads {
+            for in_group in 0..case.group {
+                for token in 0..case.tokens {
+                    let which = [sequence, head, in_group, token];
+                    let expected = expected(case, state, step, which);
+                    let row = ((sequence * case.heads + head) * case.group + in_group) * case.tokens + token;
+                    if !is_near(lse[row].into(), expected.lse, expected.lse_error) {
+                        return Err(format!(
+                            "lse of {which:?}: {} instead of {} +- {:e}",
+                            lse[row], expected.lse, expected.lse_error
+                        ));
+                    }
+                    for i in 0..case.head_dim {
+                        let found = decode_element(case.dtype, out[row * case.head_dim + i]);
+                        if !is_near(found, expected.out[i], expected.out_error[i]) {
+                            return Err(format!(
+                                "out of {which:?} at {i}: {found} instead of {} +- {:e}",
+                                expected.out[i], expected.out_error[i]
+                            ));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs the steps of a case; compares outputs, and all that the cache holds, after each.
+pub(crate) fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
+    check_from(device, case, State::new(case)).map(drop)
+}
+
+fn check_from<D: Device>(device: &D, case: &Case, mut state: State) -> Result<Vec<Outputs>, String> {
+    let mut memory = Memory::new(device);
+    let on = OnDevice::new(case, &state, &mut memory);
+    (0..case.steps)
+        .map(|number| {
+            let step = Step::new(case, number);
+            let found = run(device, &mut memory, case, &on, &step)?;
+            compare(case, &state, &step, &found)?;
+            if case.appends {
+                grow(case, &mut state, &step);
+            }
+            on.expect(&state, &memory)?;
+            Ok(found)
+        })
+        .collect()
+}
+
+pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
+    vec![
+        Check::portable("decode_lengths", |device, _| all(lengths(), |case| check(device, case))),
+        Check::portable("decode_shapes", |device, _| all(shapes(), |case| check(device, case))),
+        Check::portable("decode_paged", |device, _| all(paged(), |case| check(device, case))),
+        Check::portable("decode_hostile", |device, _| hostile(device)),
+        Check::portable("decode_same_bits", |device, _| same_bits(device)),
+        Check::portable("decode_random", |device, seed| {
+            all((0..12).map(|n| Case::random(seed * 12 + n)), |case| check(device, case))
+        }),
+    ]
+}
+
+/// Lists of 0 and 1 entries, a block and a chunk more or less, several chunks, all in one batch; lists
+/// that fill up.
+fn lengths() -> Vec<Case> {
+    let unequal = Case::new(128, 4, &[&[0, 1, 63, 64], &[65, 640, 15, 16], &[17, 127, 128, 0]]);
+    vec![
+        unequal.clone(),
+        Case { dtype: DType::F16, steps: 3, slack: 2, ..unequal.clone() },
+        Case { appends: false, ..unequal },
+        // 64 blocks and the new key: chunks of two blocks, the last with one key.
+        Case::new(64, 1, &[&[4096], &[4095]]),
+        Case { slack: 0, ..Case::new(64, 2, &[&[0, 64], &[100, 3]]) },
+    ]
+}
+
+/// Head sizes, GQA groups, several tokens at once.
+fn shapes() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (head_dim, group) in
+        [(64, 1), (64, 16), (96, 2), (96, 9), (128, 3), (128, 8), (128, 16), (256, 7), (256, 12)]
+    {
+        cases.push(Case { bias: true, ..Case::new(head_dim, group, &[&[70, 5], &[33, 130]]) });
+    }
+    for (tokens, group) in [(2, 1), (3, 4), (8, 1), (8, 7), (5, 16)] {
+        for appends in [false, true] {
+            let case = Case::new(64, group, &[&[60, 2], &[0, 125]]);
+            cases.push(Case { tokens, appends, slack: tokens + 3, steps: 2, bias: true, ..case });
+        }
+    }
+    cases
+}
+
+fn paged() -> Vec<Case> {
+    let case = Case { slack: 3, steps: 2, ..Case::new(64, 4, &[&[70, 70], &[0, 0], &[129, 129]]) };
+    let mut cases = Vec::new();
+    for layout in [Layout::Paged(16), Layout::Paged(1), Layout::Paged(5), Layout::PagedTogether(8)] {
+        for holes in [false, true] {
+            cases.push(Case { layout, holes, bias: holes, ..case.clone() });
+        }
+    }
+    // The second token of the second sequence has no page.
+    cases.push(Case { layout: Layout::Paged(8), tokens: 2, slack: 2, holes: true, ..case });
+    cases
+}
+
+/// Lengths, starts and capacities that make no sense: clipped lists, and nothing beside them is touched.
+fn hostile<D: Device>(device: &D) -> Result<(), String> {
+    let case = Case { slack: 4, ..Case::new(64, 2, &[&[20, 20, 20], &[70, 20, 20]]) };
+    type Change = fn(&mut State);
+    let changes: [Change; 6] = [
+        |state| state.lengths[1] = -7,
+        |state| state.lengths[4] = i32::MIN,
+        |state| state.starts[2] = -1,
+        |state| state.starts[0] = i64::MIN,
+        |state| (state.starts[3], state.lengths[3]) = (i64::MAX, 3),
+        |state| state.capacities[5] = i32::MIN,
+    ];
+    for (number, change) in changes.into_iter().enumerate() {
+        let mut state = State::new(&case);
+        change(&mut state);
+        check_from(device, &case, state).map_err(|error| format!("{error}\nchange {number}"))?;
+    }
+    // Longer than the list's room: everything there is seen, and nothing can be appended.
+    let full = Case { slack: 0, ..case };
+    let mut state = State::new(&full);
+    state.lengths[3] = i32::MAX;
+    state.lengths[0] = 21;
+    check_from(device, &full, state).map(drop)
+}
+
+/// A sequence gives the same bits alone as in a batch, and on devices of other sizes.
+fn same_bits<D: Device>(device: &D) -> Result<(), String> {
+    let batch =
+        Case { steps: 2, slack: 2, ..Case::new(128, 4, &[&[3, 200], &[300, 64], &[0, 1], &[65, 90]]) };
+    let found = check_from(device, &batch, State::new(&batch))?;
+    for processors in [1, 3, 50] {
+        let other = Processors { device, count: processors };
+        if check_from(&other, &batch, State::new(&batch))? != found {
+            return Err(format!("other bits with {processors} multiprocessors"));
+        }
+    }
+    for sequence in 0..batch.lengths.len() {
+        let alone = Case {
+            lengths: vec![batch.lengths[sequence].clone()],
+            seeds: vec![batch.seeds[sequence]],
+            ..batch.clone()
+        };
+        for (batch, alone) in found.iter().zip(check_from(device, &alone, State::new(&alone))?) {
+            let part = |all: &[u8], own: &[u8]| all[sequence * own.len()..][..own.len()] == *own;
+            if !part(&batch.out, &alone.out) || !part(&batch.lse, &alone.lse) {
+                return Err(format!("other bits of sequence {sequence} alone"));
+            }
+        }
+    }
+    Ok(())
+}
