@@ -6,6 +6,7 @@ mod support;
 mod attention;
 mod gather;
 mod llama;
+mod scores;
 
 use fastkv::kernels::{Kernel, images};
 

@@ -6,7 +6,7 @@ use fastkv::{
     abi::Rows,
     kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, images},
 };
-use ptx_emulator::Schedule;
+use ptx_emulator::{Counters, Schedule};
 
 use super::number::{decode, encode};
 
@@ -15,6 +15,8 @@ pub(crate) struct Emulator {
     compute_capability: (u32, u32),
     /// Images that were loaded, each before its first launch.
     loaded: RefCell<Vec<&'static str>>,
+    /// Of the last launch.
+    counters: RefCell<Counters>,
 }
 
 impl Emulator {
@@ -24,7 +26,17 @@ impl Emulator {
         device.set_schedule(schedule);
         // Tests run side by side.
         device.set_cores(1);
-        Self { device: RefCell::new(device), compute_capability, loaded: RefCell::default() }
+        Self {
+            device: RefCell::new(device),
+            compute_capability,
+            loaded: RefCell::default(),
+            counters: RefCell::default(),
+        }
+    }
+
+    /// What the last launch executed.
+    pub(crate) fn counters(&self) -> Counters {
+        *self.counters.borrow()
     }
 
     fn load(&self, image: &'static str) {
@@ -76,7 +88,8 @@ impl Device for Emulator {
         self.load(kernel.image());
         let launch =
             ptx_emulator::Launch { kernel: kernel.entry(), grid, cluster, block, shared_bytes, params };
-        self.device.borrow_mut().launch(&launch).map(drop).map_err(failed("launch"))
+        *self.counters.borrow_mut() = self.device.borrow_mut().launch(&launch).map_err(failed("launch"))?;
+        Ok(())
     }
 
     fn synchronize(&self) -> Result<(), Error> {
