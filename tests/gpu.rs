@@ -7,10 +7,13 @@ use std::{process::ExitCode, sync::Arc};
 
 use fastkv::{
     backend::cuda::CudaLauncher,
-    kernels::{DType, Device},
+    kernels::{DType, Device, batch::Window},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
-use support::gather::{self, Case, Layout};
+use support::{
+    gather::{self, Case, Layout},
+    scores,
+};
 
 type Test = fn(&CudaLauncher) -> Result<(), Failed>;
 
@@ -21,6 +24,8 @@ const TESTS: &[(&str, Test)] = &[
     ("copies_and_events", copies_and_events),
     ("gather_kv_llama", gather_kv_llama),
     ("gather_rows_llama", gather_rows_llama),
+    ("window_scores_llama", window_scores_llama),
+    ("column_scores_llama", column_scores_llama),
 ];
 
 /// Draws of shapes and contents for each check.
@@ -60,6 +65,23 @@ fn gather_kv_llama(device: &CudaLauncher) -> Result<(), Failed> {
 fn gather_rows_llama(device: &CudaLauncher) -> Result<(), Failed> {
     let case = Case::plain(Layout::Packed, DType::BF16, [1, 1, 16384, 4096, 4096]);
     Ok(gather::check_rows(device, &case)?)
+}
+
+/// Two kv heads of Llama 3.1 8B at 20K, by the windows of FastKV and SnapKV.
+fn window_scores_llama(device: &CudaLauncher) -> Result<(), Failed> {
+    for window in [8, 32] {
+        for lse in [true, false] {
+            let case = scores::Case::plain(DType::BF16, 128, 4, window, 20_000);
+            scores::check(device, &scores::Case { kv_heads: 2, lse, ..case })?;
+        }
+    }
+    Ok(())
+}
+
+/// Probabilities of all queries, as H2O sums them.
+fn column_scores_llama(device: &CudaLauncher) -> Result<(), Failed> {
+    let case = scores::Case::plain(DType::BF16, 128, 4, 2000, 2000);
+    Ok(scores::check(device, &scores::Case { window: Window::All, ..case })?)
 }
 
 fn copies_and_events(device: &CudaLauncher) -> Result<(), Failed> {

@@ -503,6 +503,10 @@ fn edges() -> Vec<Case> {
             });
         }
     }
+    // More columns than a block of the first pass takes, of which some heads are biased.
+    for (window, head_dim) in [(64, 128), (33, 256)] {
+        cases.push(Case { bias: Some(2.5), lse: false, ..Case::plain(DType::F16, head_dim, 4, window, 70) });
+    }
     // All queries: blocks of 64 that see none, some and all of a block's keys.
     for (number, keys) in [1, 64, 130, 257].into_iter().enumerate() {
         let plain = Case::plain(types[number % 2], dims[number], 2, keys, keys);
@@ -664,9 +668,13 @@ fn nan<D: Device>(device: &D) -> Result<(), String> {
 
 /// Lengths and positions on the device that nobody should write there lead nowhere outside the tensors.
 fn hostile<D: Device>(device: &D) -> Result<(), String> {
-    for starts in
-        [[0, 50, 100, i32::MAX], [-5, 10, 5, 40], [i32::MIN, i32::MAX, 3, i32::MIN], [90, 100, 101, 200]]
-    {
+    for starts in [
+        [0, 50, 100, i32::MAX],
+        [-5, 10, 5, 40],
+        [i32::MIN, i32::MAX, 3, i32::MIN],
+        [90, 100, 101, 200],
+        [3, 9, 10, 100],
+    ] {
         for lse in [true, false] {
             let mut memory = Memory::new(device);
             let cu_seqlens = memory.put(bytemuck::cast_slice(&starts));
