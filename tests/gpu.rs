@@ -8,12 +8,12 @@ use std::{process::ExitCode, sync::Arc};
 use fastkv::{
     abi::Pooling,
     backend::cuda::CudaLauncher,
-    kernels::{DType, Device, select::Form},
+    kernels::{DType, Device, batch::Window, select::Form},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::{
     gather::{self, Case, Layout},
-    select,
+    scores, select,
 };
 
 type Test = fn(&CudaLauncher) -> Result<(), Failed>;
@@ -26,6 +26,8 @@ const TESTS: &[(&str, Test)] = &[
     ("gather_kv_llama", gather_kv_llama),
     ("gather_rows_llama", gather_rows_llama),
     ("select_llama", select_llama),
+    ("window_scores_llama", window_scores_llama),
+    ("column_scores_llama", column_scores_llama),
 ];
 
 /// Draws of shapes and contents for each check.
@@ -73,6 +75,23 @@ fn select_llama(device: &CudaLauncher) -> Result<(), Failed> {
     let sequence = select::Case::softmax(2, [1, 1, 8, 4, 1 << 20], Pooling::max(7), vec![104_857]);
     select::check(device, Form::Cluster, vec![heads()])?;
     Ok(select::check(device, Form::Grid, vec![heads(), sequence])?)
+}
+
+/// Two kv heads of Llama 3.1 8B at 20K, by the windows of FastKV and SnapKV.
+fn window_scores_llama(device: &CudaLauncher) -> Result<(), Failed> {
+    for window in [8, 32] {
+        for lse in [true, false] {
+            let case = scores::Case::plain(DType::BF16, 128, 4, window, 20_000);
+            scores::check(device, &scores::Case { kv_heads: 2, lse, ..case })?;
+        }
+    }
+    Ok(())
+}
+
+/// Probabilities of all queries, as H2O sums them.
+fn column_scores_llama(device: &CudaLauncher) -> Result<(), Failed> {
+    let case = scores::Case::plain(DType::BF16, 128, 4, 2000, 2000);
+    Ok(scores::check(device, &scores::Case { window: Window::All, ..case })?)
 }
 
 fn copies_and_events(device: &CudaLauncher) -> Result<(), Failed> {

@@ -93,8 +93,8 @@ struct WindowProducts {
         }
     }
 
-    // Copies `count` tiles to slots from `slot` on without waiting, an even number of them with the
-    // padding. They are those from `tile` on when each head has `head_tiles`, the first of them `skipped`.
+    // Copies `count` tiles to slots from `slot` on without waiting: those from `tile` on when each head has
+    // `head_tiles`, the first of them `skipped`. Behind an odd one, which is the last of all, stands padding.
     __device__ __forceinline__ void load_queries(int32_t slot, int32_t tile, int32_t count, int32_t skipped,
                                                  int32_t head_tiles) const {
         constexpr int ROWS = warps * 32 / LANES;
@@ -104,7 +104,7 @@ struct WindowProducts {
             const int32_t in_order = tile + column / 8;
             const int32_t head = in_order / head_tiles;
             const int32_t query = (skipped + in_order % head_tiles) * 8 + column % 8;
-            const bool wanted = column < count * 8 && head < window.heads && query < window.queries;
+            const bool wanted = head < window.heads && query < window.queries;
             const int32_t row = slot * SLOT_COLUMNS + column;
             const uint64_t from =
                 window.q + (wanted ? 2 * (head * window.q_head_stride + query * window.q_token_stride) : 0);
