@@ -1,0 +1,148 @@
+//! Every kernel on a GPU: time, and the share of its floor that it reaches. The floor is what its bytes or its
+//! products cost at the rates that this run measures first: a copy within the device, and a matrix
+//! product. Without a GPU nothing is measured, and that is said.
+//!
+//! `cargo bench --bench kernels -- attention` measures one family.
+
+mod gather;
+
+use std::{cell::RefCell, time::Duration};
+
+use anyhow::Result;
+use criterion::{Criterion, Throughput};
+use fastkv::{
+    backend::cuda::CudaLauncher,
+    kernels::{Device, Error},
+};
+
+fn main() -> Result<()> {
+    let device = match CudaLauncher::new(0) {
+        Ok(device) => device,
+        Err(unavailable) => {
+            println!("no kernel is measured: {unavailable}");
+            return Ok(());
+        }
+    };
+    let mut criterion = Criterion::default().configure_from_args();
+    let ceilings = Ceilings::measure(&device)?;
+    println!("copy within the device: {:.2} TB/s, read and written", ceilings.bytes_per_second / 1e12);
+    let mut table = Vec::new();
+    for work in gather::works(&device)? {
+        table.extend(measure(&mut criterion, &device, &ceilings, &work));
+    }
+    criterion.final_summary();
+    for line in table {
+        println!("{line}");
+    }
+    Ok(())
+}
+
+/// One launch, or the few that belong together, to be measured.
+struct Work<'a> {
+    /// Family and shape, as `gather_kv/32K, 2K kept`.
+    name: String,
+    /// What has to be moved between memory and chip, whatever the kernel does.
+    bytes: f64,
+    run: Box<dyn Fn() -> Result<(), Error> + 'a>,
+}
+
+/// What this device reaches at its best.
+struct Ceilings {
+    bytes_per_second: f64,
+}
+
+impl Ceilings {
+    fn measure(device: &CudaLauncher) -> Result<Self> {
+        const BYTES: usize = 1 << 30;
+        let memory = Memory::new(device);
+        let (from, to) = (memory.filled(BYTES, 1)?, memory.filled(BYTES, 0)?);
+        // SAFETY: two blocks of that size.
+        let copy = || unsafe { device.copy(to, from, BYTES) };
+        let best = (0..5).map(|_| time(device, 10, &copy)).collect::<Result<Vec<_>, _>>()?.into_iter().min();
+        Ok(Self { bytes_per_second: 20.0 * BYTES as f64 / best.expect("five of them").as_secs_f64() })
+    }
+}
+
+/// Device time of `launches` launches in a row.
+fn time(
+    device: &CudaLauncher,
+    launches: u64,
+    run: &dyn Fn() -> Result<(), Error>,
+) -> Result<Duration, Error> {
+    let start = device.record()?;
+    (0..launches).try_for_each(|_| run())?;
+    let milliseconds = device.elapsed_ms(&start, &device.record()?)?;
+    Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))
+}
+
+/// Measures and says in a line what part of its floor the kernel takes; nothing where a filter left it out.
+fn measure(
+    criterion: &mut Criterion,
+    device: &CudaLauncher,
+    ceilings: &Ceilings,
+    work: &Work<'_>,
+) -> Option<String> {
+    let times = RefCell::new(Vec::new());
+    let (group, shape) = work.name.split_once('/').expect("a family and a shape");
+    let mut group = criterion.benchmark_group(group);
+    group.sample_size(20).throughput(Throughput::Bytes(work.bytes as u64));
+    group.bench_function(shape, |bencher| {
+        bencher.iter_custom(|launches| {
+            let taken = time(device, launches, &work.run).expect("a launch that is right");
+            times.borrow_mut().push(taken.as_secs_f64() / launches as f64);
+            taken
+        });
+    });
+    group.finish();
+    let mut times = times.into_inner();
+    times.sort_by(f64::total_cmp);
+    let median = *times.get(times.len() / 2)?;
+    let floor = work.bytes / ceilings.bytes_per_second;
+    Some(format!(
+        "{}: median {:.2} us ({:.2} to {:.2}), floor {:.2} us, {:.0} % of it reached",
+        work.name,
+        median * 1e6,
+        times[0] * 1e6,
+        times[times.len() - 1] * 1e6,
+        floor * 1e6,
+        100.0 * floor / median,
+    ))
+}
+
+/// Device memory for the length of a run.
+struct Memory<'a> {
+    device: &'a CudaLauncher,
+    blocks: RefCell<Vec<u64>>,
+}
+
+impl<'a> Memory<'a> {
+    fn new(device: &'a CudaLauncher) -> Self {
+        Self { device, blocks: RefCell::default() }
+    }
+
+    fn filled(&self, bytes: usize, value: u8) -> Result<u64, Error> {
+        let address = self.device.alloc(bytes)?;
+        self.blocks.borrow_mut().push(address);
+        // SAFETY: a block of that size, just reserved.
+        unsafe { self.device.fill(address, value, bytes) }?;
+        Ok(address)
+    }
+
+    fn put<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<u64, Error> {
+        let bytes = bytemuck::cast_slice(values);
+        let address = self.device.alloc(bytes.len())?;
+        self.blocks.borrow_mut().push(address);
+        // SAFETY: a block of that size, just reserved.
+        unsafe { self.device.upload(address, bytes) }?;
+        Ok(address)
+    }
+}
+
+impl Drop for Memory<'_> {
+    fn drop(&mut self) {
+        for address in self.blocks.borrow_mut().drain(..) {
+            // SAFETY: from `alloc`, once. A device that fails here has failed before.
+            let _ = unsafe { self.device.free(address) };
+        }
+    }
+}
