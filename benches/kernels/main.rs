@@ -2,13 +2,14 @@
 //! products cost at the rates that this run measures first: a copy within the device, and a matrix
 //! product. Without a GPU nothing is measured, and that is said.
 //!
-//! `cargo bench --bench kernels -- attention` measures one family.
+//! `cargo bench --bench kernels -- attention` measures one family. `FASTKV_BENCH_JSON=file` writes the figures for
+//! programs, such as those of benches/peers/.
 
 mod gather;
 
-use std::{cell::RefCell, time::Duration};
+use std::{cell::RefCell, fmt, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use criterion::{Criterion, Throughput};
 use fastkv::{
     backend::cuda::CudaLauncher,
@@ -31,8 +32,11 @@ fn main() -> Result<()> {
         table.extend(measure(&mut criterion, &device, &ceilings, &work));
     }
     criterion.final_summary();
-    for line in table {
+    for line in &table {
         println!("{line}");
+    }
+    if let Some(path) = std::env::var_os("FASTKV_BENCH_JSON") {
+        std::fs::write(&path, serde_json::to_string_pretty(&table)?).with_context(|| format!("{path:?}"))?;
     }
     Ok(())
 }
@@ -44,6 +48,25 @@ struct Work<'a> {
     /// What has to be moved between memory and chip, whatever the kernel does.
     bytes: f64,
     run: Box<dyn Fn() -> Result<(), Error> + 'a>,
+}
+
+/// What was measured of a kernel, in microseconds.
+#[derive(serde::Serialize)]
+struct Measured {
+    name: String,
+    median_us: f64,
+    least_us: f64,
+    most_us: f64,
+    floor_us: f64,
+}
+
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, median_us, least_us, most_us, floor_us } = self;
+        let share = 100.0 * floor_us / median_us;
+        write!(f, "{name}: median {median_us:.2} us ({least_us:.2} to {most_us:.2}), ")?;
+        write!(f, "floor {floor_us:.2} us, {share:.0} % of it reached")
+    }
 }
 
 /// What this device reaches at its best.
@@ -75,13 +98,13 @@ fn time(
     Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))
 }
 
-/// Measures and says in a line what part of its floor the kernel takes; nothing where a filter left it out.
+/// Measures one kernel; nothing where a filter left it out.
 fn measure(
     criterion: &mut Criterion,
     device: &CudaLauncher,
     ceilings: &Ceilings,
     work: &Work<'_>,
-) -> Option<String> {
+) -> Option<Measured> {
     let times = RefCell::new(Vec::new());
     let (group, shape) = work.name.split_once('/').expect("a family and a shape");
     let mut group = criterion.benchmark_group(group);
@@ -97,16 +120,13 @@ fn measure(
     let mut times = times.into_inner();
     times.sort_by(f64::total_cmp);
     let median = *times.get(times.len() / 2)?;
-    let floor = work.bytes / ceilings.bytes_per_second;
-    Some(format!(
-        "{}: median {:.2} us ({:.2} to {:.2}), floor {:.2} us, {:.0} % of it reached",
-        work.name,
-        median * 1e6,
-        times[0] * 1e6,
-        times[times.len() - 1] * 1e6,
-        floor * 1e6,
-        100.0 * floor / median,
-    ))
+    Some(Measured {
+        name: work.name.clone(),
+        median_us: median * 1e6,
+        least_us: times[0] * 1e6,
+        most_us: times[times.len() - 1] * 1e6,
+        floor_us: work.bytes / ceilings.bytes_per_second * 1e6,
+    })
 }
 
 /// Device memory for the length of a run.
