@@ -56,6 +56,7 @@ fn kv(device: &CudaLauncher, kept: u32) -> Result<Work<'_>> {
     Ok(Work {
         name: format!("gather_kv/{kept} of {TOKENS}, {HEADS} heads of {HEAD_DIM}"),
         bytes: 4.0 * out as f64,
+        flops: 0.0,
         run: Box::new(move || {
             let _alive = &memory;
             // SAFETY: every address is a block of `memory`, of the size that its field states.
@@ -77,6 +78,7 @@ fn hidden(device: &CudaLauncher, kept: u32) -> Result<Work<'_>> {
     Ok(Work {
         name: format!("gather_rows/{kept} of {TOKENS}, {HIDDEN} wide"),
         bytes: 2.0 * out as f64,
+        flops: 0.0,
         run: Box::new(move || {
             let _alive = &memory;
             // SAFETY: every address is a block of `memory`, of the size that its field states.

@@ -5,15 +5,22 @@
 //! `cargo bench --bench kernels -- attention` measures one family. `FASTKV_BENCH_JSON=file` writes the figures for
 //! programs, such as those of benches/peers/.
 
+mod attention;
+mod decode;
 mod gather;
+mod select;
 
 use std::{cell::RefCell, fmt, time::Duration};
 
 use anyhow::{Context, Result};
 use criterion::{Criterion, Throughput};
 use fastkv::{
+    abi::Rows,
     backend::cuda::CudaLauncher,
-    kernels::{Device, Error},
+    kernels::{
+        DType, Device, Error,
+        matmul::{MatrixProduct, Matmul},
+    },
 };
 
 fn main() -> Result<()> {
@@ -27,9 +34,13 @@ fn main() -> Result<()> {
     let mut criterion = Criterion::default().configure_from_args();
     let ceilings = Ceilings::measure(&device)?;
     println!("copy within the device: {:.2} TB/s, read and written", ceilings.bytes_per_second / 1e12);
+    println!("bf16 product of 8192 x 8192 x 8192: {:.0} TFLOP/s", ceilings.flops_per_second / 1e12);
     let mut table = Vec::new();
-    for work in gather::works(&device)? {
-        table.extend(measure(&mut criterion, &device, &ceilings, &work));
+    // One family's tensors at a time.
+    for works in [attention::works, decode::works, gather::works, select::works] {
+        for work in works(&device)? {
+            table.extend(measure(&mut criterion, &device, &ceilings, &work));
+        }
     }
     criterion.final_summary();
     for line in &table {
@@ -47,6 +58,8 @@ struct Work<'a> {
     name: String,
     /// What has to be moved between memory and chip, whatever the kernel does.
     bytes: f64,
+    /// Multiplications and additions of its matrix products.
+    flops: f64,
     run: Box<dyn Fn() -> Result<(), Error> + 'a>,
 }
 
@@ -72,18 +85,53 @@ impl fmt::Display for Measured {
 /// What this device reaches at its best.
 struct Ceilings {
     bytes_per_second: f64,
+    flops_per_second: f64,
 }
 
 impl Ceilings {
     fn measure(device: &CudaLauncher) -> Result<Self> {
         const BYTES: usize = 1 << 30;
+        const SIDE: u32 = 8192;
         let memory = Memory::new(device);
         let (from, to) = (memory.filled(BYTES, 1)?, memory.filled(BYTES, 0)?);
         // SAFETY: two blocks of that size.
-        let copy = || unsafe { device.copy(to, from, BYTES) };
-        let best = (0..5).map(|_| time(device, 10, &copy)).collect::<Result<Vec<_>, _>>()?.into_iter().min();
-        Ok(Self { bytes_per_second: 20.0 * BYTES as f64 / best.expect("five of them").as_secs_f64() })
+        let copy = best(device, &|| unsafe { device.copy(to, from, BYTES) })?;
+
+        let elements = (SIDE * SIDE) as usize;
+        let square = |base: u64| Rows { base, token_stride: SIDE.into(), ..Rows::default() };
+        let workspace_bytes = device.matmul_workspace()?;
+        let product = Matmul {
+            x: square(memory.normal(elements, 1)?),
+            weight: square(memory.normal(elements, 2)?),
+            bias: 0,
+            out: square(memory.filled(elements * 2, 0)?),
+            accumulate: false,
+            rows: SIDE,
+            columns: SIDE,
+            inner: SIDE,
+            dtype: DType::BF16,
+            out_dtype: DType::BF16,
+            workspace: memory.filled(workspace_bytes, 0)?,
+            workspace_bytes,
+        };
+        // SAFETY: three squares and a workspace of the sizes stated.
+        let product = best(device, &|| unsafe { device.matmul(&product) })?;
+        Ok(Self {
+            bytes_per_second: 2.0 * BYTES as f64 / copy,
+            flops_per_second: 2.0 * f64::from(SIDE).powi(3) / product,
+        })
     }
+
+    /// Seconds that a kernel takes at least.
+    fn floor(&self, work: &Work<'_>) -> f64 {
+        (work.bytes / self.bytes_per_second).max(work.flops / self.flops_per_second)
+    }
+}
+
+/// Seconds of a launch, in the best of five rows of ten.
+fn best(device: &CudaLauncher, run: &dyn Fn() -> Result<(), Error>) -> Result<f64, Error> {
+    let times = (0..5).map(|_| time(device, 10, run)).collect::<Result<Vec<_>, _>>()?;
+    Ok(times.into_iter().min().expect("five of them").as_secs_f64() / 10.0)
 }
 
 /// Device time of `launches` launches in a row.
@@ -108,7 +156,10 @@ fn measure(
     let times = RefCell::new(Vec::new());
     let (group, shape) = work.name.split_once('/').expect("a family and a shape");
     let mut group = criterion.benchmark_group(group);
-    group.sample_size(20).throughput(Throughput::Bytes(work.bytes as u64));
+    group.sample_size(20).throughput(match work.flops {
+        0.0 => Throughput::Bytes(work.bytes as u64),
+        flops => Throughput::Elements(flops as u64),
+    });
     group.bench_function(shape, |bencher| {
         bencher.iter_custom(|launches| {
             let taken = time(device, launches, &work.run).expect("a launch that is right");
@@ -125,7 +176,7 @@ fn measure(
         median_us: median * 1e6,
         least_us: times[0] * 1e6,
         most_us: times[times.len() - 1] * 1e6,
-        floor_us: work.bytes / ceilings.bytes_per_second * 1e6,
+        floor_us: ceilings.floor(work) * 1e6,
     })
 }
 
@@ -148,6 +199,31 @@ impl<'a> Memory<'a> {
         Ok(address)
     }
 
+    /// Normal numbers in bf16, as activations are spread.
+    fn normal(&self, elements: usize, seed: u64) -> Result<u64, Error> {
+        // A block of them, again and again: the chip does not notice.
+        let mut random = Random(seed);
+        let block: Vec<_> = (0..elements.min(1 << 20)).map(|_| half::bf16::from_f32(random.normal())).collect();
+        self.repeated(&block, elements)
+    }
+
+    /// f32 in [0, 1), as scores are positive.
+    fn uniform(&self, elements: usize) -> Result<u64, Error> {
+        let mut random = Random(4);
+        let block: Vec<_> = (0..elements.min(1 << 20)).map(|_| random.unit()).collect();
+        self.repeated(&block, elements)
+    }
+
+    fn repeated<T: bytemuck::NoUninit>(&self, block: &[T], elements: usize) -> Result<u64, Error> {
+        let address = self.filled(elements * size_of::<T>(), 0)?;
+        for first in (0..elements).step_by(block.len().max(1)) {
+            let bytes = bytemuck::cast_slice(&block[..block.len().min(elements - first)]);
+            // SAFETY: within the block just reserved.
+            unsafe { self.device.upload(address + (first * size_of::<T>()) as u64, bytes) }?;
+        }
+        Ok(address)
+    }
+
     fn put<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<u64, Error> {
         let bytes = bytemuck::cast_slice(values);
         let address = self.device.alloc(bytes.len())?;
@@ -164,5 +240,24 @@ impl Drop for Memory<'_> {
             // SAFETY: from `alloc`, once. A device that fails here has failed before.
             let _ = unsafe { self.device.free(address) };
         }
+    }
+}
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn unit(&mut self) -> f32 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 24) as f32
+    }
+
+    /// Box and Muller's transform.
+    fn normal(&mut self) -> f32 {
+        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
+        radius * (std::f32::consts::TAU * self.unit()).cos()
     }
 }
