@@ -208,20 +208,21 @@ fn nvcc_version(nvcc: &Path) -> Result<(u32, u32)> {
         .with_context(|| format!("{} --version names no release:\n{text}", nvcc.display()))
 }
 
-/// Of a source and of all that it includes from kernels/.
+/// Of a source and of all that it includes, which nvcc looks for beside the file and in kernels/.
 fn digest(source: &Path) -> Result<u64> {
     let mut hasher = DefaultHasher::new();
-    let mut files = vec![source.to_path_buf()];
+    let mut files = vec![fs::canonicalize(source)?];
     let mut next = 0;
     while next < files.len() {
-        let file = &files[next];
-        let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        (file, &text).hash(&mut hasher);
-        for line in text.lines() {
-            let name = line.trim().strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
-            if let Some(header) =
-                name.map(|name| Path::new("kernels").join(name)).filter(|path| !files.contains(path))
-            {
+        let file = files[next].clone();
+        let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        text.hash(&mut hasher);
+        let beside = file.parent().context("a file lies in a folder")?;
+        let names =
+            text.lines().filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'));
+        for name in names {
+            let found = [beside, Path::new("kernels")].map(|folder| folder.join(name).canonicalize());
+            if let Some(header) = found.into_iter().flatten().next().filter(|path| !files.contains(path)) {
                 files.push(header);
             }
         }
