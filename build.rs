@@ -109,7 +109,7 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
         common.extend(flags.split_whitespace().map(String::from));
     }
 
-    let (sources, headers) = kernel_files()?;
+    let sources = kernel_files()?;
     let mut jobs = Vec::new();
     let (mut images, mut ptxs) = (String::new(), String::new());
     for source in &sources {
@@ -144,7 +144,6 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
         writeln!(ptxs, "(\"{name}\", include_str!(\"{name}.ptx\")),")?;
     }
 
-    let headers = digest(&headers)?;
     let queue = Mutex::new(jobs.into_iter());
     let workers = env::var("NUM_JOBS").ok().and_then(|count| count.parse().ok()).unwrap_or(1);
     thread::scope(|scope| {
@@ -153,7 +152,7 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
                 let Some(job) = queue.lock().expect("no worker panics").next() else {
                     return Ok(());
                 };
-                run(nvcc, version, &job, headers, strict)?;
+                run(nvcc, version, &job, strict)?;
             }
         };
         let workers = (0..workers).map(|_| scope.spawn(work)).collect::<Vec<_>>();
@@ -185,24 +184,17 @@ fn architecture(text: &str) -> Result<String> {
     Ok(text.to_string())
 }
 
-/// The sources and the headers under kernels/, each in a fixed order.
-fn kernel_files() -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
-    let (mut sources, mut headers) = (Vec::new(), Vec::new());
-    let mut folders = vec![PathBuf::from("kernels")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))? {
-            let path = entry?.path();
-            match path.extension().and_then(|extension| extension.to_str()) {
-                _ if path.is_dir() => folders.push(path),
-                Some("cu") => sources.push(path),
-                Some("cuh" | "h") => headers.push(path),
-                _ => {}
-            }
+/// The sources of kernels, in a fixed order.
+fn kernel_files() -> Result<Vec<PathBuf>> {
+    let mut sources = Vec::new();
+    for entry in fs::read_dir("kernels").context("cannot list kernels")? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "cu") {
+            sources.push(path);
         }
     }
     sources.sort();
-    headers.sort();
-    Ok((sources, headers))
+    Ok(sources)
 }
 
 fn nvcc_version(nvcc: &Path) -> Result<(u32, u32)> {
@@ -216,20 +208,33 @@ fn nvcc_version(nvcc: &Path) -> Result<(u32, u32)> {
         .with_context(|| format!("{} --version names no release:\n{text}", nvcc.display()))
 }
 
-fn digest(files: &[PathBuf]) -> Result<u64> {
+/// Of a source and of all that it includes, which nvcc looks for beside the file and in kernels/.
+fn digest(source: &Path) -> Result<u64> {
     let mut hasher = DefaultHasher::new();
-    for file in files {
-        file.hash(&mut hasher);
-        fs::read(file).with_context(|| format!("cannot read {}", file.display()))?.hash(&mut hasher);
+    let mut files = vec![fs::canonicalize(source)?];
+    let mut next = 0;
+    while next < files.len() {
+        let file = files[next].clone();
+        let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        text.hash(&mut hasher);
+        let beside = file.parent().context("a file lies in a folder")?;
+        let names =
+            text.lines().filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'));
+        for name in names {
+            let found = [beside, Path::new("kernels")].map(|folder| folder.join(name).canonicalize());
+            if let Some(header) = found.into_iter().flatten().next().filter(|path| !files.contains(path)) {
+                files.push(header);
+            }
+        }
+        next += 1;
     }
     Ok(hasher.finish())
 }
 
 /// Runs nvcc unless the output was made from the same source, headers, compiler and flags.
-fn run(nvcc: &Path, version: (u32, u32), job: &Job, headers: u64, strict: bool) -> Result<()> {
-    let source = digest(std::slice::from_ref(&job.source))?;
+fn run(nvcc: &Path, version: (u32, u32), job: &Job, strict: bool) -> Result<()> {
     let mut hasher = DefaultHasher::new();
-    (nvcc, version, &job.arguments, headers, source).hash(&mut hasher);
+    (nvcc, version, &job.arguments, digest(&job.source)?).hash(&mut hasher);
     let made_from = hasher.finish().to_string();
     let stamp = job.output.with_added_extension("stamp");
     if job.output.is_file() && fs::read_to_string(&stamp).is_ok_and(|old| old == made_from) {
