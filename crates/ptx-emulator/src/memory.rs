@@ -324,10 +324,24 @@ impl Shared {
         self.bytes.len() as u32
     }
 
+    /// A range of up to 8 bytes.
+    #[inline]
     pub(crate) fn load(&self, at: u32, bytes: u32) -> u64 {
-        let mut value = [0; 8];
-        value[..bytes as usize].copy_from_slice(&self.bytes[at as usize..][..bytes as usize]);
-        u64::from_le_bytes(value)
+        let bytes = self.bytes(at, bytes);
+        match *bytes {
+            [a] => a.into(),
+            [a, b] => u16::from_le_bytes([a, b]).into(),
+            [a, b, c, d] => u32::from_le_bytes([a, b, c, d]).into(),
+            _ => {
+                let mut value = [0; 8];
+                value[..bytes.len()].copy_from_slice(bytes);
+                u64::from_le_bytes(value)
+            }
+        }
+    }
+
+    pub(crate) fn bytes(&self, at: u32, bytes: u32) -> &[u8] {
+        &self.bytes[at as usize..][..bytes as usize]
     }
 
     pub(crate) fn store(&mut self, at: u32, bytes: u32, value: u64) {

@@ -211,12 +211,12 @@ impl Cluster<'_> {
             let (mn, k) = if k_first { (first + o, i) } else { (first + i, o) };
             let at = layout.chunk(k_first, mn, k);
             self.engine_reads(w, 0, at, 16, stamp)?;
-            for n in 0..8 {
-                let bits = self.cta(w).shared.load(at + 2 * n, 2) as u16;
+            for (n, bits) in self.cta(w).shared.bytes(at, 16).chunks_exact(2).enumerate() {
+                let bits = u16::from_le_bytes([bits[0], bits[1]]);
                 if k_first {
-                    visit(o as usize, (i + n) as usize, bits);
+                    visit(o as usize, i as usize + n, bits);
                 } else {
-                    visit((i + n) as usize, o as usize, bits);
+                    visit(i as usize + n, o as usize, bits);
                 }
             }
         }
