@@ -53,12 +53,14 @@ pub(crate) struct Clock {
     own: Arc<[u32]>,
     /// Those of the other CTAs that it has heard of.
     foreign: BTreeMap<u32, Arc<[u32]>>,
+    /// The part of all this that a proxy fence stands behind, so that engines see it too.
+    proxied: Option<Arc<Self>>,
 }
 
 impl Clock {
     /// A clock of a thread of CTA `home` that has heard of nobody.
     pub(crate) fn new(home: u32, threads: u32) -> Self {
-        Self { home, own: vec![0; threads as usize].into(), foreign: BTreeMap::new() }
+        Self { home, own: vec![0; threads as usize].into(), foreign: BTreeMap::new(), proxied: None }
     }
 
     /// Hears of a thread of its own CTA up to an epoch.
@@ -96,6 +98,24 @@ impl Clock {
         for (cta, epochs) in &other.foreign {
             self.hear(*cta, epochs);
         }
+        match (&mut self.proxied, &other.proxied) {
+            (Some(known), Some(proxied)) if !Arc::ptr_eq(known, proxied) => {
+                Arc::make_mut(known).join(proxied)
+            }
+            (none @ None, proxied) => *none = proxied.clone(),
+            _ => {}
+        }
+    }
+
+    /// A proxy fence: engines may see all that was heard of until now.
+    pub(crate) fn hand_over(&mut self) {
+        self.proxied = None;
+        self.proxied = Some(Arc::new(self.clone()));
+    }
+
+    /// Whether an engine sees what this access wrote.
+    pub(crate) fn has_handed_over(&self, other: Stamp) -> bool {
+        other == Stamp::NOBODY || self.proxied.as_ref().is_some_and(|proxied| proxied.has_heard(other))
     }
 
     fn hear(&mut self, cta: u32, epochs: &Arc<[u32]>) {
@@ -139,9 +159,10 @@ impl Clock {
         epochs.get(other.thread() as usize).is_some_and(|epoch| *epoch >= other.epoch())
     }
 
-    /// An access noted here, in a CTA other than its own, that `other` has not heard of.
+    /// An access noted here that `other` has not heard of.
     pub(crate) fn unheard_by(&self, other: &Self) -> Option<Stamp> {
-        self.foreign.iter().find_map(|(cta, epochs)| {
+        let mut all = self.foreign.iter().chain(std::iter::once((&self.home, &self.own)));
+        all.find_map(|(cta, epochs)| {
             let stamps = epochs.iter().zip(0..).filter(|(epoch, _)| **epoch > 0);
             let mut stamps = stamps.map(|(epoch, thread)| Stamp::new(*cta, thread, *epoch, false));
             stamps.find(|stamp| !other.has_heard(*stamp))
@@ -219,6 +240,18 @@ impl Cell {
         Ok(())
     }
 
+    /// Notes that an engine writes for a thread: it may where the thread may, and is who has written.
+    pub(crate) fn write_by_engine(
+        &mut self,
+        by: &Accessor<'_>,
+        engine: Stamp,
+        mask: u8,
+    ) -> Result<(), Conflict> {
+        self.write(by, mask)?;
+        self.writer = engine;
+        Ok(())
+    }
+
     /// Notes a write of the bytes in `mask`.
     #[inline]
     pub(crate) fn write(&mut self, by: &Accessor<'_>, mask: u8) -> Result<(), Conflict> {
@@ -290,6 +323,21 @@ mod tests {
         assert!(back.has_heard(Stamp::new(0, 3, 9, false)) && back.has_met(1) && !back.has_met(3));
         assert_eq!(mine.unheard_by(&back), None);
         assert_eq!(mine.unheard_by(&released), Some(Stamp::new(2, 3, 1, false)));
+    }
+
+    #[test]
+    fn hands_over_what_was_heard_before() {
+        let mut mine = Clock::new(0, 4);
+        mine.set(1, 5);
+        assert!(!mine.has_handed_over(Stamp::new(0, 1, 5, false)));
+        mine.hand_over();
+        mine.set(1, 6);
+        let mut other = Clock::new(1, 4);
+        other.join(&mine);
+        for clock in [&mine, &other] {
+            assert!(clock.has_handed_over(Stamp::new(0, 1, 5, false)));
+            assert!(!clock.has_handed_over(Stamp::new(0, 1, 6, false)));
+        }
     }
 
     #[test]

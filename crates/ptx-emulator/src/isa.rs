@@ -541,8 +541,10 @@ pub(crate) enum Op {
     ProductWait {
         pending: u32,
     },
+    /// `reads` where only the sources have to be free again.
     BulkWait {
         pending: u32,
+        reads: bool,
     },
     ProxyFence,
     BarrierInit {

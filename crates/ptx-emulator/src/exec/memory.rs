@@ -541,22 +541,41 @@ impl Cluster<'_> {
         Ok((index, offset))
     }
 
-    /// A checked write of device memory.
-    pub(super) fn write_global(
-        &mut self,
+    /// Checks an access of an engine to device memory on behalf of a thread, and where it is. What threads
+    /// wrote there in this launch it meets only behind a proxy fence.
+    pub(super) fn engine_access(
+        &self,
         w: usize,
         lane: usize,
         address: u64,
         bytes: u32,
-        value: u64,
-    ) -> Result<(), Stop> {
+        writes: Option<Stamp>,
+    ) -> Result<(usize, u64), Stop> {
         let access = Access { lane, address, bytes };
         let Place::Global(index, offset) = self.resolve(w, Space::Global, access)? else {
             unreachable!("global space is global");
         };
-        self.check_global(w, access, index, offset, true, Order::Weak, false)?;
-        self.run.memory.allocations()[index].store(offset, bytes, value);
-        Ok(())
+        let allocation = &self.run.memory.allocations()[index];
+        if writes.is_none() && !allocation.is_initialised(offset, bytes) {
+            let message = format!("{bytes} bytes at {address:#x} hold some that were never written");
+            return Err(access.stop(Hazard::Uninitialised, message));
+        }
+        let threads = self.run.threads();
+        let by = self.accessor(w, lane, false);
+        let mut unfenced = false;
+        let checked = self.run.shadow.visit(index, offset, bytes, |cell, mask| {
+            let writer = cell.writer();
+            unfenced |= writer.thread() < threads && !by.clock.has_handed_over(writer);
+            match writes {
+                Some(engine) => cell.write_by_engine(&by, engine, mask),
+                None => cell.read(&by, mask),
+            }
+        });
+        checked.map_err(|conflict| self.race(access, "global", writes.is_some(), conflict))?;
+        if unfenced {
+            return Err(access.stop(Hazard::Async, unfenced_message("global", address)));
+        }
+        Ok((index, offset))
     }
 
     /// A byte at a generic address.
@@ -644,6 +663,13 @@ fn hand_on<Key: Eq + Hash>(
         (_, None) => {}
         (entry, Some(new)) => drop(entry.insert_entry(new)),
     }
+}
+
+/// What to say where an engine meets what it may not see.
+pub(super) fn unfenced_message(space: &str, at: u64) -> String {
+    format!(
+        "bytes at {at:#x} of {space} memory were written by a thread, and no fence.proxy.async stands between"
+    )
 }
 
 fn from_bytes(bytes: &[u8]) -> u64 {

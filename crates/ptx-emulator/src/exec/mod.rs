@@ -137,9 +137,9 @@ struct Warp {
     /// `cp.async` of each lane: committed groups, oldest first, and the open one.
     groups: Vec<VecDeque<Group>>,
     open: Vec<Group>,
-    /// Bulk stores of each lane: committed groups, oldest first, and the open one.
-    stores: Vec<VecDeque<Vec<Stamp>>>,
-    stores_open: Vec<Vec<Stamp>>,
+    /// Bulk stores of each lane, the last in each committed group, oldest first, and in the open one.
+    stores: Vec<VecDeque<Option<bulk::Store>>>,
+    stores_open: Vec<Option<bulk::Store>>,
     /// Lanes that have arrived at the cluster's barrier in this phase, and lanes that still have to wait
     /// for the phase before, which has ended.
     arrived: u32,
@@ -172,7 +172,7 @@ impl Warp {
             groups: vec![VecDeque::new(); 32],
             open: vec![Group::default(); 32],
             stores: vec![VecDeque::new(); 32],
-            stores_open: vec![Vec::new(); 32],
+            stores_open: vec![None; 32],
             arrived: 0,
             passing: 0,
             products: 0,
@@ -225,8 +225,8 @@ struct Cta {
     told: HashMap<u32, Arc<Clock>>,
     /// Bulk copies that its threads have ever issued.
     copies: u32,
-    /// What threads of other CTAs did to its shared memory, and what its own threads had heard of when they
-    /// ended.
+    /// What engines wrote into its shared memory and threads of other CTAs did to it, and what its own
+    /// threads had heard of when they ended.
     visits: Clock,
     heard: Clock,
 }
@@ -242,8 +242,6 @@ pub(crate) struct Cluster<'a> {
     owed: VecDeque<mbarrier::Owed>,
     /// Bulk copies under way.
     flights: VecDeque<bulk::Flight>,
-    /// What proxy fences have handed to the copy engines.
-    proxied: Clock,
     pub(crate) counters: Counters,
     random: Random,
     steps: u64,
@@ -284,7 +282,6 @@ impl<'a> Cluster<'a> {
                 heard: silent,
             });
         }
-        let proxied = ctas[0].heard.clone();
         Self {
             run,
             ctas,
@@ -292,7 +289,6 @@ impl<'a> Cluster<'a> {
             barrier: cluster::Barrier::default(),
             owed: VecDeque::new(),
             flights: VecDeque::new(),
-            proxied,
             counters: Counters::default(),
             random: Random::new(run.schedule.seed() ^ u64::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15)),
             steps: 0,
@@ -480,7 +476,7 @@ impl<'a> Cluster<'a> {
         // Who waits for lanes of this warp asks again whom to wait for.
         warp.wake(|wait| matches!(wait, Wait::Lanes(_)));
         self.complete_barriers(cta);
-        if self.ctas.len() > 1 { self.leave(w, mask) } else { Ok(()) }
+        self.leave(w, mask)
     }
 
     fn execute(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {

@@ -645,8 +645,8 @@ fn bulk(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
     };
     match words {
         ["commit_group"] => Ok(Op::BulkCommit),
-        // Reading is waited for as if it were the whole store.
-        ["wait_group"] | ["wait_group", "read"] => Ok(Op::BulkWait { pending: o.immediate()? as u32 }),
+        ["wait_group"] => Ok(Op::BulkWait { pending: o.immediate()? as u32, reads: false }),
+        ["wait_group", "read"] => Ok(Op::BulkWait { pending: o.immediate()? as u32, reads: true }),
         [to, from @ ("global" | "shared::cta"), COMPLETES, rest @ ..] if *to != "global" => {
             let to = shared(to)?;
             let from = if *from == "global" { Space::Global } else { Space::Shared };
