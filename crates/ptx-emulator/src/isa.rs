@@ -82,6 +82,16 @@ pub(crate) enum Operand {
     Special(Special),
 }
 
+impl Operand {
+    /// The register that it is, if it is one.
+    pub(crate) const fn register(self) -> Option<u32> {
+        match self {
+            Self::Register(number) => Some(number),
+            _ => None,
+        }
+    }
+}
+
 /// A predicate as read: its register and whether it is negated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Guard {
@@ -177,6 +187,8 @@ pub(crate) struct Instruction {
     pub(crate) class: Class,
     /// Every register that it names.
     pub(crate) registers: Vec<u32>,
+    /// Whether it is a `mov`, which gives a value another name.
+    pub(crate) moves: bool,
     pub(crate) line: u32,
     pub(crate) text: String,
 }
@@ -537,6 +549,7 @@ pub(crate) enum Op {
     },
     BulkCommit,
     Product(Product),
+    ProductFence,
     ProductCommit,
     ProductWait {
         pending: u32,

@@ -92,6 +92,8 @@ fn finds_bugs_around_loads() {
         ("tiles_few", &[Hazard::Deadlock, Hazard::Race]),
         ("tiles_many", &[Hazard::Deadlock]),
         ("tiles_overwritten", &[Hazard::Race]),
+        ("tiles_unfenced", &[Hazard::Async]),
+        ("tiles_left", &[Hazard::Async]),
     ] {
         finds(kernel, hazards, |schedule| tiles(schedule, kernel, [0, 0, 2]).map(drop));
     }
@@ -132,6 +134,27 @@ fn finds_bugs_around_stores() {
         ("stores_changed", &[Hazard::Race]),
     ] {
         finds(kernel, hazards, |schedule| stores(schedule, kernel, 0, 0).map(drop));
+    }
+}
+
+fn relay(schedule: Schedule, kernel: &str) -> Result<(), Error> {
+    let mut device = device(schedule);
+    let [there, back, out] = [256; 3].map(|bytes| device.alloc(bytes));
+    launch(&mut device, kernel, 64, &[there, back, out].map(u64::to_le_bytes).concat())?;
+    let expected: Vec<u8> = (0..64_u32).flat_map(|n| ((63 - n) * 3).to_le_bytes()).collect();
+    assert_eq!(device.read(out, 256)?, expected, "{schedule:?}");
+    Ok(())
+}
+
+#[test]
+fn engines_and_threads_share_device_memory() {
+    for schedule in SCHEDULES {
+        relay(schedule, "relay_correct").unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
+    }
+    for (kernel, hazard) in
+        [("relay_unfenced", Hazard::Async), ("relay_early", Hazard::Race), ("relay_left", Hazard::Async)]
+    {
+        finds(kernel, &[hazard], |schedule| relay(schedule, kernel));
     }
 }
 
@@ -203,9 +226,10 @@ fn gemm(schedule: Schedule, kernel: &str, transposed: bool) -> Result<(), Error>
                 value(row * 64 + k, 1) * value(if transposed { k * 128 + column } else { column * 64 + k }, 5)
             })
             .sum();
+        let times = if kernel.starts_with("gemm_twice") { 4 } else { 1 };
         assert_eq!(
             f32::from_le_bytes(found.try_into().unwrap()),
-            expected as f32,
+            (times * expected) as f32,
             "{kernel} ({row}, {column})"
         );
     }
@@ -220,6 +244,7 @@ fn multiplies_with_warpgroups() {
             ("gemm_transposed", true),
             ("gemm_registers", false),
             ("gemm_registers_transposed", true),
+            ("gemm_twice", false),
         ] {
             gemm(schedule, kernel, transposed).unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
         }
@@ -234,6 +259,8 @@ fn finds_bugs_around_products() {
         ("gemm_overwritten", Hazard::Race),
         ("gemm_one_left", Hazard::Async),
         ("gemm_three_warps", Hazard::Deadlock),
+        ("gemm_unordered", Hazard::Async),
+        ("gemm_twice_unordered", Hazard::Async),
     ] {
         finds(kernel, &[hazard], |schedule| gemm(schedule, kernel, false));
     }

@@ -179,6 +179,7 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::ClusterArrive { .. }
         | Op::ClusterWait { .. }
         | Op::BulkCommit
+        | Op::ProductFence
         | Op::ProductCommit
         | Op::ProductWait { .. }
         | Op::BulkWait { .. }

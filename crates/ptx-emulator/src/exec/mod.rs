@@ -10,6 +10,7 @@ mod bulk;
 mod cluster;
 mod copy;
 mod counters;
+mod fragments;
 mod matrix;
 mod mbarrier;
 mod memory;
@@ -24,7 +25,7 @@ use std::{
     sync::Arc,
 };
 
-use self::{barrier::Barrier, copy::Group, mbarrier::Phased};
+use self::{barrier::Barrier, copy::Group, fragments::Fragments, mbarrier::Phased};
 pub use counters::Counters;
 pub(crate) use counters::{Class, class};
 
@@ -144,11 +145,10 @@ struct Warp {
     /// for the phase before, which has ended.
     arrived: u32,
     passing: u32,
-    /// Products of the warpgroup that this warp has issued, in all and at each commit not yet waited for.
-    products: u32,
+    /// The registers that products of the warpgroup use, and how many products had been issued at each commit
+    /// not yet waited for.
+    fragments: Fragments,
     product_groups: VecDeque<u32>,
-    /// Registers that unfinished products own, and which product.
-    taken: Vec<(u32, u32)>,
 }
 
 impl Warp {
@@ -175,9 +175,12 @@ impl Warp {
             stores_open: vec![None; 32],
             arrived: 0,
             passing: 0,
-            products: 0,
+            fragments: Fragments::new(if run.kernel.has_products {
+                run.kernel.registers as usize
+            } else {
+                0
+            }),
             product_groups: VecDeque::new(),
-            taken: Vec::new(),
         }
     }
 
@@ -403,10 +406,7 @@ impl<'a> Cluster<'a> {
                 let flow = if active == 0 {
                     Flow::Next
                 } else {
-                    if !self.warps[w].taken.is_empty() && !matches!(instruction.op, Op::Product(_)) {
-                        self.check_taken(w, &instruction.registers)
-                            .map_err(|stop| self.fault(w, pc, stop))?;
-                    }
+                    self.warps[w].note_registers(instruction).map_err(|stop| self.fault(w, pc, stop))?;
                     self.execute(w, pc, active, &instruction.op).map_err(|stop| self.fault(w, pc, stop))?
                 };
                 match flow {
@@ -514,7 +514,9 @@ impl<'a> Cluster<'a> {
             | Op::BulkCommit
             | Op::BulkWait { .. }
             | Op::ProxyFence => self.bulk_op(w, pc, active, op),
-            Op::Product(_) | Op::ProductCommit | Op::ProductWait { .. } => self.product_op(w, pc, active, op),
+            Op::Product(_) | Op::ProductFence | Op::ProductCommit | Op::ProductWait { .. } => {
+                self.product_op(w, pc, active, op)
+            }
             Op::BarrierInit { .. }
             | Op::BarrierInvalidate { .. }
             | Op::BarrierArrive { .. }

@@ -10,7 +10,7 @@ use super::{Cluster, Flow, Step, Wait, warp::then};
 use crate::{
     clock::Stamp,
     error::{Hazard, Stop},
-    isa::{MatrixType, Op, Operand, Product},
+    isa::{MatrixType, Op, Product},
     number::{BF16, F16, Lanes},
 };
 
@@ -59,15 +59,17 @@ impl Cluster<'_> {
         }
         match op {
             Op::Product(product) => self.product(w, product)?,
+            Op::ProductFence => self.warps[w].fragments.fence(),
             Op::ProductCommit => {
-                let issued = self.warps[w].products;
-                self.warps[w].product_groups.push_back(issued);
+                let warp = &mut self.warps[w];
+                warp.fragments.commit();
+                warp.product_groups.push_back(warp.fragments.issued);
             }
             Op::ProductWait { pending } => {
                 let behind = self.warps[w].product_groups.len().saturating_sub(*pending as usize);
                 if behind > 0 {
                     let needed = self.warps[w].product_groups[behind - 1];
-                    if self.warps[self.warpgroup(w)].iter().any(|warp| warp.products < needed) {
+                    if self.warps[self.warpgroup(w)].iter().any(|warp| warp.fragments.issued < needed) {
                         // Everybody asks again, so all stand where they came from.
                         for lane in 0..32 {
                             self.warps[w].counters[lane] = pc;
@@ -94,7 +96,7 @@ impl Cluster<'_> {
     fn finish_products(&mut self, w: usize, needed: u32) {
         let engine = self.engine(w);
         let warp = &mut self.warps[w];
-        warp.taken.retain(|(_, product)| *product > needed);
+        warp.fragments.finish(needed);
         let before = warp.clocks[0].clone();
         let mut after = before.clone();
         Arc::make_mut(&mut after).set(engine, needed);
@@ -112,8 +114,14 @@ impl Cluster<'_> {
         if self.warpgroup(w).len() < 4 {
             return Err(Stop::new(Hazard::NotConverged, 0, "the warpgroup has fewer than four warps"));
         }
-        self.warps[w].products += 1;
-        let issued = self.warps[w].products;
+        let registers: Vec<u32> = match product.a.as_slice() {
+            [_] => Vec::new(),
+            parts => parts.iter().filter_map(|part| part.register()).collect(),
+        };
+        let fragments = &mut self.warps[w].fragments;
+        let known = fragments.issue(product.n, &product.d, &registers);
+        known.map_err(|message| Stop::new(Hazard::Async, 0, message))?;
+        let issued = fragments.issued;
         let n = product.n as usize;
         let format = match product.input {
             MatrixType::F16 => F16,
@@ -176,15 +184,6 @@ impl Cluster<'_> {
                 *value = crate::number::Scalar::put(sum);
             }
         }
-        let read = product.a.iter().filter_map(|operand| match operand {
-            Operand::Register(number) if product.a.len() > 1 => Some(*number),
-            _ => None,
-        });
-        for register in product.d.iter().copied().chain(read) {
-            if !warp.taken.contains(&(register, issued)) {
-                warp.taken.push((register, issued));
-            }
-        }
         self.counters.matrix_products += 1;
         // Who waits for this warp's share asks again.
         let group = self.warpgroup(w);
@@ -219,16 +218,6 @@ impl Cluster<'_> {
                     visit(i as usize + n, o as usize, bits);
                 }
             }
-        }
-        Ok(())
-    }
-
-    /// That an instruction leaves registers alone that unfinished products own.
-    pub(super) fn check_taken(&self, w: usize, registers: &[u32]) -> Result<(), Stop> {
-        let taken = &self.warps[w].taken;
-        if registers.iter().any(|register| taken.iter().any(|(owned, _)| owned == register)) {
-            let message = "a register of this instruction belongs to a wgmma that nobody has waited for";
-            return Err(Stop::new(Hazard::Async, 0, message));
         }
         Ok(())
     }

@@ -343,7 +343,7 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
             Ok(Op::MultiplyMatrix { input, half_result, k, d, a, b, c })
         }
         ["mbarrier", rest @ ..] => mbarrier(rest, o),
-        ["wgmma", "fence", "sync", "aligned"] => Ok(Op::Aligned),
+        ["wgmma", "fence", "sync", "aligned"] => Ok(Op::ProductFence),
         ["wgmma", "commit_group", "sync", "aligned"] => Ok(Op::ProductCommit),
         ["wgmma", "wait_group", "sync", "aligned"] => Ok(Op::ProductWait { pending: o.immediate()? as u32 }),
         ["wgmma", "mma_async", "sync", "aligned", shape, "f32", a, b] => product(shape, a, b, o),

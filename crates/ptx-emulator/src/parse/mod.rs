@@ -42,6 +42,8 @@ pub(crate) struct Kernel {
     pub(crate) dynamic_align: u32,
     /// Local memory of each thread.
     pub(crate) local_bytes: u32,
+    /// Whether it multiplies with `wgmma`.
+    pub(crate) has_products: bool,
     /// `.reqntid`.
     pub(crate) required_threads: Option<[u32; 3]>,
     /// `.maxntid`, as a count.
@@ -261,6 +263,7 @@ impl<'a> Parser<'a> {
         let instructions = resolve(&body)?;
         self.module.kernels.push(Kernel {
             name,
+            has_products: instructions.iter().any(|instruction| matches!(instruction.op, Op::Product(_))),
             instructions,
             param_bytes: param_bytes as u32,
             registers: body.registers,
@@ -688,6 +691,7 @@ fn resolve(body: &Body<'_>) -> Result<Vec<Instruction>, Error> {
             op,
             class,
             registers: named(&statement.arguments),
+            moves: statement.opcode.starts_with("mov."),
             line,
             text: text.clone(),
         });
@@ -699,6 +703,7 @@ fn resolve(body: &Body<'_>) -> Result<Vec<Instruction>, Error> {
         op: Op::Exit,
         class: Class::Control,
         registers: Vec::new(),
+        moves: false,
         line,
         text: "}".into(),
     });
