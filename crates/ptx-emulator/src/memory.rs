@@ -9,7 +9,10 @@ use std::{
     },
 };
 
-use crate::clock::{Accessor, Cell, Clock, Conflict};
+use crate::{
+    cell::{Cell, Conflict},
+    clock::{Accessor, Clock},
+};
 
 /// The least distance between two allocations, so that running past one is not landing in the next.
 const GAP: u64 = 4096;
@@ -263,7 +266,7 @@ impl Shadow {
         // Aligned accesses of at most 16 bytes never leave a page.
         let page = &self.pages[allocation][first / PAGE];
         let mut page = page.lock().unwrap_or_else(PoisonError::into_inner);
-        let page = page.get_or_insert_with(|| Box::new([Cell::default(); PAGE]));
+        let page = page.get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
         if bytes < 4 {
             return check(&mut page[first % PAGE], (((1 << bytes) - 1) << (offset % 4)) as u8);
         }

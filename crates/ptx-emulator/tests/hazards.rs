@@ -154,6 +154,19 @@ fn overwritten_while_read() {
 }
 
 #[test]
+fn every_reader_and_every_byte_counts() {
+    for schedule in SCHEDULES {
+        Bench::new(schedule).room(96).run("readers_correct", 1, 128).unwrap();
+        let mut bench = Bench::new(schedule).room(32);
+        bench.run("halves_correct", 1, 64).unwrap();
+        assert_eq!(bench.words(0), (0..32).collect::<Vec<u32>>());
+        let fault = fault(Bench::new(schedule).room(32).run("halves_without_barrier", 1, 64));
+        assert!(matches!(fault.hazard, Hazard::Race | Hazard::Uninitialised), "{fault}");
+    }
+    found(Hazard::Race, |bench| bench.room(96).run("readers_one_left", 1, 128));
+}
+
+#[test]
 fn race_within_a_warp() {
     for schedule in SCHEDULES {
         Bench::new(schedule).room(32).run("warp_exchange_correct", 1, 32).unwrap();

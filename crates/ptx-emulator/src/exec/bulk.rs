@@ -6,7 +6,11 @@
 
 use std::sync::Arc;
 
-use super::{Cluster, Flow, Step, lanes, mbarrier::At, memory::unfenced_message};
+use super::{
+    Cluster, Flow, Step, lanes,
+    mbarrier::At,
+    memory::{is_unseen, unfenced_message},
+};
 use crate::{
     clock::{Accessor, Stamp},
     error::{Fault, Hazard, Stop},
@@ -364,11 +368,7 @@ impl Cluster<'_> {
         let clock = &self.warps[w].clocks[lane];
         let mut unfenced = false;
         let checked = self.ctas[cta].shared.visit(at, bytes, |cell, mask| {
-            let writer = cell.writer();
-            // The other half of the word may be of this copy too.
-            if writer != engine {
-                unfenced |= is_proxy && writer.thread() < threads && !clock.has_handed_over(writer);
-            }
+            unfenced |= is_proxy && cell.any_writer(mask, |writer| is_unseen(clock, writer, threads));
             cell.write_by_engine(&by, engine, mask)
         });
         if let Err(conflict) = checked {
@@ -413,8 +413,7 @@ impl Cluster<'_> {
         let by = Accessor { clock, stamp };
         let mut unfenced = false;
         let checked = cta.shared.visit(at, bytes, |cell, mask| {
-            let writer = cell.writer();
-            unfenced |= writer.thread() < threads && !clock.has_handed_over(writer);
+            unfenced |= cell.any_writer(mask, |writer| is_unseen(clock, writer, threads));
             cell.read_by_engine(&by, engine, mask)
         });
         if let Err(conflict) = checked {

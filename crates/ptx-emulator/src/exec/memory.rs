@@ -8,7 +8,8 @@ use std::{
 
 use super::{Cluster, Flow, Step, lanes};
 use crate::{
-    clock::{Accessor, Clock, Conflict, Stamp},
+    cell::Conflict,
+    clock::{Accessor, Clock, Stamp},
     error::{Hazard, Stop},
     isa::{Address, AtomicUpdate, Op, Operand, Order, Space, Type},
     memory::Byte,
@@ -564,8 +565,7 @@ impl Cluster<'_> {
         let by = self.accessor(w, lane, false);
         let mut unfenced = false;
         let checked = self.run.shadow.visit(index, offset, bytes, |cell, mask| {
-            let writer = cell.writer();
-            unfenced |= writer.thread() < threads && !by.clock.has_handed_over(writer);
+            unfenced |= cell.any_writer(mask, |writer| is_unseen(by.clock, writer, threads));
             match writes {
                 Some(engine) => cell.write_by_engine(&by, engine, mask),
                 None => cell.read(&by, mask),
@@ -663,6 +663,11 @@ fn hand_on<Key: Eq + Hash>(
         (_, None) => {}
         (entry, Some(new)) => drop(entry.insert_entry(new)),
     }
+}
+
+/// Whether engines may not see what somebody wrote: a thread without a proxy fence behind it.
+pub(super) fn is_unseen(clock: &Clock, writer: Stamp, threads: u32) -> bool {
+    writer.thread() < threads && !clock.has_handed_over(writer)
 }
 
 /// What to say where an engine meets what it may not see.
