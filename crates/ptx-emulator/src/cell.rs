@@ -62,6 +62,12 @@ pub(crate) struct Conflict {
     pub(crate) wrote: bool,
 }
 
+/// Groups that a cell has no place for. Most cells have none, and a cell should be small.
+#[derive(Clone, Debug, Default)]
+struct Others {
+    groups: Vec<Group>,
+}
+
 /// The last accesses to four bytes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cell {
@@ -74,7 +80,7 @@ pub(crate) struct Cell {
     /// Whether there are writers among the others.
     split: bool,
     /// Further groups of readers, and of who wrote bytes that the writer did not.
-    others: Option<Box<Vec<Group>>>,
+    others: Option<Box<Others>>,
 }
 
 impl Cell {
@@ -116,7 +122,11 @@ impl Cell {
     #[inline(never)]
     fn note_reader(&mut self, by: &Accessor<'_>, mut reader: Group) -> Result<(), Conflict> {
         if let (true, Some(others)) = (self.split, &self.others) {
-            others.iter().filter(|group| group.wrote).try_for_each(|group| group.admits(by, reader.bytes))?;
+            others
+                .groups
+                .iter()
+                .filter(|group| group.wrote)
+                .try_for_each(|group| group.admits(by, reader.bytes))?;
         }
         // Those of its own group join it, others are left out where it stands for them.
         let new = reader;
@@ -132,7 +142,7 @@ impl Cell {
         };
         let kept = [0, 1].map(|place| remains(self.reader(place)));
         if let Some(others) = &mut self.others {
-            others.retain_mut(|group| {
+            others.groups.retain_mut(|group| {
                 *group = remains(*group);
                 group.lanes != 0
             });
@@ -151,12 +161,12 @@ impl Cell {
     }
 
     fn remember(&mut self, group: Group) {
-        let others = self.others.get_or_insert_default();
-        if others.len() == MOST {
-            others.remove(0);
+        let groups = &mut self.others.get_or_insert_default().groups;
+        if groups.len() == MOST {
+            groups.remove(0);
         }
         self.split |= group.wrote;
-        others.push(group);
+        groups.push(group);
     }
 
     /// Notes a write of the bytes in `mask`.
@@ -196,13 +206,13 @@ impl Cell {
     /// What a write of some bytes leaves of the others.
     #[inline(never)]
     fn note_part(&mut self, by: &Accessor<'_>, mask: u8) -> Result<(), Conflict> {
-        if let Some(others) = &mut self.others {
-            others.iter().try_for_each(|group| group.admits(by, mask))?;
-            others.retain_mut(|group| {
+        if let Some(Others { groups }) = self.others.as_deref_mut() {
+            groups.iter().try_for_each(|group| group.admits(by, mask))?;
+            groups.retain_mut(|group| {
                 group.bytes &= !mask;
                 group.bytes != 0
             });
-            self.split = others.iter().any(|group| group.wrote);
+            self.split = groups.iter().any(|group| group.wrote);
         }
         if self.written & !mask != 0 {
             self.remember(Group::new(self.writer, self.written & !mask, true));
@@ -216,7 +226,7 @@ impl Cell {
         if self.written & mask != 0 && is_such(self.writer) {
             return true;
         }
-        let others = self.others.iter().filter(|_| self.split).flat_map(|others| others.iter());
+        let others = self.others.iter().filter(|_| self.split).flat_map(|others| &others.groups);
         let mut others = others.filter(|group| group.wrote && group.bytes & mask != 0);
         self.split && others.any(|group| group.stamps().any(&is_such))
     }
@@ -319,7 +329,7 @@ mod tests {
                         .unwrap();
                 }
             }
-            assert_eq!(cell.others.as_ref().unwrap().len(), 6);
+            assert_eq!(cell.others.as_ref().unwrap().groups.len(), 6);
         }
     }
 }

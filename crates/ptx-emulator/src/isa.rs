@@ -416,8 +416,11 @@ pub(crate) enum Op {
         a: Operand,
     },
     Fence,
-    /// Changes nothing here, yet the warp must come to it together.
-    Aligned,
+    /// `setmaxnreg`.
+    SetRegisters {
+        increases: bool,
+        count: u32,
+    },
     /// `bar.sync`, `bar.arrive`, `barrier.*`, `bar.red`.
     Barrier {
         waits: bool,

@@ -258,10 +258,53 @@ fn finds_bugs_around_products() {
         ("gemm_unwaited", Hazard::Async),
         ("gemm_overwritten", Hazard::Race),
         ("gemm_one_left", Hazard::Async),
-        ("gemm_three_warps", Hazard::Deadlock),
+        ("gemm_three_warps", Hazard::NotConverged),
+        ("gemm_unequal", Hazard::Operand),
         ("gemm_unordered", Hazard::Async),
         ("gemm_twice_unordered", Hazard::Async),
     ] {
         finds(kernel, &[hazard], |schedule| gemm(schedule, kernel, false));
+    }
+}
+
+#[test]
+fn shares_out_registers() {
+    let run = |schedule, kernel| {
+        let mut device = device(schedule);
+        let out = device.alloc(1024);
+        launch(&mut device, kernel, 256, &out.to_le_bytes())
+    };
+    for schedule in SCHEDULES {
+        run(schedule, "registers_correct").unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
+    }
+    for (kernel, hazard) in [
+        ("registers_kept", Hazard::Deadlock),
+        ("registers_grown", Hazard::Operand),
+        ("registers_shrunk", Hazard::Operand),
+        ("registers_unequal", Hazard::NotConverged),
+        ("registers_alone", Hazard::NotConverged),
+    ] {
+        finds(kernel, &[hazard], |schedule| run(schedule, kernel).map(drop));
+    }
+    let entry = |directive: &str, count: u32| {
+        let ptx = format!(
+            ".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry k()\n{directive}\n{{\n\
+             setmaxnreg.dec.sync.aligned.u32 {count};\nret;\n}}"
+        );
+        Device::new().load(&ptx)
+    };
+    entry(".maxntid 128, 1, 1", 24).unwrap();
+    entry(".reqntid 128", 240).unwrap();
+    entry(".maxnreg 64", 24).unwrap();
+    for (directive, count, says) in [
+        ("", 24, "setmaxnreg needs an entry with .maxntid"),
+        (".maxntid 128, 1, 1", 20, "a register count is a multiple of 8"),
+        (".maxntid 128, 1, 1", 16, "from 24 to 256"),
+        (".maxntid 128, 1, 1", 264, "from 24 to 256"),
+    ] {
+        match entry(directive, count) {
+            Err(Error::Parse { line: 7, reason, .. }) => assert!(reason.contains(says), "{reason}"),
+            other => panic!("{directive} {count}: {other:?}"),
+        }
     }
 }

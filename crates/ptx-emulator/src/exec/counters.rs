@@ -165,7 +165,7 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::LoadMatrix { .. }
         | Op::StoreMatrix { .. } => Class::Memory,
         Op::Fence
-        | Op::Aligned
+        | Op::SetRegisters { .. }
         | Op::Barrier { .. }
         | Op::WarpSync { .. }
         | Op::Shuffle { .. }

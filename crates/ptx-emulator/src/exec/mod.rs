@@ -16,6 +16,7 @@ mod mbarrier;
 mod memory;
 mod scalar;
 mod warp;
+mod warpgroup;
 mod wgmma;
 
 use std::{
@@ -25,7 +26,7 @@ use std::{
     sync::Arc,
 };
 
-use self::{barrier::Barrier, copy::Group, fragments::Fragments, mbarrier::Phased};
+use self::{barrier::Barrier, copy::Group, fragments::Fragments, mbarrier::Phased, warpgroup::Warpgroup};
 pub use counters::Counters;
 pub(crate) use counters::{Class, class};
 
@@ -109,6 +110,8 @@ enum Wait {
     },
     /// For the other warps of its warpgroup to issue so many products.
     Products(u32),
+    /// For other warps to give registers back, so that each thread can have so many.
+    Registers(u32),
 }
 
 struct Warp {
@@ -149,6 +152,10 @@ struct Warp {
     /// not yet waited for.
     fragments: Fragments,
     product_groups: VecDeque<u32>,
+    /// Instructions of the warpgroup that this warp has executed.
+    steps: u32,
+    /// Registers that each of its threads has, as far as `setmaxnreg` counts them.
+    registers_held: u32,
 }
 
 impl Warp {
@@ -181,6 +188,8 @@ impl Warp {
                 0
             }),
             product_groups: VecDeque::new(),
+            steps: 0,
+            registers_held: run.kernel.launch_registers,
         }
     }
 
@@ -223,6 +232,9 @@ struct Cta {
     warps: Range<usize>,
     shared: Shared,
     barriers: Vec<Barrier>,
+    groups: Vec<Warpgroup>,
+    /// Registers that `setmaxnreg` gave back and nobody has taken.
+    registers_free: u32,
     phased: BTreeMap<u32, Phased>,
     /// What releases at an address of its shared memory have told.
     told: HashMap<u32, Arc<Clock>>,
@@ -278,6 +290,8 @@ impl<'a> Cluster<'a> {
                 warps: warps.len() - in_cta..warps.len(),
                 shared: Shared::new(run.shared_bytes()),
                 barriers: (0..16).map(|_| Barrier::default()).collect(),
+                groups: (0..in_cta.div_ceil(4)).map(|_| Warpgroup::default()).collect(),
+                registers_free: 0,
                 phased: BTreeMap::new(),
                 told: HashMap::new(),
                 copies: 0,
@@ -476,6 +490,7 @@ impl<'a> Cluster<'a> {
         // Who waits for lanes of this warp asks again whom to wait for.
         warp.wake(|wait| matches!(wait, Wait::Lanes(_)));
         self.complete_barriers(cta);
+        self.check_steps(w)?;
         self.leave(w, mask)
     }
 
@@ -490,8 +505,8 @@ impl<'a> Cluster<'a> {
             Op::Load { .. } | Op::Store { .. } | Op::Atomic { .. } | Op::Fence => {
                 self.memory_op(w, active, op)
             }
-            Op::Aligned
-            | Op::WarpSync { .. }
+            Op::SetRegisters { increases, count } => self.set_registers(w, pc, active, *increases, *count),
+            Op::WarpSync { .. }
             | Op::Shuffle { .. }
             | Op::Vote { .. }
             | Op::Match { .. }
@@ -655,6 +670,10 @@ impl<'a> Cluster<'a> {
         match wait {
             Wait::Nothing | Wait::Lanes(_) => String::new(),
             Wait::Products(count) => format!(" (for all warps of the warpgroup to issue {count} products)"),
+            Wait::Registers(count) => {
+                let free = self.cta(w).registers_free;
+                format!(" (for {count} registers a thread; {free} are free)")
+            }
             Wait::Barrier(id) => self.cta(w).barriers[id as usize].describe(),
             Wait::Cluster => {
                 let missing: u32 =

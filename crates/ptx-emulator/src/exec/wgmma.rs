@@ -58,7 +58,7 @@ impl Cluster<'_> {
             return Ok(Flow::Block(active));
         }
         match op {
-            Op::Product(product) => self.product(w, product)?,
+            Op::Product(product) => self.product(w, pc, product)?,
             Op::ProductFence => self.warps[w].fragments.fence(),
             Op::ProductCommit => {
                 let warp = &mut self.warps[w];
@@ -109,11 +109,21 @@ impl Cluster<'_> {
         }
     }
 
-    fn product(&mut self, w: usize, product: &Product) -> Result<(), Stop> {
+    fn product(&mut self, w: usize, pc: u32, product: &Product) -> Result<(), Stop> {
         let stop = |message: String| Stop::new(Hazard::Operand, 0, message);
-        if self.warpgroup(w).len() < 4 {
-            return Err(Stop::new(Hazard::NotConverged, 0, "the warpgroup has fewer than four warps"));
-        }
+        let descriptor = |operand, name| self.uniform(w, u32::MAX, operand, name);
+        let a_bits = match product.a.as_slice() {
+            [operand] => descriptor(*operand, "the descriptor of a")?,
+            _ => 0,
+        };
+        let b_bits = descriptor(product.b, "the descriptor of b")?;
+        let keeps = match product.accumulate_if.map(|guard| self.warps[w].guard(guard)) {
+            None => product.accumulate,
+            Some(0) => false,
+            Some(u32::MAX) => true,
+            Some(_) => return Err(stop("the predicate for accumulation differs between lanes".into())),
+        };
+        self.in_step(w, pc, [a_bits, b_bits, keeps.into()])?;
         let registers: Vec<u32> = match product.a.as_slice() {
             [_] => Vec::new(),
             parts => parts.iter().filter_map(|part| part.register()).collect(),
@@ -132,9 +142,8 @@ impl Cluster<'_> {
         let mut a = [[0.0_f64; 16]; 16];
         let first_row = self.warps[w].place % 4 * 16;
         match product.a.as_slice() {
-            [descriptor] => {
-                let bits = self.uniform(w, u32::MAX, *descriptor, "the descriptor of a")?;
-                let layout = Layout::decode(bits).map_err(stop)?;
+            [_] => {
+                let layout = Layout::decode(a_bits).map_err(stop)?;
                 self.read_matrix(w, issued, layout, !product.transpose_a, first_row, 16, |row, k, bits| {
                     a[row][k] = decode(bits)
                 })?;
@@ -150,20 +159,11 @@ impl Cluster<'_> {
                 }
             }
         }
-        let bits = self.uniform(w, u32::MAX, product.b, "the descriptor of b")?;
-        let layout = Layout::decode(bits).map_err(stop)?;
+        let layout = Layout::decode(b_bits).map_err(stop)?;
         let mut b = vec![[0.0_f64; 256]; 16];
         self.read_matrix(w, issued, layout, !product.transpose_b, 0, product.n, |column, k, bits| {
             b[k][column] = decode(bits)
         })?;
-        let keeps =
-            product.accumulate_if.map_or(product.accumulate, |guard| self.warps[w].guard(guard) == u32::MAX);
-        if let Some(guard) = product.accumulate_if {
-            let bits = self.warps[w].guard(guard);
-            if bits != 0 && bits != u32::MAX {
-                return Err(stop("the predicate for accumulation differs between lanes".into()));
-            }
-        }
         let sign = if product.negate { -1.0 } else { 1.0 };
         let mut sums = vec![[0.0_f64; 256]; 16];
         for (row, sums) in sums.iter_mut().enumerate() {

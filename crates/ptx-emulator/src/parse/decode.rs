@@ -155,8 +155,10 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
         ["nanosleep", "u32"] => o.value().map(|_| Op::Yield),
         ["prefetch" | "prefetchu", ..] => o.address().map(|_| Op::Nothing),
         ["griddepcontrol", "wait" | "launch_dependents"] => Ok(Op::Nothing),
-        ["setmaxnreg", "inc" | "dec", "sync", "aligned", "u32"] => match o.immediate()? {
-            count @ 24..=256 if count % 8 == 0 => Ok(Op::Aligned),
+        ["setmaxnreg", action @ ("inc" | "dec"), "sync", "aligned", "u32"] => match o.immediate()? {
+            count @ 24..=256 if count % 8 == 0 => {
+                Ok(Op::SetRegisters { increases: *action == "inc", count: count as u32 })
+            }
             _ => Err("a register count is a multiple of 8 from 24 to 256".into()),
         },
         ["mov", _] => moves(ty.ok_or(UNKNOWN)?, o),

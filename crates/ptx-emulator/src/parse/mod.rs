@@ -42,6 +42,8 @@ pub(crate) struct Kernel {
     pub(crate) dynamic_align: u32,
     /// Local memory of each thread.
     pub(crate) local_bytes: u32,
+    /// Registers that each thread begins with, where the entry bounds them; else 0.
+    pub(crate) launch_registers: u32,
     /// Whether it multiplies with `wgmma`.
     pub(crate) has_products: bool,
     /// `.reqntid`.
@@ -56,6 +58,10 @@ pub(crate) struct Kernel {
 
 /// Versions of the PTX language whose meaning is known here.
 const VERSIONS: std::ops::RangeInclusive<(u32, u32)> = (6, 0)..=(9, 0);
+
+/// Registers of a multiprocessor, and the most that a thread can have.
+const REGISTERS: u64 = 1 << 16;
+const MOST_REGISTERS: u64 = 255;
 
 /// Where the module's variables begin.
 pub(crate) fn parse(source: &str, variables_at: u64) -> Result<Module, Error> {
@@ -242,15 +248,15 @@ impl<'a> Parser<'a> {
         }
         let (mut required_threads, mut most_threads) = (None, None);
         let (mut required_cluster, mut most_ctas) = (None, None);
+        let (mut most_registers, mut least_ctas) = (None, 1);
         loop {
             let token = self.next("the body of the kernel")?;
             match token.text {
                 "{" => break,
                 ".maxntid" => most_threads = Some(self.extents()?.iter().product()),
                 ".reqntid" => required_threads = Some(self.extents()?),
-                ".minnctapersm" | ".maxnreg" => {
-                    self.extents()?;
-                }
+                ".minnctapersm" => least_ctas = self.number()?.max(1),
+                ".maxnreg" => most_registers = Some(self.number()? as u32),
                 ".reqnctapercluster" => required_cluster = Some(self.extents()?),
                 ".maxclusterrank" => most_ctas = Some(self.number()? as u32),
                 ".explicitcluster" | ".noreturn" => {}
@@ -261,8 +267,23 @@ impl<'a> Parser<'a> {
         }
         self.body(&mut body)?;
         let instructions = resolve(&body)?;
+        let threads = most_threads.or(required_threads.map(|extents| extents.iter().product::<u32>()));
+        let fitting = threads.map(|threads| {
+            let all = u64::from(threads.next_multiple_of(32)) * least_ctas;
+            (REGISTERS / all.max(1)).min(MOST_REGISTERS) as u32 / 8 * 8
+        });
+        let launch_registers = most_registers.or(fitting);
+        let adjusts = |instruction: &&Instruction| matches!(instruction.op, Op::SetRegisters { .. });
+        if let (None, Some(adjusts)) = (launch_registers, instructions.iter().find(adjusts)) {
+            return Err(Error::Parse {
+                line: adjusts.line,
+                text: adjusts.text.clone(),
+                reason: "setmaxnreg needs an entry with .maxntid, .reqntid or .maxnreg".into(),
+            });
+        }
         self.module.kernels.push(Kernel {
             name,
+            launch_registers: launch_registers.unwrap_or(0),
             has_products: instructions.iter().any(|instruction| matches!(instruction.op, Op::Product(_))),
             instructions,
             param_bytes: param_bytes as u32,

@@ -143,7 +143,7 @@ KERNEL row(const uint8_t* in, uint8_t* out, uint32_t bytes) {
 // d[64][128] = a[64][64] * b, one warpgroup, four steps of 16. TRANSPOSED: b lies as [64 of k][128] in two
 // halves of 64 columns, else as [128][64 of k]. REGISTERS: a comes in registers. BUG 1 no proxy fence, 2 the
 // result is used before the wait, 3 shared memory is overwritten before the wait, 4 the wait leaves one
-// group, 5 one warp of four never comes, 6 no wgmma.fence at all. TWICE: the product is multiplied by three and
+// group, 5 one warp of four never comes, 8 one warp has another descriptor, 6 no wgmma.fence at all. TWICE: the product is multiplied by three and
 // added to itself; 7 without another wgmma.fence.
 __device__ __forceinline__ uint64_t descriptor(uint32_t at, uint32_t leading, uint32_t stride) {
     return uint64_t(at >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
@@ -188,7 +188,7 @@ template <bool TRANSPOSED, bool REGISTERS, int BUG, bool TWICE = false> __device
     auto multiply = [&](bool adds) {
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-            uint64_t left = descriptor(shared_address(as) + step * 32, 16, 1024);
+            uint64_t left = descriptor(shared_address(as) + (BUG == 8 && threadIdx.x >= 96 ? 0 : step * 32), 16, 1024);
             uint64_t right = TRANSPOSED ? descriptor(shared_address(bs) + step * 2048, 8192, 1024)
                                         : descriptor(shared_address(bs) + step * 32, 16, 1024);
             if constexpr (REGISTERS)
@@ -220,6 +220,32 @@ KERNEL gemm_unwaited(const uint16_t* a, const uint16_t* b, float* out) { gemm<fa
 KERNEL gemm_overwritten(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, true, 3>(a, b, out); }
 KERNEL gemm_one_left(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 4>(a, b, out); }
 KERNEL gemm_three_warps(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 5>(a, b, out); }
+KERNEL gemm_unequal(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 8>(a, b, out); }
 KERNEL gemm_unordered(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 6>(a, b, out); }
 KERNEL gemm_twice(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 0, true>(a, b, out); }
 KERNEL gemm_twice_unordered(const uint16_t* a, const uint16_t* b, float* out) { gemm<false, false, 7, true>(a, b, out); }
+
+// Two warpgroups share out registers: 128 each of 256 threads at first, or more. BUG 1 nobody gives any back, 2
+// gives back more than it has, 3 takes less than it has, 4 one warp of the warpgroup takes another number, 5 one does
+// not take part.
+template <int BUG> __device__ void share_registers(uint32_t* out) {
+    if (threadIdx.x < 128) {
+        if (BUG == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 160;");
+        else if (BUG != 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    } else {
+        if (BUG == 5 && threadIdx.x >= 224) return;
+        if (BUG == 3) asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
+        else if (BUG == 4 && threadIdx.x >= 224) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+        else asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+    }
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    out[threadIdx.x] = threadIdx.x;
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+#define SHARE extern "C" __global__ void __launch_bounds__(256, 2)
+SHARE registers_correct(uint32_t* out) { share_registers<0>(out); }
+SHARE registers_kept(uint32_t* out) { share_registers<1>(out); }
+SHARE registers_grown(uint32_t* out) { share_registers<2>(out); }
+SHARE registers_shrunk(uint32_t* out) { share_registers<3>(out); }
+SHARE registers_unequal(uint32_t* out) { share_registers<4>(out); }
+SHARE registers_alone(uint32_t* out) { share_registers<5>(out); }
