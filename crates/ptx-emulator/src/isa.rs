@@ -375,6 +375,15 @@ pub(crate) enum Op {
     },
     Exit,
     Trap,
+    /// `vprintf`: where its result and its parameters lie in param space.
+    Print {
+        result: u64,
+        params: [u64; 2],
+    },
+    /// `__assertfail`: text, file, line and function.
+    AssertFail {
+        params: [u64; 4],
+    },
     /// A hint, or an order that this machine keeps anyway.
     Nothing,
     /// `nanosleep`: the others first.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::{
     Cluster, Flow, Step, lanes,
     mbarrier::At,
-    memory::{is_unseen, unfenced_message},
+    memory::{LOCAL_WINDOW, WINDOW, is_unseen, unfenced_message},
 };
 use crate::{
     clock::{Accessor, Stamp},
@@ -233,6 +233,10 @@ impl Cluster<'_> {
         if !address.is_multiple_of(64) {
             let message = format!("a tensor map at {address:#x}, which is not a multiple of 64");
             return Err(Stop::new(Hazard::Misaligned, lane as u32, message));
+        }
+        if address & !(WINDOW - 1) == LOCAL_WINDOW {
+            let message = "a tensor map lies in local memory, where engines cannot read it";
+            return Err(Stop::new(Hazard::Operand, lane as u32, message));
         }
         for (n, byte) in bytes.iter_mut().enumerate() {
             *byte = self.generic_byte(w, lane, address + n as u64)?;

@@ -152,9 +152,14 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
             Class::Float
         }
         Op::Approximate { .. } | Op::Divide { .. } => Class::Special,
-        Op::Branch { .. } | Op::BranchTable { .. } | Op::Exit | Op::Trap | Op::Nothing | Op::Yield => {
-            Class::Control
-        }
+        Op::Branch { .. }
+        | Op::BranchTable { .. }
+        | Op::Exit
+        | Op::Trap
+        | Op::Print { .. }
+        | Op::AssertFail { .. }
+        | Op::Nothing
+        | Op::Yield => Class::Control,
         Op::Load { .. }
         | Op::Store { .. }
         | Op::Atomic { .. }

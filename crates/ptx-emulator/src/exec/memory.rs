@@ -182,9 +182,14 @@ impl Cluster<'_> {
                 }
             },
             Space::Local => {
-                let size = self.run.kernel.local_bytes;
-                within(size.into(), "local")?;
-                Ok(Place::Local(access.lane * size as usize + offset as usize))
+                within(self.run.kernel.local_bytes.into(), "local")?;
+                Ok(Place::Local(access.lane * self.run.frame() + offset as usize))
+            }
+            Space::Param if offset >= self.run.kernel.calls_at.into() => {
+                let kernel = self.run.kernel;
+                within((kernel.calls_at + kernel.call_bytes).into(), "param")?;
+                let within = kernel.local_bytes as usize + (offset as usize - kernel.calls_at as usize);
+                Ok(Place::Local(access.lane * self.run.frame() + within))
             }
             Space::Param => {
                 within(self.run.params.len() as u64, "param")?;
@@ -583,15 +588,34 @@ impl Cluster<'_> {
         let access = Access { lane, address, bytes: 1 };
         match self.resolve(w, Space::Generic, access)? {
             Place::Param(at) => Ok(self.run.params[at]),
+            Place::Local(at) => Ok(self.warps[w].local[at]),
             Place::Global(..) => {
                 let (index, offset) = self.read_global(w, lane, address, 1)?;
                 Ok(self.run.memory.allocations()[index].load(offset, 1) as u8)
             }
             other => Err(access.stop(
                 Hazard::Operand,
-                format!("a tensor map lies in {other:?}, not in param or global memory"),
+                format!("{other:?} lies in neither param nor global nor local memory"),
             )),
         }
+    }
+
+    /// A value in a thread's own param space, where the parser has put it.
+    pub(super) fn param(&self, w: usize, lane: usize, at: u64) -> u64 {
+        let place = self.param_place(lane, at);
+        let end = (place + 8).min((lane + 1) * self.run.frame());
+        from_bytes(&self.warps[w].local[place..end])
+    }
+
+    /// Sets 4 bytes there.
+    pub(super) fn set_param(&mut self, w: usize, lane: usize, at: u64, value: u32) {
+        let place = self.param_place(lane, at);
+        self.warps[w].local[place..][..4].copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn param_place(&self, lane: usize, at: u64) -> usize {
+        let kernel = self.run.kernel;
+        lane * self.run.frame() + kernel.local_bytes as usize + at as usize - kernel.calls_at as usize
     }
 
     /// A fence: what the lane did so far is what its next strong write tells, and what its strong

@@ -14,6 +14,7 @@ mod fragments;
 mod matrix;
 mod mbarrier;
 mod memory;
+mod print;
 mod scalar;
 mod warp;
 mod warpgroup;
@@ -66,6 +67,11 @@ impl Run<'_> {
     /// Threads and copy engines of a CTA.
     fn clock_size(&self) -> u32 {
         self.threads() + bulk::ENGINES
+    }
+
+    /// Memory that each thread has for itself: local space, and param space for calls.
+    fn frame(&self) -> usize {
+        (self.kernel.local_bytes + self.kernel.call_bytes.next_multiple_of(8)) as usize
     }
 
     /// Where the launch's own shared memory begins.
@@ -130,7 +136,7 @@ struct Warp {
     waits: [Wait; 32],
     /// Lanes that used up a whole time slice; others go first.
     tired: u32,
-    /// Local memory, lane after lane.
+    /// Local memory, lane after lane, and behind each lane's its param space for calls.
     local: Vec<u8>,
     clocks: Vec<Arc<Clock>>,
     epochs: [u32; 32],
@@ -171,7 +177,7 @@ impl Warp {
             waiting: 0,
             waits: [Wait::Nothing; 32],
             tired: 0,
-            local: vec![0; run.kernel.local_bytes as usize * 32],
+            local: vec![0; run.frame() * 32],
             clocks: vec![silent.clone(); 32],
             epochs: [1; 32],
             fenced: vec![None; 32],
@@ -500,6 +506,19 @@ impl<'a> Cluster<'a> {
             Op::BranchTable { index, targets } => self.branch_table(w, active, *index, targets),
             Op::Exit => Ok(Flow::Exit(active)),
             Op::Trap => Err(Stop::new(Hazard::Trap, active.trailing_zeros(), "the kernel executed a trap")),
+            Op::Print { result, params } => {
+                for lane in lanes(active) {
+                    let params = params.map(|at| self.param(w, lane, at));
+                    self.print(w, lane, params)?;
+                    self.set_param(w, lane, *result, 0);
+                }
+                Ok(Flow::Next)
+            }
+            Op::AssertFail { params } => {
+                let lane = active.trailing_zeros() as usize;
+                let params = params.map(|at| self.param(w, lane, at));
+                Err(self.assertion(w, lane, params)?)
+            }
             Op::Nothing => Ok(Flow::Next),
             Op::Yield => Ok(Flow::Yield),
             Op::Load { .. } | Op::Store { .. } | Op::Atomic { .. } | Op::Fence => {

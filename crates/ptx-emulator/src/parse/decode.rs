@@ -152,6 +152,15 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
         }
         ["ret" | "exit"] | ["ret", "uni"] => Ok(Op::Exit),
         ["trap" | "brkpt"] => Ok(Op::Trap),
+        ["vprintf"] => {
+            let [result, format, arguments] = [o.immediate()?, o.immediate()?, o.immediate()?];
+            Ok(Op::Print { result, params: [format, arguments] })
+        }
+        ["__assertfail"] => {
+            let params = [o.immediate()?, o.immediate()?, o.immediate()?, o.immediate()?];
+            o.immediate()?;
+            Ok(Op::AssertFail { params })
+        }
         ["nanosleep", "u32"] => o.value().map(|_| Op::Yield),
         ["prefetch" | "prefetchu", ..] => o.address().map(|_| Op::Nothing),
         ["griddepcontrol", "wait" | "launch_dependents"] => Ok(Op::Nothing),
