@@ -621,11 +621,13 @@ pub(crate) enum MatrixType {
     BF16,
 }
 
-/// `wgmma.mma_async` of m64nNk16 with f32 results.
+/// `wgmma.mma_async` of m64nNk16.
 #[derive(Clone, Debug)]
 pub(crate) struct Product {
     pub(crate) n: u32,
     pub(crate) input: MatrixType,
+    /// Whether results are f16, two in a register, rather than f32.
+    pub(crate) half_result: bool,
     pub(crate) d: Vec<u32>,
     /// A descriptor, or four registers.
     pub(crate) a: Vec<Operand>,

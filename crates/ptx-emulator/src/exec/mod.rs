@@ -10,6 +10,7 @@ mod bulk;
 mod cluster;
 mod copy;
 mod counters;
+mod descriptor;
 mod fragments;
 mod matrix;
 mod mbarrier;

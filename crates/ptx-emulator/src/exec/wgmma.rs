@@ -6,51 +6,16 @@
 
 use std::sync::Arc;
 
-use super::{Cluster, Flow, Step, Wait, warp::then};
+use super::{Cluster, Flow, Step, Wait, descriptor::Layout, warp::then};
 use crate::{
     clock::Stamp,
     error::{Hazard, Stop},
     isa::{MatrixType, Op, Product},
-    number::{BF16, F16, Lanes},
+    number::{BF16, F16, Lanes, Rounding, Scalar},
 };
 
 /// The engine of the first warpgroup; each of up to 8 has its own.
 const FIRST_ENGINE: u32 = 32;
-
-/// Where a matrix in shared memory lies, from the 64 bits that describe it.
-#[derive(Clone, Copy, Debug)]
-struct Layout {
-    start: u32,
-    leading: u32,
-    stride: u32,
-}
-
-impl Layout {
-    fn decode(bits: u64) -> Result<Self, String> {
-        let field = |at: u32| (bits >> at & 0x3fff) as u32 * 16;
-        let (swizzle, base) = (bits >> 62, bits >> 49 & 7);
-        if swizzle != 1 {
-            return Err(format!(
-                "the descriptor {bits:#018x} asks for swizzle mode {swizzle}; only 1, 128 bytes, is implemented"
-            ));
-        }
-        if base != 0 {
-            return Err(format!("the descriptor {bits:#018x} has base offset {base}; only 0 is implemented"));
-        }
-        Ok(Self { start: field(0), leading: field(16), stride: field(32) })
-    }
-
-    /// Where 8 neighbouring elements begin: along k of row `mn` where k comes first, else along mn.
-    fn chunk(self, k_first: bool, mn: u32, k: u32) -> u32 {
-        let offset = if k_first {
-            mn / 8 * self.stride + mn % 8 * 128 + 2 * k
-        } else {
-            mn / 64 * self.leading + k / 8 * self.stride + k % 8 * 128 + 2 * (mn % 64)
-        };
-        let address = self.start + offset;
-        address ^ ((address >> 7 & 7) << 4)
-    }
-}
 
 impl Cluster<'_> {
     pub(super) fn product_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
@@ -177,11 +142,21 @@ impl Cluster<'_> {
         for (at, d) in product.d.iter().enumerate() {
             let register = &mut warp.registers[*d as usize];
             for (lane, value) in register.iter_mut().enumerate() {
-                let row = lane / 4 + at / 2 % 2 * 8;
-                let column = at / 4 * 8 + lane % 4 * 2 + at % 2;
-                let before = if keeps { f64::from(f32::from_bits(*value as u32)) } else { 0.0 };
-                let sum = (sums[row][column] + before) as f32;
-                *value = crate::number::Scalar::put(sum);
+                // Element n of a lane lies in this row and column.
+                let sum = |n: usize, before: f64| {
+                    let row = lane / 4 + n / 2 % 2 * 8;
+                    let column = n / 4 * 8 + lane % 4 * 2 + n % 2;
+                    sums[row][column] + if keeps { before } else { 0.0 }
+                };
+                *value = if product.half_result {
+                    let [low, high] = [0, 1].map(|half| {
+                        let sum = sum(2 * at + half, F16.decode(*value >> (16 * half) & 0xffff));
+                        F16.encode(sum, Rounding::Nearest)
+                    });
+                    low | high << 16
+                } else {
+                    Scalar::put(sum(at, f64::from(f32::from_bits(*value as u32))) as f32)
+                };
             }
         }
         self.counters.matrix_products += 1;

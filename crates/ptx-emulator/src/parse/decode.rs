@@ -357,7 +357,9 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
         ["wgmma", "fence", "sync", "aligned"] => Ok(Op::ProductFence),
         ["wgmma", "commit_group", "sync", "aligned"] => Ok(Op::ProductCommit),
         ["wgmma", "wait_group", "sync", "aligned"] => Ok(Op::ProductWait { pending: o.immediate()? as u32 }),
-        ["wgmma", "mma_async", "sync", "aligned", shape, "f32", a, b] => product(shape, a, b, o),
+        ["wgmma", "mma_async", "sync", "aligned", shape, d @ ("f32" | "f16"), a, b] => {
+            product(shape, *d == "f16", a, b, o)
+        }
         _ => arithmetic(words, o),
     }
 }
@@ -722,10 +724,10 @@ fn tensor(rank: &str, o: &mut Operands<'_>) -> Result<(Address, Vec<Operand>)> {
     }
 }
 
-fn product(shape: &str, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
+fn product(shape: &str, half_result: bool, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
     let input = match (a, b) {
         ("f16", "f16") => MatrixType::F16,
-        ("bf16", "bf16") => MatrixType::BF16,
+        ("bf16", "bf16") if !half_result => MatrixType::BF16,
         _ => return Err(UNKNOWN.into()),
     };
     let n = shape
@@ -735,7 +737,7 @@ fn product(shape: &str, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
     let n = n.filter(|n| n.is_multiple_of(8) && (8..=256).contains(n)).ok_or(UNKNOWN)?;
     let d = o.registers()?.into_iter().collect::<Option<Vec<_>>>().ok_or("no sinks here")?;
     let a = o.values()?;
-    if d.len() != n as usize / 2 || !matches!(a.len(), 1 | 4) {
+    if d.len() != n as usize / if half_result { 4 } else { 2 } || !matches!(a.len(), 1 | 4) {
         return Err("a fragment has another number of registers".into());
     }
     let b = o.value()?;
@@ -757,6 +759,7 @@ fn product(shape: &str, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
     Ok(Op::Product(Product {
         n,
         input,
+        half_result,
         d,
         a,
         b,
