@@ -1,4 +1,5 @@
-//! Who has heard of what: vector clocks over the threads of a launch, and the accesses they order.
+//! Who has heard of what: vector clocks over the threads of a launch, and the stamps of the accesses they
+//! order.
 //!
 //! A thread's clock says, for every other thread, up to which of that thread's epochs it has heard of
 //! it. An epoch ends whenever a thread tells others what it did: at barriers, fences and releases. An
@@ -30,12 +31,25 @@ impl Stamp {
         (self.0 >> 30) as u32 & 0x7ff
     }
 
+    pub(crate) const fn lane(self) -> u32 {
+        self.thread() % 32
+    }
+
+    /// The same in another lane of the warp.
+    pub(crate) const fn of_lane(self, lane: u32) -> Self {
+        Self(self.0 & !(31 << 30) | (lane as u64) << 30)
+    }
+
+    pub(crate) const fn is_same_warp(self, other: Self) -> bool {
+        self.0 >> 35 == other.0 >> 35
+    }
+
     /// Whether both are of one thread of one CTA.
     const fn is_same_thread(self, other: Self) -> bool {
         self.0 >> 30 == other.0 >> 30
     }
 
-    const fn strong(self) -> bool {
+    pub(crate) const fn strong(self) -> bool {
         self.0 >> 29 & 1 == 1
     }
 
@@ -53,12 +67,14 @@ pub(crate) struct Clock {
     own: Arc<[u32]>,
     /// Those of the other CTAs that it has heard of.
     foreign: BTreeMap<u32, Arc<[u32]>>,
+    /// The part of all this that a proxy fence stands behind, so that engines see it too.
+    proxied: Option<Arc<Self>>,
 }
 
 impl Clock {
     /// A clock of a thread of CTA `home` that has heard of nobody.
     pub(crate) fn new(home: u32, threads: u32) -> Self {
-        Self { home, own: vec![0; threads as usize].into(), foreign: BTreeMap::new() }
+        Self { home, own: vec![0; threads as usize].into(), foreign: BTreeMap::new(), proxied: None }
     }
 
     /// Hears of a thread of its own CTA up to an epoch.
@@ -96,6 +112,24 @@ impl Clock {
         for (cta, epochs) in &other.foreign {
             self.hear(*cta, epochs);
         }
+        match (&mut self.proxied, &other.proxied) {
+            (Some(known), Some(proxied)) if !Arc::ptr_eq(known, proxied) => {
+                Arc::make_mut(known).join(proxied)
+            }
+            (none @ None, proxied) => *none = proxied.clone(),
+            _ => {}
+        }
+    }
+
+    /// A proxy fence: engines may see all that was heard of until now.
+    pub(crate) fn hand_over(&mut self) {
+        self.proxied = None;
+        self.proxied = Some(Arc::new(self.clone()));
+    }
+
+    /// Whether an engine sees what this access wrote.
+    pub(crate) fn has_handed_over(&self, other: Stamp) -> bool {
+        other == Stamp::NOBODY || self.proxied.as_ref().is_some_and(|proxied| proxied.has_heard(other))
     }
 
     fn hear(&mut self, cta: u32, epochs: &Arc<[u32]>) {
@@ -139,9 +173,10 @@ impl Clock {
         epochs.get(other.thread() as usize).is_some_and(|epoch| *epoch >= other.epoch())
     }
 
-    /// An access noted here, in a CTA other than its own, that `other` has not heard of.
+    /// An access noted here that `other` has not heard of.
     pub(crate) fn unheard_by(&self, other: &Self) -> Option<Stamp> {
-        self.foreign.iter().find_map(|(cta, epochs)| {
+        let mut all = self.foreign.iter().chain(std::iter::once((&self.home, &self.own)));
+        all.find_map(|(cta, epochs)| {
             let stamps = epochs.iter().zip(0..).filter(|(epoch, _)| **epoch > 0);
             let mut stamps = stamps.map(|(epoch, thread)| Stamp::new(*cta, thread, *epoch, false));
             stamps.find(|stamp| !other.has_heard(*stamp))
@@ -162,115 +197,15 @@ impl Accessor<'_> {
         other.is_same_thread(self.stamp) || self.clock.has_heard(other)
     }
 
-    fn races(&self, other: Stamp) -> bool {
+    /// Whether nothing orders this access behind that of `other`, and they may not meet either.
+    pub(crate) fn races(&self, other: Stamp) -> bool {
         !(self.follows(other) || self.stamp.strong() && other.strong())
-    }
-}
-
-/// The last accesses to four bytes.
-///
-/// One writer and two readers are remembered: a race with a third reader of the same word can go
-/// unseen. Bytes are told apart where the accesses are narrower than the word.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Cell {
-    writer: Stamp,
-    readers: [Stamp; 2],
-    written: u8,
-    read: [u8; 2],
-}
-
-/// An access that nothing orders against the present one.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Conflict {
-    pub(crate) other: Stamp,
-    pub(crate) wrote: bool,
-}
-
-impl Cell {
-    /// Notes a read of the bytes in `mask`.
-    #[inline]
-    pub(crate) fn read(&mut self, by: &Accessor<'_>, mask: u8) -> Result<(), Conflict> {
-        if self.written & mask != 0 && by.races(self.writer) {
-            return Err(Conflict { other: self.writer, wrote: true });
-        }
-        // A reader that everybody behind this one will have heard of too need not be remembered.
-        let slot = usize::from(!by.follows(self.readers[0]));
-        self.readers[slot] = by.stamp;
-        self.read[slot] = mask;
-        Ok(())
-    }
-
-    /// Notes that an engine reads for a thread: it may where the thread may, and is who has read.
-    #[inline]
-    pub(crate) fn read_by_engine(
-        &mut self,
-        by: &Accessor<'_>,
-        engine: Stamp,
-        mask: u8,
-    ) -> Result<(), Conflict> {
-        if self.written & mask != 0 && by.races(self.writer) {
-            return Err(Conflict { other: self.writer, wrote: true });
-        }
-        let first = self.readers[0];
-        let replaces = first.is_same_thread(engine) || by.follows(first);
-        let slot = usize::from(!replaces);
-        self.readers[slot] = engine;
-        self.read[slot] = mask;
-        Ok(())
-    }
-
-    /// Notes a write of the bytes in `mask`.
-    #[inline]
-    pub(crate) fn write(&mut self, by: &Accessor<'_>, mask: u8) -> Result<(), Conflict> {
-        if self.written & mask != 0 && by.races(self.writer) {
-            return Err(Conflict { other: self.writer, wrote: true });
-        }
-        for (reader, read) in self.readers.iter().zip(self.read) {
-            if read & mask != 0 && by.races(*reader) {
-                return Err(Conflict { other: *reader, wrote: false });
-            }
-        }
-        self.writer = by.stamp;
-        self.written = mask;
-        self.readers = [Stamp::NOBODY; 2];
-        Ok(())
-    }
-
-    /// Who wrote here last.
-    pub(crate) fn writer(&self) -> Stamp {
-        self.writer
-    }
-
-    /// Whether anybody has written here since the launch began.
-    pub(crate) fn is_written(&self) -> bool {
-        self.writer != Stamp::NOBODY
-    }
-
-    /// A copy that ran on its own is finished: it counts as written now, by whoever waited for it.
-    pub(crate) fn land(&mut self, by: Stamp) {
-        self.writer = by;
-        self.written = 0xf;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn orders_what_was_heard() {
-        let (mut mine, other) = (Clock::new(0, 2), Stamp::new(0, 1, 5, false));
-        let mut cell = Cell::default();
-        let nobody = Clock::new(0, 2);
-        cell.write(&Accessor { clock: &nobody, stamp: other }, 0xf).unwrap();
-        let stamp = Stamp::new(0, 0, 1, false);
-        assert!(cell.read(&Accessor { clock: &mine, stamp }, 0xf).is_err());
-        assert!(cell.read(&Accessor { clock: &mine, stamp: Stamp::new(0, 1, 6, false) }, 0xf).is_ok());
-        mine.set(1, 5);
-        assert!(cell.read(&Accessor { clock: &mine, stamp }, 0xf).is_ok());
-        // The other thread has not heard of that read.
-        assert!(cell.write(&Accessor { clock: &nobody, stamp: Stamp::new(0, 1, 7, false) }, 0xf).is_err());
-    }
 
     #[test]
     fn hears_across_ctas() {
@@ -293,12 +228,17 @@ mod tests {
     }
 
     #[test]
-    fn tells_bytes_apart() {
-        let clock = Clock::new(0, 2);
-        let mut cell = Cell::default();
-        let by = |thread| Accessor { clock: &clock, stamp: Stamp::new(0, thread, 1, false) };
-        cell.write(&by(0), 0b0011).unwrap();
-        cell.write(&by(1), 0b1100).unwrap();
-        assert!(cell.write(&by(0), 0b1000).is_err());
+    fn hands_over_what_was_heard_before() {
+        let mut mine = Clock::new(0, 4);
+        mine.set(1, 5);
+        assert!(!mine.has_handed_over(Stamp::new(0, 1, 5, false)));
+        mine.hand_over();
+        mine.set(1, 6);
+        let mut other = Clock::new(1, 4);
+        other.join(&mine);
+        for clock in [&mine, &other] {
+            assert!(clock.has_handed_over(Stamp::new(0, 1, 5, false)));
+            assert!(!clock.has_handed_over(Stamp::new(0, 1, 6, false)));
+        }
     }
 }

@@ -82,6 +82,16 @@ pub(crate) enum Operand {
     Special(Special),
 }
 
+impl Operand {
+    /// The register that it is, if it is one.
+    pub(crate) const fn register(self) -> Option<u32> {
+        match self {
+            Self::Register(number) => Some(number),
+            _ => None,
+        }
+    }
+}
+
 /// A predicate as read: its register and whether it is negated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Guard {
@@ -177,6 +187,8 @@ pub(crate) struct Instruction {
     pub(crate) class: Class,
     /// Every register that it names.
     pub(crate) registers: Vec<u32>,
+    /// Whether it is a `mov`, which gives a value another name.
+    pub(crate) moves: bool,
     pub(crate) line: u32,
     pub(crate) text: String,
 }
@@ -363,6 +375,15 @@ pub(crate) enum Op {
     },
     Exit,
     Trap,
+    /// `vprintf`: where its result and its parameters lie in param space.
+    Print {
+        result: u64,
+        params: [u64; 2],
+    },
+    /// `__assertfail`: text, file, line and function.
+    AssertFail {
+        params: [u64; 4],
+    },
     /// A hint, or an order that this machine keeps anyway.
     Nothing,
     /// `nanosleep`: the others first.
@@ -404,8 +425,11 @@ pub(crate) enum Op {
         a: Operand,
     },
     Fence,
-    /// Changes nothing here, yet the warp must come to it together.
-    Aligned,
+    /// `setmaxnreg`.
+    SetRegisters {
+        increases: bool,
+        count: u32,
+    },
     /// `bar.sync`, `bar.arrive`, `barrier.*`, `bar.red`.
     Barrier {
         waits: bool,
@@ -537,12 +561,15 @@ pub(crate) enum Op {
     },
     BulkCommit,
     Product(Product),
+    ProductFence,
     ProductCommit,
     ProductWait {
         pending: u32,
     },
+    /// `reads` where only the sources have to be free again.
     BulkWait {
         pending: u32,
+        reads: bool,
     },
     ProxyFence,
     BarrierInit {
@@ -594,11 +621,13 @@ pub(crate) enum MatrixType {
     BF16,
 }
 
-/// `wgmma.mma_async` of m64nNk16 with f32 results.
+/// `wgmma.mma_async` of m64nNk16.
 #[derive(Clone, Debug)]
 pub(crate) struct Product {
     pub(crate) n: u32,
     pub(crate) input: MatrixType,
+    /// Whether results are f16, two in a register, rather than f32.
+    pub(crate) half_result: bool,
     pub(crate) d: Vec<u32>,
     /// A descriptor, or four registers.
     pub(crate) a: Vec<Operand>,

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod alu;
+mod cell;
 mod clock;
 mod error;
 mod exec;

@@ -9,7 +9,10 @@ use std::{
     },
 };
 
-use crate::clock::{Accessor, Cell, Clock, Conflict};
+use crate::{
+    cell::{Cell, Conflict},
+    clock::{Accessor, Clock},
+};
 
 /// The least distance between two allocations, so that running past one is not landing in the next.
 const GAP: u64 = 4096;
@@ -263,7 +266,7 @@ impl Shadow {
         // Aligned accesses of at most 16 bytes never leave a page.
         let page = &self.pages[allocation][first / PAGE];
         let mut page = page.lock().unwrap_or_else(PoisonError::into_inner);
-        let page = page.get_or_insert_with(|| Box::new([Cell::default(); PAGE]));
+        let page = page.get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
         if bytes < 4 {
             return check(&mut page[first % PAGE], (((1 << bytes) - 1) << (offset % 4)) as u8);
         }
@@ -324,10 +327,24 @@ impl Shared {
         self.bytes.len() as u32
     }
 
+    /// A range of up to 8 bytes.
+    #[inline]
     pub(crate) fn load(&self, at: u32, bytes: u32) -> u64 {
-        let mut value = [0; 8];
-        value[..bytes as usize].copy_from_slice(&self.bytes[at as usize..][..bytes as usize]);
-        u64::from_le_bytes(value)
+        let bytes = self.bytes(at, bytes);
+        match *bytes {
+            [a] => a.into(),
+            [a, b] => u16::from_le_bytes([a, b]).into(),
+            [a, b, c, d] => u32::from_le_bytes([a, b, c, d]).into(),
+            _ => {
+                let mut value = [0; 8];
+                value[..bytes.len()].copy_from_slice(bytes);
+                u64::from_le_bytes(value)
+            }
+        }
+    }
+
+    pub(crate) fn bytes(&self, at: u32, bytes: u32) -> &[u8] {
+        &self.bytes[at as usize..][..bytes as usize]
     }
 
     pub(crate) fn store(&mut self, at: u32, bytes: u32, value: u64) {

@@ -28,6 +28,11 @@ impl Swizzle {
         }
     }
 
+    /// Bytes within which chunks change places.
+    pub(crate) const fn span(self) -> u32 {
+        16 * (self.bits() + 1)
+    }
+
     /// Where a byte that would lie at this address of shared memory lies.
     pub(crate) const fn apply(self, address: u32) -> u32 {
         address ^ ((address >> 7 & self.bits()) << 4)
@@ -88,7 +93,7 @@ impl TensorMap<'_> {
             return refuse(format!("a box size of {size}; it must be from 1 to 256"));
         }
         let inner = box_sizes[0] * element_bytes;
-        let most = if swizzle == Swizzle::None { u32::MAX } else { 16 * (swizzle.bits() + 1) };
+        let most = if swizzle == Swizzle::None { u32::MAX } else { swizzle.span() };
         if !inner.is_multiple_of(16) || inner > most {
             return refuse(format!(
                 "{inner} bytes along the innermost side of the box; they must be a multiple of 16, and no more than the swizzle's span"

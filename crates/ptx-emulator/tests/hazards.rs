@@ -154,6 +154,19 @@ fn overwritten_while_read() {
 }
 
 #[test]
+fn every_reader_and_every_byte_counts() {
+    for schedule in SCHEDULES {
+        Bench::new(schedule).room(96).run("readers_correct", 1, 128).unwrap();
+        let mut bench = Bench::new(schedule).room(32);
+        bench.run("halves_correct", 1, 64).unwrap();
+        assert_eq!(bench.words(0), (0..32).collect::<Vec<u32>>());
+        let fault = fault(Bench::new(schedule).room(32).run("halves_without_barrier", 1, 64));
+        assert!(matches!(fault.hazard, Hazard::Race | Hazard::Uninitialised), "{fault}");
+    }
+    found(Hazard::Race, |bench| bench.room(96).run("readers_one_left", 1, 128));
+}
+
+#[test]
 fn race_within_a_warp() {
     for schedule in SCHEDULES {
         Bench::new(schedule).room(32).run("warp_exchange_correct", 1, 32).unwrap();
@@ -239,6 +252,31 @@ fn read_only_path() {
 #[test]
 fn divergent_barrier() {
     found(Hazard::NotConverged, |bench| bench.room(32).run("divergent_barrier", 1, 32));
+}
+
+/// What is aligned and for the whole CTA stands at one place; barriers of some of the warps may not.
+#[test]
+fn one_barrier_for_all() {
+    let run = |schedule, [here, there]: [&str; 2]| {
+        let ptx = format!(
+            ".version 9.0\n.target sm_90\n.address_size 64\n.visible .entry k() {{\n.reg .b32 %r; .reg .pred %p;\n\
+             mov.u32 %r, %tid.x; setp.lt.u32 %p, %r, 32; @%p bra HERE;\n{there};\nbra END;\nHERE: {here};\nEND: ret;\n}}"
+        );
+        let mut device = Device::new();
+        device.set_schedule(schedule);
+        device.load(&ptx).unwrap();
+        let (grid, block) = ([1; 3], [64, 1, 1]);
+        device.launch(&Launch { kernel: "k", grid, cluster: [1; 3], block, shared_bytes: 0, params: &[] })
+    };
+    for schedule in SCHEDULES {
+        for places in [["bar.sync 0, 64", "bar.sync 0, 64"], ["barrier.sync 0", "barrier.sync 0"]] {
+            run(schedule, places).unwrap_or_else(|error| panic!("{places:?} {schedule:?}: {error}"));
+        }
+        for places in [["bar.sync 0", "bar.sync 0"], ["barrier.sync.aligned 0", "bar.sync 0"]] {
+            let fault = fault(run(schedule, places));
+            assert_eq!(fault.hazard, Hazard::NotConverged, "{fault}");
+        }
+    }
 }
 
 #[test]

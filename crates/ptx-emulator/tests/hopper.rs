@@ -92,6 +92,8 @@ fn finds_bugs_around_loads() {
         ("tiles_few", &[Hazard::Deadlock, Hazard::Race]),
         ("tiles_many", &[Hazard::Deadlock]),
         ("tiles_overwritten", &[Hazard::Race]),
+        ("tiles_unfenced", &[Hazard::Async]),
+        ("tiles_left", &[Hazard::Async]),
     ] {
         finds(kernel, hazards, |schedule| tiles(schedule, kernel, [0, 0, 2]).map(drop));
     }
@@ -132,6 +134,27 @@ fn finds_bugs_around_stores() {
         ("stores_changed", &[Hazard::Race]),
     ] {
         finds(kernel, hazards, |schedule| stores(schedule, kernel, 0, 0).map(drop));
+    }
+}
+
+fn relay(schedule: Schedule, kernel: &str) -> Result<(), Error> {
+    let mut device = device(schedule);
+    let [there, back, out] = [256; 3].map(|bytes| device.alloc(bytes));
+    launch(&mut device, kernel, 64, &[there, back, out].map(u64::to_le_bytes).concat())?;
+    let expected: Vec<u8> = (0..64_u32).flat_map(|n| ((63 - n) * 3).to_le_bytes()).collect();
+    assert_eq!(device.read(out, 256)?, expected, "{schedule:?}");
+    Ok(())
+}
+
+#[test]
+fn engines_and_threads_share_device_memory() {
+    for schedule in SCHEDULES {
+        relay(schedule, "relay_correct").unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
+    }
+    for (kernel, hazard) in
+        [("relay_unfenced", Hazard::Async), ("relay_early", Hazard::Race), ("relay_left", Hazard::Async)]
+    {
+        finds(kernel, &[hazard], |schedule| relay(schedule, kernel));
     }
 }
 
@@ -203,9 +226,10 @@ fn gemm(schedule: Schedule, kernel: &str, transposed: bool) -> Result<(), Error>
                 value(row * 64 + k, 1) * value(if transposed { k * 128 + column } else { column * 64 + k }, 5)
             })
             .sum();
+        let times = if kernel.starts_with("gemm_twice") { 4 } else { 1 };
         assert_eq!(
             f32::from_le_bytes(found.try_into().unwrap()),
-            expected as f32,
+            (times * expected) as f32,
             "{kernel} ({row}, {column})"
         );
     }
@@ -220,6 +244,7 @@ fn multiplies_with_warpgroups() {
             ("gemm_transposed", true),
             ("gemm_registers", false),
             ("gemm_registers_transposed", true),
+            ("gemm_twice", false),
         ] {
             gemm(schedule, kernel, transposed).unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
         }
@@ -233,8 +258,53 @@ fn finds_bugs_around_products() {
         ("gemm_unwaited", Hazard::Async),
         ("gemm_overwritten", Hazard::Race),
         ("gemm_one_left", Hazard::Async),
-        ("gemm_three_warps", Hazard::Deadlock),
+        ("gemm_three_warps", Hazard::NotConverged),
+        ("gemm_unequal", Hazard::Operand),
+        ("gemm_unordered", Hazard::Async),
+        ("gemm_twice_unordered", Hazard::Async),
     ] {
         finds(kernel, &[hazard], |schedule| gemm(schedule, kernel, false));
+    }
+}
+
+#[test]
+fn shares_out_registers() {
+    let run = |schedule, kernel| {
+        let mut device = device(schedule);
+        let out = device.alloc(1024);
+        launch(&mut device, kernel, 256, &out.to_le_bytes())
+    };
+    for schedule in SCHEDULES {
+        run(schedule, "registers_correct").unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
+    }
+    for (kernel, hazard) in [
+        ("registers_kept", Hazard::Deadlock),
+        ("registers_grown", Hazard::Operand),
+        ("registers_shrunk", Hazard::Operand),
+        ("registers_unequal", Hazard::NotConverged),
+        ("registers_alone", Hazard::NotConverged),
+    ] {
+        finds(kernel, &[hazard], |schedule| run(schedule, kernel).map(drop));
+    }
+    let entry = |directive: &str, count: u32| {
+        let ptx = format!(
+            ".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry k()\n{directive}\n{{\n\
+             setmaxnreg.dec.sync.aligned.u32 {count};\nret;\n}}"
+        );
+        Device::new().load(&ptx)
+    };
+    entry(".maxntid 128, 1, 1", 24).unwrap();
+    entry(".reqntid 128", 240).unwrap();
+    entry(".maxnreg 64", 24).unwrap();
+    for (directive, count, says) in [
+        ("", 24, "setmaxnreg needs an entry with .maxntid"),
+        (".maxntid 128, 1, 1", 20, "a register count is a multiple of 8"),
+        (".maxntid 128, 1, 1", 16, "from 24 to 256"),
+        (".maxntid 128, 1, 1", 264, "from 24 to 256"),
+    ] {
+        match entry(directive, count) {
+            Err(Error::Parse { line: 7, reason, .. }) => assert!(reason.contains(says), "{reason}"),
+            other => panic!("{directive} {count}: {other:?}"),
+        }
     }
 }

@@ -14,6 +14,8 @@ pub(super) struct Barrier {
     /// Threads that it waits for; absent for all that have not ended.
     expected: Option<u32>,
     arrived: u32,
+    /// The instruction that all threads of the CTA are to execute, where it is aligned and for all.
+    place: Option<u32>,
     /// Warps and lanes that wait at it.
     waiting: Vec<(usize, u32)>,
     /// What those who arrived have done and heard of.
@@ -62,6 +64,17 @@ impl Cluster<'_> {
                 Some(count)
             }
         };
+        if *aligned && expected.is_none() {
+            let barrier = &mut self.cta_mut(w).barriers[id as usize];
+            let place = *barrier.place.get_or_insert(pc);
+            if place != pc {
+                let line = self.run.kernel.instructions[place as usize].line;
+                let message = format!(
+                    "all threads of the CTA must come to one and the same instruction, and others are at line {line}"
+                );
+                return Err(Stop::new(Hazard::NotConverged, lane, message));
+            }
+        }
         self.arrive(w, mask, id, expected, *waits, *aligned, reduce.as_ref())?;
         if *waits {
             for lane in lanes(mask) {

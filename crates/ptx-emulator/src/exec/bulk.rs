@@ -4,7 +4,13 @@
 //! until who issued the copy has waited for its group. What threads wrote the engine only sees behind a
 //! `fence.proxy.async`.
 
-use super::{Cluster, Flow, Step, lanes, mbarrier::At};
+use std::sync::Arc;
+
+use super::{
+    Cluster, Flow, Step, lanes,
+    mbarrier::At,
+    memory::{LOCAL_WINDOW, WINDOW, is_unseen, unfenced_message},
+};
 use crate::{
     clock::{Accessor, Stamp},
     error::{Fault, Hazard, Stop},
@@ -15,7 +21,11 @@ use crate::{
 };
 
 /// Engines of a CTA, each a thread of its own behind those of the launch.
-pub(crate) const ENGINES: u32 = 40;
+pub(crate) const ENGINES: u32 = 56;
+/// The engines that read shared memory for stores, and those that write to device memory for them: one of
+/// each for every second warp. Those for loads come before, those of `wgmma` between.
+const READERS: u32 = 16;
+const WRITERS: u32 = 40;
 
 /// A copy to shared memory of one CTA that has been issued and has not arrived.
 #[derive(Debug)]
@@ -29,6 +39,13 @@ pub(super) struct Flight {
     stamp: Stamp,
     barrier: At,
     bytes: u32,
+}
+
+/// A bulk store: what its engines did when.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Store {
+    pub(super) reads: Stamp,
+    writes: Stamp,
 }
 
 /// Adjacent bytes of shared memory, and what comes to them or where they go.
@@ -147,24 +164,20 @@ impl Cluster<'_> {
             }
             Op::BulkCommit => {
                 for lane in lanes(active) {
-                    let group = std::mem::take(&mut self.warps[w].stores_open[lane]);
+                    let group = self.warps[w].stores_open[lane].take();
                     self.warps[w].stores[lane].push_back(group);
                 }
             }
-            Op::BulkWait { pending } => {
+            Op::BulkWait { pending, reads } => {
                 for lane in lanes(active) {
-                    while self.warps[w].stores[lane].len() > *pending as usize {
-                        let group = self.warps[w].stores[lane].pop_front().expect("a group");
-                        for stamp in group {
-                            self.hear_engine(w, lane, stamp);
-                        }
-                    }
+                    self.wait_for_stores(w, lane, *pending as usize, *reads);
                 }
             }
             Op::ProxyFence => {
                 for lane in lanes(active) {
-                    let told = self.tell(w, lane);
-                    self.proxied.join(&told);
+                    let mut clock = self.tell(w, lane);
+                    Arc::make_mut(&mut clock).hand_over();
+                    self.warps[w].clocks[lane] = clock;
                 }
             }
             other => unreachable!("{other:?} is not a bulk copy"),
@@ -172,8 +185,21 @@ impl Cluster<'_> {
         Ok(Flow::Next)
     }
 
-    fn hear_engine(&mut self, w: usize, lane: usize, stamp: Stamp) {
-        std::sync::Arc::make_mut(&mut self.warps[w].clocks[lane]).note(stamp);
+    /// Waits until stores have read their source, or are done, in all but so many groups. Stores of a lane
+    /// come in the order of their stamps, so word of the last is enough.
+    fn wait_for_stores(&mut self, w: usize, lane: usize, pending: usize, reads: bool) {
+        let warp = &mut self.warps[w];
+        let groups = &mut warp.stores[lane];
+        let done = groups.len().saturating_sub(pending);
+        let Some(store) = groups.iter().take(done).rev().find_map(|group| *group) else {
+            return;
+        };
+        let clock = Arc::make_mut(&mut warp.clocks[lane]);
+        clock.note(store.reads);
+        if !reads {
+            clock.note(store.writes);
+            groups.drain(..done);
+        }
     }
 
     fn bulk_place(
@@ -207,6 +233,10 @@ impl Cluster<'_> {
         if !address.is_multiple_of(64) {
             let message = format!("a tensor map at {address:#x}, which is not a multiple of 64");
             return Err(Stop::new(Hazard::Misaligned, lane as u32, message));
+        }
+        if address & !(WINDOW - 1) == LOCAL_WINDOW {
+            let message = "a tensor map lies in local memory, where engines cannot read it";
+            return Err(Stop::new(Hazard::Operand, lane as u32, message));
         }
         for (n, byte) in bytes.iter_mut().enumerate() {
             *byte = self.generic_byte(w, lane, address + n as u64)?;
@@ -265,13 +295,15 @@ impl Cluster<'_> {
         // Copies to one mbarrier share an engine.
         let stamp = self.engine_stamp(w, barrier.1 / 8 % 16);
         for peer in [cta, barrier.0] {
-            if peer != self.warps[w].cta {
+            if peer == self.warps[w].cta {
+                self.ctas[peer].visits.note(stamp);
+            } else {
                 self.visit_peer(w, lane, peer, stamp)?;
             }
         }
         for piece in &pieces {
             match piece.other {
-                Other::Global(address) => drop(self.read_global(w, lane, address, piece.bytes)?),
+                Other::Global(address) => drop(self.engine_access(w, lane, address, piece.bytes, None)?),
                 Other::Shared(_, at) => self.engine_reads(w, lane, at, piece.bytes, stamp)?,
                 Other::Nothing | Other::Value(_) => {}
             }
@@ -291,20 +323,23 @@ impl Cluster<'_> {
     }
 
     fn issue_store(&mut self, w: usize, lane: usize, pieces: Vec<Piece>) -> Result<(), Stop> {
-        // Stores of one warp share an engine.
-        let stamp = self.engine_stamp(w, 16 + self.warps[w].place % 16);
+        let engine = self.warps[w].place % 16;
+        let reads = self.engine_stamp(w, READERS + engine);
+        let writes = self.engine_stamp(w, WRITERS + engine);
         for piece in pieces {
             let Other::Global(global) = piece.other else {
                 continue;
             };
-            self.engine_reads(w, lane, piece.shared, piece.bytes, stamp)?;
+            self.engine_reads(w, lane, piece.shared, piece.bytes, reads)?;
             for n in (0..piece.bytes).step_by(8) {
                 let bytes = (piece.bytes - n).min(8);
                 let value = self.cta(w).shared.load(piece.shared + n, bytes);
-                self.write_global(w, lane, global + u64::from(n), bytes, value)?;
+                let address = global + u64::from(n);
+                let (allocation, offset) = self.engine_access(w, lane, address, bytes, Some(writes))?;
+                self.run.memory.allocations()[allocation].store(offset, bytes, value);
             }
         }
-        self.warps[w].stores_open[lane].push(stamp);
+        self.warps[w].stores_open[lane] = Some(Store { reads, writes });
         Ok(())
     }
 
@@ -334,22 +369,17 @@ impl Cluster<'_> {
         let stamp = self.stamp(w, lane, false);
         let by = Accessor { clock: &self.warps[w].clocks[lane], stamp };
         let threads = self.run.threads();
+        let clock = &self.warps[w].clocks[lane];
         let mut unfenced = false;
         let checked = self.ctas[cta].shared.visit(at, bytes, |cell, mask| {
-            let writer = cell.writer();
-            // The other half of the word may be of this copy too.
-            if writer != engine {
-                unfenced |= is_proxy && writer.thread() < threads && !self.proxied.has_heard(writer);
-                cell.write(&by, mask)?;
-                cell.land(engine);
-            }
-            Ok(())
+            unfenced |= is_proxy && cell.any_writer(mask, |writer| is_unseen(clock, writer, threads));
+            cell.write_by_engine(&by, engine, mask)
         });
         if let Err(conflict) = checked {
             let what = format!("a bulk copy of {at:#x} in shared memory");
             return stop(Hazard::Race, self.race_message(&what, true, conflict));
         }
-        if unfenced { stop(Hazard::Async, unfenced_message(at)) } else { Ok(()) }
+        if unfenced { stop(Hazard::Async, unfenced_message("shared", at.into())) } else { Ok(()) }
     }
 
     /// That an engine may read bytes of the CTA's shared memory for a thread: it may where the thread may,
@@ -383,18 +413,18 @@ impl Cluster<'_> {
             }
             None => {}
         }
-        let by = Accessor { clock: &self.warps[w].clocks[lane], stamp };
+        let clock = &self.warps[w].clocks[lane];
+        let by = Accessor { clock, stamp };
         let mut unfenced = false;
         let checked = cta.shared.visit(at, bytes, |cell, mask| {
-            let writer = cell.writer();
-            unfenced |= writer.thread() < threads && !self.proxied.has_heard(writer);
+            unfenced |= cell.any_writer(mask, |writer| is_unseen(clock, writer, threads));
             cell.read_by_engine(&by, engine, mask)
         });
         if let Err(conflict) = checked {
             let what = format!("{bytes} bytes at {at:#x} in shared memory by an engine");
             return stop(Hazard::Race, self.race_message(&what, false, conflict));
         }
-        if unfenced { stop(Hazard::Async, unfenced_message(at)) } else { Ok(()) }
+        if unfenced { stop(Hazard::Async, unfenced_message("shared", at.into())) } else { Ok(()) }
     }
 
     /// A copy arrives.
@@ -429,12 +459,6 @@ impl Cluster<'_> {
         self.land_flight(index).map_err(|stop| self.fault(w, pc, stop))?;
         Ok(true)
     }
-}
-
-fn unfenced_message(at: u32) -> String {
-    format!(
-        "bytes at {at:#x} of shared memory were written by a thread, and no fence.proxy.async stands between"
-    )
 }
 
 /// The same bytes in as few pieces as can be: chunks of 16 bytes where both sides allow it.

@@ -129,6 +129,12 @@ impl Cluster<'_> {
         let mut last = None;
         for lane in lanes(mask) {
             let clock = &warp.clocks[lane];
+            let stores = warp.stores[lane].back().copied().flatten();
+            let store = warp.stores_open[lane].or(stores);
+            if store.is_some_and(|store| !clock.has_heard(store.reads)) {
+                let message = "this thread ends, and a bulk store may still have to read shared memory";
+                return Err(Stop::new(Hazard::Async, lane as u32, message));
+            }
             if !last.is_some_and(|last| Arc::ptr_eq(last, clock)) {
                 cta.heard.join(clock);
                 last = Some(clock);
@@ -146,7 +152,8 @@ impl Cluster<'_> {
                     "this CTA ends, and nothing orders that behind an access to its shared memory by {}",
                     self.name(stamp)
                 );
-                Err(Stop::new(Hazard::Peer, mask.trailing_zeros(), message))
+                let hazard = if stamp.cta() == cta.number { Hazard::Async } else { Hazard::Peer };
+                Err(Stop::new(hazard, mask.trailing_zeros(), message))
             }
         }
     }

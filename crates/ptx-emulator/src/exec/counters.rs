@@ -152,9 +152,14 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
             Class::Float
         }
         Op::Approximate { .. } | Op::Divide { .. } => Class::Special,
-        Op::Branch { .. } | Op::BranchTable { .. } | Op::Exit | Op::Trap | Op::Nothing | Op::Yield => {
-            Class::Control
-        }
+        Op::Branch { .. }
+        | Op::BranchTable { .. }
+        | Op::Exit
+        | Op::Trap
+        | Op::Print { .. }
+        | Op::AssertFail { .. }
+        | Op::Nothing
+        | Op::Yield => Class::Control,
         Op::Load { .. }
         | Op::Store { .. }
         | Op::Atomic { .. }
@@ -165,7 +170,7 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::LoadMatrix { .. }
         | Op::StoreMatrix { .. } => Class::Memory,
         Op::Fence
-        | Op::Aligned
+        | Op::SetRegisters { .. }
         | Op::Barrier { .. }
         | Op::WarpSync { .. }
         | Op::Shuffle { .. }
@@ -179,6 +184,7 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::ClusterArrive { .. }
         | Op::ClusterWait { .. }
         | Op::BulkCommit
+        | Op::ProductFence
         | Op::ProductCommit
         | Op::ProductWait { .. }
         | Op::BulkWait { .. }

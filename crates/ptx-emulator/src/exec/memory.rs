@@ -8,7 +8,8 @@ use std::{
 
 use super::{Cluster, Flow, Step, lanes};
 use crate::{
-    clock::{Accessor, Clock, Conflict, Stamp},
+    cell::Conflict,
+    clock::{Accessor, Clock, Stamp},
     error::{Hazard, Stop},
     isa::{Address, AtomicUpdate, Op, Operand, Order, Space, Type},
     memory::Byte,
@@ -185,9 +186,14 @@ impl Cluster<'_> {
                 }
             },
             Space::Local => {
-                let size = self.run.kernel.local_bytes;
-                within(size.into(), "local")?;
-                Ok(Place::Local(access.lane * size as usize + offset as usize))
+                within(self.run.kernel.local_bytes.into(), "local")?;
+                Ok(Place::Local(access.lane * self.run.frame() + offset as usize))
+            }
+            Space::Param if offset >= self.run.kernel.calls_at.into() => {
+                let kernel = self.run.kernel;
+                within((kernel.calls_at + kernel.call_bytes).into(), "param")?;
+                let within = kernel.local_bytes as usize + (offset as usize - kernel.calls_at as usize);
+                Ok(Place::Local(access.lane * self.run.frame() + within))
             }
             Space::Param => {
                 within(self.run.params.len() as u64, "param")?;
@@ -545,22 +551,40 @@ impl Cluster<'_> {
         Ok((index, offset))
     }
 
-    /// A checked write of device memory.
-    pub(super) fn write_global(
-        &mut self,
+    /// Checks an access of an engine to device memory on behalf of a thread, and where it is. What threads
+    /// wrote there in this launch it meets only behind a proxy fence.
+    pub(super) fn engine_access(
+        &self,
         w: usize,
         lane: usize,
         address: u64,
         bytes: u32,
-        value: u64,
-    ) -> Result<(), Stop> {
+        writes: Option<Stamp>,
+    ) -> Result<(usize, u64), Stop> {
         let access = Access { lane, address, bytes };
         let Place::Global(index, offset) = self.resolve(w, Space::Global, access)? else {
             unreachable!("global space is global");
         };
-        self.check_global(w, access, index, offset, true, Order::Weak, false)?;
-        self.run.memory.allocations()[index].store(offset, bytes, value);
-        Ok(())
+        let allocation = &self.run.memory.allocations()[index];
+        if writes.is_none() && !allocation.is_initialised(offset, bytes) {
+            let message = format!("{bytes} bytes at {address:#x} hold some that were never written");
+            return Err(access.stop(Hazard::Uninitialised, message));
+        }
+        let threads = self.run.threads();
+        let by = self.accessor(w, lane, false);
+        let mut unfenced = false;
+        let checked = self.run.shadow.visit(index, offset, bytes, |cell, mask| {
+            unfenced |= cell.any_writer(mask, |writer| is_unseen(by.clock, writer, threads));
+            match writes {
+                Some(engine) => cell.write_by_engine(&by, engine, mask),
+                None => cell.read(&by, mask),
+            }
+        });
+        checked.map_err(|conflict| self.race(access, "global", writes.is_some(), conflict))?;
+        if unfenced {
+            return Err(access.stop(Hazard::Async, unfenced_message("global", address)));
+        }
+        Ok((index, offset))
     }
 
     /// A byte at a generic address.
@@ -568,15 +592,34 @@ impl Cluster<'_> {
         let access = Access { lane, address, bytes: 1 };
         match self.resolve(w, Space::Generic, access)? {
             Place::Param(at) => Ok(self.run.params[at]),
+            Place::Local(at) => Ok(self.warps[w].local[at]),
             Place::Global(..) => {
                 let (index, offset) = self.read_global(w, lane, address, 1)?;
                 Ok(self.run.memory.allocations()[index].load(offset, 1) as u8)
             }
             other => Err(access.stop(
                 Hazard::Operand,
-                format!("a tensor map lies in {other:?}, not in param or global memory"),
+                format!("{other:?} lies in neither param nor global nor local memory"),
             )),
         }
+    }
+
+    /// A value in a thread's own param space, where the parser has put it.
+    pub(super) fn param(&self, w: usize, lane: usize, at: u64) -> u64 {
+        let place = self.param_place(lane, at);
+        let end = (place + 8).min((lane + 1) * self.run.frame());
+        from_bytes(&self.warps[w].local[place..end])
+    }
+
+    /// Sets 4 bytes there.
+    pub(super) fn set_param(&mut self, w: usize, lane: usize, at: u64, value: u32) {
+        let place = self.param_place(lane, at);
+        self.warps[w].local[place..][..4].copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn param_place(&self, lane: usize, at: u64) -> usize {
+        let kernel = self.run.kernel;
+        lane * self.run.frame() + kernel.local_bytes as usize + at as usize - kernel.calls_at as usize
     }
 
     /// A fence: what the lane did so far is what its next strong write tells, and what its strong
@@ -648,6 +691,18 @@ fn hand_on<Key: Eq + Hash>(
         (_, None) => {}
         (entry, Some(new)) => drop(entry.insert_entry(new)),
     }
+}
+
+/// Whether engines may not see what somebody wrote: a thread without a proxy fence behind it.
+pub(super) fn is_unseen(clock: &Clock, writer: Stamp, threads: u32) -> bool {
+    writer.thread() < threads && !clock.has_handed_over(writer)
+}
+
+/// What to say where an engine meets what it may not see.
+pub(super) fn unfenced_message(space: &str, at: u64) -> String {
+    format!(
+        "bytes at {at:#x} of {space} memory were written by a thread, and no fence.proxy.async stands between"
+    )
 }
 
 fn from_bytes(bytes: &[u8]) -> u64 {

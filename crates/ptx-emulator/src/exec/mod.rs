@@ -10,11 +10,15 @@ mod bulk;
 mod cluster;
 mod copy;
 mod counters;
+mod descriptor;
+mod fragments;
 mod matrix;
 mod mbarrier;
 mod memory;
+mod print;
 mod scalar;
 mod warp;
+mod warpgroup;
 mod wgmma;
 
 use std::{
@@ -24,7 +28,7 @@ use std::{
     sync::Arc,
 };
 
-use self::{barrier::Barrier, copy::Group, mbarrier::Phased};
+use self::{barrier::Barrier, copy::Group, fragments::Fragments, mbarrier::Phased, warpgroup::Warpgroup};
 pub use counters::Counters;
 pub(crate) use counters::{Class, class};
 
@@ -64,6 +68,11 @@ impl Run<'_> {
     /// Threads and copy engines of a CTA.
     fn clock_size(&self) -> u32 {
         self.threads() + bulk::ENGINES
+    }
+
+    /// Memory that each thread has for itself: local space, and param space for calls.
+    fn frame(&self) -> usize {
+        (self.kernel.local_bytes + self.kernel.call_bytes.next_multiple_of(8)) as usize
     }
 
     /// Where the launch's own shared memory begins.
@@ -108,6 +117,8 @@ enum Wait {
     },
     /// For the other warps of its warpgroup to issue so many products.
     Products(u32),
+    /// For other warps to give registers back, so that each thread can have so many.
+    Registers(u32),
 }
 
 struct Warp {
@@ -126,7 +137,7 @@ struct Warp {
     waits: [Wait; 32],
     /// Lanes that used up a whole time slice; others go first.
     tired: u32,
-    /// Local memory, lane after lane.
+    /// Local memory, lane after lane, and behind each lane's its param space for calls.
     local: Vec<u8>,
     clocks: Vec<Arc<Clock>>,
     epochs: [u32; 32],
@@ -137,18 +148,21 @@ struct Warp {
     /// `cp.async` of each lane: committed groups, oldest first, and the open one.
     groups: Vec<VecDeque<Group>>,
     open: Vec<Group>,
-    /// Bulk stores of each lane: committed groups, oldest first, and the open one.
-    stores: Vec<VecDeque<Vec<Stamp>>>,
-    stores_open: Vec<Vec<Stamp>>,
+    /// Bulk stores of each lane, the last in each committed group, oldest first, and in the open one.
+    stores: Vec<VecDeque<Option<bulk::Store>>>,
+    stores_open: Vec<Option<bulk::Store>>,
     /// Lanes that have arrived at the cluster's barrier in this phase, and lanes that still have to wait
     /// for the phase before, which has ended.
     arrived: u32,
     passing: u32,
-    /// Products of the warpgroup that this warp has issued, in all and at each commit not yet waited for.
-    products: u32,
+    /// The registers that products of the warpgroup use, and how many products had been issued at each commit
+    /// not yet waited for.
+    fragments: Fragments,
     product_groups: VecDeque<u32>,
-    /// Registers that unfinished products own, and which product.
-    taken: Vec<(u32, u32)>,
+    /// Instructions of the warpgroup that this warp has executed.
+    steps: u32,
+    /// Registers that each of its threads has, as far as `setmaxnreg` counts them.
+    registers_held: u32,
 }
 
 impl Warp {
@@ -164,7 +178,7 @@ impl Warp {
             waiting: 0,
             waits: [Wait::Nothing; 32],
             tired: 0,
-            local: vec![0; run.kernel.local_bytes as usize * 32],
+            local: vec![0; run.frame() * 32],
             clocks: vec![silent.clone(); 32],
             epochs: [1; 32],
             fenced: vec![None; 32],
@@ -172,12 +186,17 @@ impl Warp {
             groups: vec![VecDeque::new(); 32],
             open: vec![Group::default(); 32],
             stores: vec![VecDeque::new(); 32],
-            stores_open: vec![Vec::new(); 32],
+            stores_open: vec![None; 32],
             arrived: 0,
             passing: 0,
-            products: 0,
+            fragments: Fragments::new(if run.kernel.has_products {
+                run.kernel.registers as usize
+            } else {
+                0
+            }),
             product_groups: VecDeque::new(),
-            taken: Vec::new(),
+            steps: 0,
+            registers_held: run.kernel.launch_registers,
         }
     }
 
@@ -220,13 +239,16 @@ struct Cta {
     warps: Range<usize>,
     shared: Shared,
     barriers: Vec<Barrier>,
+    groups: Vec<Warpgroup>,
+    /// Registers that `setmaxnreg` gave back and nobody has taken.
+    registers_free: u32,
     phased: BTreeMap<u32, Phased>,
     /// What releases at an address of its shared memory have told.
     told: HashMap<u32, Arc<Clock>>,
     /// Bulk copies that its threads have ever issued.
     copies: u32,
-    /// What threads of other CTAs did to its shared memory, and what its own threads had heard of when they
-    /// ended.
+    /// What engines wrote into its shared memory and threads of other CTAs did to it, and what its own
+    /// threads had heard of when they ended.
     visits: Clock,
     heard: Clock,
 }
@@ -242,8 +264,6 @@ pub(crate) struct Cluster<'a> {
     owed: VecDeque<mbarrier::Owed>,
     /// Bulk copies under way.
     flights: VecDeque<bulk::Flight>,
-    /// What proxy fences have handed to the copy engines.
-    proxied: Clock,
     pub(crate) counters: Counters,
     random: Random,
     steps: u64,
@@ -277,6 +297,8 @@ impl<'a> Cluster<'a> {
                 warps: warps.len() - in_cta..warps.len(),
                 shared: Shared::new(run.shared_bytes()),
                 barriers: (0..16).map(|_| Barrier::default()).collect(),
+                groups: (0..in_cta.div_ceil(4)).map(|_| Warpgroup::default()).collect(),
+                registers_free: 0,
                 phased: BTreeMap::new(),
                 told: HashMap::new(),
                 copies: 0,
@@ -284,7 +306,6 @@ impl<'a> Cluster<'a> {
                 heard: silent,
             });
         }
-        let proxied = ctas[0].heard.clone();
         Self {
             run,
             ctas,
@@ -292,7 +313,6 @@ impl<'a> Cluster<'a> {
             barrier: cluster::Barrier::default(),
             owed: VecDeque::new(),
             flights: VecDeque::new(),
-            proxied,
             counters: Counters::default(),
             random: Random::new(run.schedule.seed() ^ u64::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15)),
             steps: 0,
@@ -407,10 +427,7 @@ impl<'a> Cluster<'a> {
                 let flow = if active == 0 {
                     Flow::Next
                 } else {
-                    if !self.warps[w].taken.is_empty() && !matches!(instruction.op, Op::Product(_)) {
-                        self.check_taken(w, &instruction.registers)
-                            .map_err(|stop| self.fault(w, pc, stop))?;
-                    }
+                    self.warps[w].note_registers(instruction).map_err(|stop| self.fault(w, pc, stop))?;
                     self.execute(w, pc, active, &instruction.op).map_err(|stop| self.fault(w, pc, stop))?
                 };
                 match flow {
@@ -480,7 +497,8 @@ impl<'a> Cluster<'a> {
         // Who waits for lanes of this warp asks again whom to wait for.
         warp.wake(|wait| matches!(wait, Wait::Lanes(_)));
         self.complete_barriers(cta);
-        if self.ctas.len() > 1 { self.leave(w, mask) } else { Ok(()) }
+        self.check_steps(w)?;
+        self.leave(w, mask)
     }
 
     fn execute(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
@@ -489,13 +507,26 @@ impl<'a> Cluster<'a> {
             Op::BranchTable { index, targets } => self.branch_table(w, active, *index, targets),
             Op::Exit => Ok(Flow::Exit(active)),
             Op::Trap => Err(Stop::new(Hazard::Trap, active.trailing_zeros(), "the kernel executed a trap")),
+            Op::Print { result, params } => {
+                for lane in lanes(active) {
+                    let params = params.map(|at| self.param(w, lane, at));
+                    self.print(w, lane, params)?;
+                    self.set_param(w, lane, *result, 0);
+                }
+                Ok(Flow::Next)
+            }
+            Op::AssertFail { params } => {
+                let lane = active.trailing_zeros() as usize;
+                let params = params.map(|at| self.param(w, lane, at));
+                Err(self.assertion(w, lane, params)?)
+            }
             Op::Nothing => Ok(Flow::Next),
             Op::Yield => Ok(Flow::Yield),
             Op::Load { .. } | Op::Store { .. } | Op::Atomic { .. } | Op::Fence => {
                 self.memory_op(w, active, op)
             }
-            Op::Aligned
-            | Op::WarpSync { .. }
+            Op::SetRegisters { increases, count } => self.set_registers(w, pc, active, *increases, *count),
+            Op::WarpSync { .. }
             | Op::Shuffle { .. }
             | Op::Vote { .. }
             | Op::Match { .. }
@@ -518,7 +549,9 @@ impl<'a> Cluster<'a> {
             | Op::BulkCommit
             | Op::BulkWait { .. }
             | Op::ProxyFence => self.bulk_op(w, pc, active, op),
-            Op::Product(_) | Op::ProductCommit | Op::ProductWait { .. } => self.product_op(w, pc, active, op),
+            Op::Product(_) | Op::ProductFence | Op::ProductCommit | Op::ProductWait { .. } => {
+                self.product_op(w, pc, active, op)
+            }
             Op::BarrierInit { .. }
             | Op::BarrierInvalidate { .. }
             | Op::BarrierArrive { .. }
@@ -657,6 +690,10 @@ impl<'a> Cluster<'a> {
         match wait {
             Wait::Nothing | Wait::Lanes(_) => String::new(),
             Wait::Products(count) => format!(" (for all warps of the warpgroup to issue {count} products)"),
+            Wait::Registers(count) => {
+                let free = self.cta(w).registers_free;
+                format!(" (for {count} registers a thread; {free} are free)")
+            }
             Wait::Barrier(id) => self.cta(w).barriers[id as usize].describe(),
             Wait::Cluster => {
                 let missing: u32 =

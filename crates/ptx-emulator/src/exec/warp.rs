@@ -59,19 +59,15 @@ impl Cluster<'_> {
 
     pub(super) fn warp_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
         let mask = match op {
-            Op::Aligned => None,
             Op::WarpSync { mask }
             | Op::Shuffle { mask, .. }
             | Op::Vote { mask, .. }
             | Op::Match { mask, .. }
             | Op::Redux { mask, .. }
-            | Op::Elect { mask, .. } => Some(*mask),
+            | Op::Elect { mask, .. } => *mask,
             other => unreachable!("{other:?} is not executed together"),
         };
-        let mask = match mask {
-            None => self.warps[w].live,
-            Some(mask) => self.lane_mask(w, active, mask)?,
-        };
+        let mask = self.lane_mask(w, active, mask)?;
         if !self.rendezvous(w, pc, active, mask)? {
             return Ok(Flow::Block(active));
         }

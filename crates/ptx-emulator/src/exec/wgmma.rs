@@ -6,51 +6,16 @@
 
 use std::sync::Arc;
 
-use super::{Cluster, Flow, Step, Wait, warp::then};
+use super::{Cluster, Flow, Step, Wait, descriptor::Layout, warp::then};
 use crate::{
     clock::Stamp,
     error::{Hazard, Stop},
-    isa::{MatrixType, Op, Operand, Product},
-    number::{BF16, F16, Lanes},
+    isa::{MatrixType, Op, Product},
+    number::{BF16, F16, Lanes, Rounding, Scalar},
 };
 
 /// The engine of the first warpgroup; each of up to 8 has its own.
 const FIRST_ENGINE: u32 = 32;
-
-/// Where a matrix in shared memory lies, from the 64 bits that describe it.
-#[derive(Clone, Copy, Debug)]
-struct Layout {
-    start: u32,
-    leading: u32,
-    stride: u32,
-}
-
-impl Layout {
-    fn decode(bits: u64) -> Result<Self, String> {
-        let field = |at: u32| (bits >> at & 0x3fff) as u32 * 16;
-        let (swizzle, base) = (bits >> 62, bits >> 49 & 7);
-        if swizzle != 1 {
-            return Err(format!(
-                "the descriptor {bits:#018x} asks for swizzle mode {swizzle}; only 1, 128 bytes, is implemented"
-            ));
-        }
-        if base != 0 {
-            return Err(format!("the descriptor {bits:#018x} has base offset {base}; only 0 is implemented"));
-        }
-        Ok(Self { start: field(0), leading: field(16), stride: field(32) })
-    }
-
-    /// Where 8 neighbouring elements begin: along k of row `mn` where k comes first, else along mn.
-    fn chunk(self, k_first: bool, mn: u32, k: u32) -> u32 {
-        let offset = if k_first {
-            mn / 8 * self.stride + mn % 8 * 128 + 2 * k
-        } else {
-            mn / 64 * self.leading + k / 8 * self.stride + k % 8 * 128 + 2 * (mn % 64)
-        };
-        let address = self.start + offset;
-        address ^ ((address >> 7 & 7) << 4)
-    }
-}
 
 impl Cluster<'_> {
     pub(super) fn product_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
@@ -58,16 +23,18 @@ impl Cluster<'_> {
             return Ok(Flow::Block(active));
         }
         match op {
-            Op::Product(product) => self.product(w, product)?,
+            Op::Product(product) => self.product(w, pc, product)?,
+            Op::ProductFence => self.warps[w].fragments.fence(),
             Op::ProductCommit => {
-                let issued = self.warps[w].products;
-                self.warps[w].product_groups.push_back(issued);
+                let warp = &mut self.warps[w];
+                warp.fragments.commit();
+                warp.product_groups.push_back(warp.fragments.issued);
             }
             Op::ProductWait { pending } => {
                 let behind = self.warps[w].product_groups.len().saturating_sub(*pending as usize);
                 if behind > 0 {
                     let needed = self.warps[w].product_groups[behind - 1];
-                    if self.warps[self.warpgroup(w)].iter().any(|warp| warp.products < needed) {
+                    if self.warps[self.warpgroup(w)].iter().any(|warp| warp.fragments.issued < needed) {
                         // Everybody asks again, so all stand where they came from.
                         for lane in 0..32 {
                             self.warps[w].counters[lane] = pc;
@@ -94,7 +61,7 @@ impl Cluster<'_> {
     fn finish_products(&mut self, w: usize, needed: u32) {
         let engine = self.engine(w);
         let warp = &mut self.warps[w];
-        warp.taken.retain(|(_, product)| *product > needed);
+        warp.fragments.finish(needed);
         let before = warp.clocks[0].clone();
         let mut after = before.clone();
         Arc::make_mut(&mut after).set(engine, needed);
@@ -107,13 +74,29 @@ impl Cluster<'_> {
         }
     }
 
-    fn product(&mut self, w: usize, product: &Product) -> Result<(), Stop> {
+    fn product(&mut self, w: usize, pc: u32, product: &Product) -> Result<(), Stop> {
         let stop = |message: String| Stop::new(Hazard::Operand, 0, message);
-        if self.warpgroup(w).len() < 4 {
-            return Err(Stop::new(Hazard::NotConverged, 0, "the warpgroup has fewer than four warps"));
-        }
-        self.warps[w].products += 1;
-        let issued = self.warps[w].products;
+        let descriptor = |operand, name| self.uniform(w, u32::MAX, operand, name);
+        let a_bits = match product.a.as_slice() {
+            [operand] => descriptor(*operand, "the descriptor of a")?,
+            _ => 0,
+        };
+        let b_bits = descriptor(product.b, "the descriptor of b")?;
+        let keeps = match product.accumulate_if.map(|guard| self.warps[w].guard(guard)) {
+            None => product.accumulate,
+            Some(0) => false,
+            Some(u32::MAX) => true,
+            Some(_) => return Err(stop("the predicate for accumulation differs between lanes".into())),
+        };
+        self.in_step(w, pc, [a_bits, b_bits, keeps.into()])?;
+        let registers: Vec<u32> = match product.a.as_slice() {
+            [_] => Vec::new(),
+            parts => parts.iter().filter_map(|part| part.register()).collect(),
+        };
+        let fragments = &mut self.warps[w].fragments;
+        let known = fragments.issue(product.n, &product.d, &registers);
+        known.map_err(|message| Stop::new(Hazard::Async, 0, message))?;
+        let issued = fragments.issued;
         let n = product.n as usize;
         let format = match product.input {
             MatrixType::F16 => F16,
@@ -124,9 +107,8 @@ impl Cluster<'_> {
         let mut a = [[0.0_f64; 16]; 16];
         let first_row = self.warps[w].place % 4 * 16;
         match product.a.as_slice() {
-            [descriptor] => {
-                let bits = self.uniform(w, u32::MAX, *descriptor, "the descriptor of a")?;
-                let layout = Layout::decode(bits).map_err(stop)?;
+            [_] => {
+                let layout = Layout::decode(a_bits).map_err(stop)?;
                 self.read_matrix(w, issued, layout, !product.transpose_a, first_row, 16, |row, k, bits| {
                     a[row][k] = decode(bits)
                 })?;
@@ -142,20 +124,11 @@ impl Cluster<'_> {
                 }
             }
         }
-        let bits = self.uniform(w, u32::MAX, product.b, "the descriptor of b")?;
-        let layout = Layout::decode(bits).map_err(stop)?;
+        let layout = Layout::decode(b_bits).map_err(stop)?;
         let mut b = vec![[0.0_f64; 256]; 16];
         self.read_matrix(w, issued, layout, !product.transpose_b, 0, product.n, |column, k, bits| {
             b[k][column] = decode(bits)
         })?;
-        let keeps =
-            product.accumulate_if.map_or(product.accumulate, |guard| self.warps[w].guard(guard) == u32::MAX);
-        if let Some(guard) = product.accumulate_if {
-            let bits = self.warps[w].guard(guard);
-            if bits != 0 && bits != u32::MAX {
-                return Err(stop("the predicate for accumulation differs between lanes".into()));
-            }
-        }
         let sign = if product.negate { -1.0 } else { 1.0 };
         let mut sums = vec![[0.0_f64; 256]; 16];
         for (row, sums) in sums.iter_mut().enumerate() {
@@ -169,20 +142,21 @@ impl Cluster<'_> {
         for (at, d) in product.d.iter().enumerate() {
             let register = &mut warp.registers[*d as usize];
             for (lane, value) in register.iter_mut().enumerate() {
-                let row = lane / 4 + at / 2 % 2 * 8;
-                let column = at / 4 * 8 + lane % 4 * 2 + at % 2;
-                let before = if keeps { f64::from(f32::from_bits(*value as u32)) } else { 0.0 };
-                let sum = (sums[row][column] + before) as f32;
-                *value = crate::number::Scalar::put(sum);
-            }
-        }
-        let read = product.a.iter().filter_map(|operand| match operand {
-            Operand::Register(number) if product.a.len() > 1 => Some(*number),
-            _ => None,
-        });
-        for register in product.d.iter().copied().chain(read) {
-            if !warp.taken.contains(&(register, issued)) {
-                warp.taken.push((register, issued));
+                // Element n of a lane lies in this row and column.
+                let sum = |n: usize, before: f64| {
+                    let row = lane / 4 + n / 2 % 2 * 8;
+                    let column = n / 4 * 8 + lane % 4 * 2 + n % 2;
+                    sums[row][column] + if keeps { before } else { 0.0 }
+                };
+                *value = if product.half_result {
+                    let [low, high] = [0, 1].map(|half| {
+                        let sum = sum(2 * at + half, F16.decode(*value >> (16 * half) & 0xffff));
+                        F16.encode(sum, Rounding::Nearest)
+                    });
+                    low | high << 16
+                } else {
+                    Scalar::put(sum(at, f64::from(f32::from_bits(*value as u32))) as f32)
+                };
             }
         }
         self.counters.matrix_products += 1;
@@ -211,24 +185,14 @@ impl Cluster<'_> {
             let (mn, k) = if k_first { (first + o, i) } else { (first + i, o) };
             let at = layout.chunk(k_first, mn, k);
             self.engine_reads(w, 0, at, 16, stamp)?;
-            for n in 0..8 {
-                let bits = self.cta(w).shared.load(at + 2 * n, 2) as u16;
+            for (n, bits) in self.cta(w).shared.bytes(at, 16).chunks_exact(2).enumerate() {
+                let bits = u16::from_le_bytes([bits[0], bits[1]]);
                 if k_first {
-                    visit(o as usize, (i + n) as usize, bits);
+                    visit(o as usize, i as usize + n, bits);
                 } else {
-                    visit((i + n) as usize, o as usize, bits);
+                    visit(i as usize + n, o as usize, bits);
                 }
             }
-        }
-        Ok(())
-    }
-
-    /// That an instruction leaves registers alone that unfinished products own.
-    pub(super) fn check_taken(&self, w: usize, registers: &[u32]) -> Result<(), Stop> {
-        let taken = &self.warps[w].taken;
-        if registers.iter().any(|register| taken.iter().any(|(owned, _)| owned == register)) {
-            let message = "a register of this instruction belongs to a wgmma that nobody has waited for";
-            return Err(Stop::new(Hazard::Async, 0, message));
         }
         Ok(())
     }

@@ -152,11 +152,22 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
         }
         ["ret" | "exit"] | ["ret", "uni"] => Ok(Op::Exit),
         ["trap" | "brkpt"] => Ok(Op::Trap),
+        ["vprintf"] => {
+            let [result, format, arguments] = [o.immediate()?, o.immediate()?, o.immediate()?];
+            Ok(Op::Print { result, params: [format, arguments] })
+        }
+        ["__assertfail"] => {
+            let params = [o.immediate()?, o.immediate()?, o.immediate()?, o.immediate()?];
+            o.immediate()?;
+            Ok(Op::AssertFail { params })
+        }
         ["nanosleep", "u32"] => o.value().map(|_| Op::Yield),
         ["prefetch" | "prefetchu", ..] => o.address().map(|_| Op::Nothing),
         ["griddepcontrol", "wait" | "launch_dependents"] => Ok(Op::Nothing),
-        ["setmaxnreg", "inc" | "dec", "sync", "aligned", "u32"] => match o.immediate()? {
-            count @ 24..=256 if count % 8 == 0 => Ok(Op::Aligned),
+        ["setmaxnreg", action @ ("inc" | "dec"), "sync", "aligned", "u32"] => match o.immediate()? {
+            count @ 24..=256 if count % 8 == 0 => {
+                Ok(Op::SetRegisters { increases: *action == "inc", count: count as u32 })
+            }
             _ => Err("a register count is a multiple of 8 from 24 to 256".into()),
         },
         ["mov", _] => moves(ty.ok_or(UNKNOWN)?, o),
@@ -343,10 +354,12 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
             Ok(Op::MultiplyMatrix { input, half_result, k, d, a, b, c })
         }
         ["mbarrier", rest @ ..] => mbarrier(rest, o),
-        ["wgmma", "fence", "sync", "aligned"] => Ok(Op::Aligned),
+        ["wgmma", "fence", "sync", "aligned"] => Ok(Op::ProductFence),
         ["wgmma", "commit_group", "sync", "aligned"] => Ok(Op::ProductCommit),
         ["wgmma", "wait_group", "sync", "aligned"] => Ok(Op::ProductWait { pending: o.immediate()? as u32 }),
-        ["wgmma", "mma_async", "sync", "aligned", shape, "f32", a, b] => product(shape, a, b, o),
+        ["wgmma", "mma_async", "sync", "aligned", shape, d @ ("f32" | "f16"), a, b] => {
+            product(shape, *d == "f16", a, b, o)
+        }
         _ => arithmetic(words, o),
     }
 }
@@ -645,8 +658,8 @@ fn bulk(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
     };
     match words {
         ["commit_group"] => Ok(Op::BulkCommit),
-        // Reading is waited for as if it were the whole store.
-        ["wait_group"] | ["wait_group", "read"] => Ok(Op::BulkWait { pending: o.immediate()? as u32 }),
+        ["wait_group"] => Ok(Op::BulkWait { pending: o.immediate()? as u32, reads: false }),
+        ["wait_group", "read"] => Ok(Op::BulkWait { pending: o.immediate()? as u32, reads: true }),
         [to, from @ ("global" | "shared::cta"), COMPLETES, rest @ ..] if *to != "global" => {
             let to = shared(to)?;
             let from = if *from == "global" { Space::Global } else { Space::Shared };
@@ -711,10 +724,10 @@ fn tensor(rank: &str, o: &mut Operands<'_>) -> Result<(Address, Vec<Operand>)> {
     }
 }
 
-fn product(shape: &str, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
+fn product(shape: &str, half_result: bool, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
     let input = match (a, b) {
         ("f16", "f16") => MatrixType::F16,
-        ("bf16", "bf16") => MatrixType::BF16,
+        ("bf16", "bf16") if !half_result => MatrixType::BF16,
         _ => return Err(UNKNOWN.into()),
     };
     let n = shape
@@ -724,7 +737,7 @@ fn product(shape: &str, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
     let n = n.filter(|n| n.is_multiple_of(8) && (8..=256).contains(n)).ok_or(UNKNOWN)?;
     let d = o.registers()?.into_iter().collect::<Option<Vec<_>>>().ok_or("no sinks here")?;
     let a = o.values()?;
-    if d.len() != n as usize / 2 || !matches!(a.len(), 1 | 4) {
+    if d.len() != n as usize / if half_result { 4 } else { 2 } || !matches!(a.len(), 1 | 4) {
         return Err("a fragment has another number of registers".into());
     }
     let b = o.value()?;
@@ -746,6 +759,7 @@ fn product(shape: &str, a: &str, b: &str, o: &mut Operands<'_>) -> Result<Op> {
     Ok(Op::Product(Product {
         n,
         input,
+        half_result,
         d,
         a,
         b,

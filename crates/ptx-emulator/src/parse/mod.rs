@@ -1,5 +1,6 @@
 //! PTX text to kernels: declarations, scopes, labels. What an opcode means is decided in [`decode`].
 
+mod call;
 mod decode;
 mod lexer;
 
@@ -42,6 +43,13 @@ pub(crate) struct Kernel {
     pub(crate) dynamic_align: u32,
     /// Local memory of each thread.
     pub(crate) local_bytes: u32,
+    /// Param space of each thread, for calls, and where it begins.
+    pub(crate) call_bytes: u32,
+    pub(crate) calls_at: u32,
+    /// Registers that each thread begins with, where the entry bounds them; else 0.
+    pub(crate) launch_registers: u32,
+    /// Whether it multiplies with `wgmma`.
+    pub(crate) has_products: bool,
     /// `.reqntid`.
     pub(crate) required_threads: Option<[u32; 3]>,
     /// `.maxntid`, as a count.
@@ -55,6 +63,10 @@ pub(crate) struct Kernel {
 /// Versions of the PTX language whose meaning is known here.
 const VERSIONS: std::ops::RangeInclusive<(u32, u32)> = (6, 0)..=(9, 0);
 
+/// Registers of a multiprocessor, and the most that a thread can have.
+const REGISTERS: u64 = 1 << 16;
+const MOST_REGISTERS: u64 = 255;
+
 /// Where the module's variables begin.
 pub(crate) fn parse(source: &str, variables_at: u64) -> Result<Module, Error> {
     let tokens = lexer::tokens(source)?;
@@ -66,6 +78,7 @@ pub(crate) fn parse(source: &str, variables_at: u64) -> Result<Module, Error> {
         module,
         next_address: variables_at,
         globals: HashMap::new(),
+        functions: HashMap::new(),
         shared_bytes: 0,
         dynamic_align: 16,
     };
@@ -93,6 +106,7 @@ struct Parser<'a> {
     next_address: u64,
     /// Names of module scope.
     globals: HashMap<String, Name>,
+    functions: HashMap<String, call::Function>,
     /// Shared memory of module scope, which every kernel has.
     shared_bytes: u32,
     dynamic_align: u32,
@@ -142,16 +156,29 @@ struct Body<'a> {
     predicates: u32,
     shared_bytes: u32,
     local_bytes: u32,
+    /// Where the next variable of param space may lie.
+    param_bytes: u64,
+    /// The functions that stand here in place of calls, innermost last.
+    calls: Vec<String>,
+    /// Shared memory that functions declare: once, however often they are called.
+    function_shared: HashMap<[String; 2], u64>,
 }
 
 impl<'a> Parser<'a> {
     fn module(&mut self) -> Result<(), Error> {
+        self.functions()?;
         self.header()?;
         while let Some(token) = self.peek() {
             match token.text {
                 ".visible" | ".extern" | ".weak" | ".common" => self.at += 1,
                 ".entry" => self.entry()?,
-                ".func" => self.function()?,
+                ".func" => {
+                    self.at += 1;
+                    if self.function()?.1.has_body() {
+                        self.at -= 1;
+                        self.skip_braces()?;
+                    }
+                }
                 ".global" | ".const" | ".shared" => self.variable()?,
                 ".section" => {
                     self.at += 2;
@@ -196,21 +223,6 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    /// A function in the text: a declaration is let pass, a body is not run here.
-    fn function(&mut self) -> Result<(), Error> {
-        let start = self.next("a function")?;
-        while let Some(token) = self.peek() {
-            if token.is(b'{') {
-                return Err(self.error(start, "functions with a body are not implemented"));
-            }
-            self.at += 1;
-            if token.is(b';') {
-                return Ok(());
-            }
-        }
-        Err(self.truncated("a function"))
-    }
-
     fn entry(&mut self) -> Result<(), Error> {
         self.at += 1;
         let name = self.next("a name")?.text.to_string();
@@ -223,32 +235,31 @@ impl<'a> Parser<'a> {
             predicates: 0,
             shared_bytes: self.shared_bytes,
             local_bytes: 0,
+            param_bytes: 0,
+            calls: Vec::new(),
+            function_shared: HashMap::new(),
         };
         let mut param_bytes = 0_u64;
         if self.take(b'(') {
-            while !self.take(b')') {
-                let directive = self.next("a parameter")?;
-                if directive.text != ".param" {
-                    return Err(self.error(directive, "a parameter begins with .param"));
-                }
-                let declared = self.declared()?;
+            for declared in self.parameters()? {
                 param_bytes = round_up(param_bytes, declared.align);
                 body.scopes[0].insert(declared.name, Name::Variable(param_bytes));
                 param_bytes += declared.bytes;
-                self.take(b',');
             }
         }
+        let calls_at = round_up(param_bytes, 16);
+        body.param_bytes = calls_at;
         let (mut required_threads, mut most_threads) = (None, None);
         let (mut required_cluster, mut most_ctas) = (None, None);
+        let (mut most_registers, mut least_ctas) = (None, 1);
         loop {
             let token = self.next("the body of the kernel")?;
             match token.text {
                 "{" => break,
                 ".maxntid" => most_threads = Some(self.extents()?.iter().product()),
                 ".reqntid" => required_threads = Some(self.extents()?),
-                ".minnctapersm" | ".maxnreg" => {
-                    self.extents()?;
-                }
+                ".minnctapersm" => least_ctas = self.number()?.max(1),
+                ".maxnreg" => most_registers = Some(self.number()? as u32),
                 ".reqnctapercluster" => required_cluster = Some(self.extents()?),
                 ".maxclusterrank" => most_ctas = Some(self.number()? as u32),
                 ".explicitcluster" | ".noreturn" => {}
@@ -259,8 +270,24 @@ impl<'a> Parser<'a> {
         }
         self.body(&mut body)?;
         let instructions = resolve(&body)?;
+        let threads = most_threads.or(required_threads.map(|extents| extents.iter().product::<u32>()));
+        let fitting = threads.map(|threads| {
+            let all = u64::from(threads.next_multiple_of(32)) * least_ctas;
+            (REGISTERS / all.max(1)).min(MOST_REGISTERS) as u32 / 8 * 8
+        });
+        let launch_registers = most_registers.or(fitting);
+        let adjusts = |instruction: &&Instruction| matches!(instruction.op, Op::SetRegisters { .. });
+        if let (None, Some(adjusts)) = (launch_registers, instructions.iter().find(adjusts)) {
+            return Err(Error::Parse {
+                line: adjusts.line,
+                text: adjusts.text.clone(),
+                reason: "setmaxnreg needs an entry with .maxntid, .reqntid or .maxnreg".into(),
+            });
+        }
         self.module.kernels.push(Kernel {
             name,
+            launch_registers: launch_registers.unwrap_or(0),
+            has_products: instructions.iter().any(|instruction| matches!(instruction.op, Op::Product(_))),
             instructions,
             param_bytes: param_bytes as u32,
             registers: body.registers,
@@ -268,6 +295,8 @@ impl<'a> Parser<'a> {
             shared_bytes: body.shared_bytes,
             dynamic_align: self.dynamic_align,
             local_bytes: body.local_bytes,
+            call_bytes: (body.param_bytes - calls_at) as u32,
+            calls_at: calls_at as u32,
             required_threads,
             most_threads,
             required_cluster,
@@ -295,12 +324,23 @@ impl<'a> Parser<'a> {
                 ".shared" | ".local" => {
                     let declared = self.declared()?;
                     self.take(b';');
-                    let space =
-                        if token.text == ".shared" { &mut body.shared_bytes } else { &mut body.local_bytes };
-                    let at = round_up(u64::from(*space), declared.align);
-                    *space = (at + declared.bytes) as u32;
+                    let is_shared = token.text == ".shared";
+                    let owner = body.calls.last().filter(|_| is_shared);
+                    let owner = owner.map(|function| [function.clone(), declared.name.clone()]);
+                    let known = owner.as_ref().and_then(|owner| body.function_shared.get(owner)).copied();
+                    let at = known.unwrap_or_else(|| {
+                        let space = if is_shared { &mut body.shared_bytes } else { &mut body.local_bytes };
+                        let at = round_up(u64::from(*space), declared.align);
+                        *space = (at + declared.bytes) as u32;
+                        at
+                    });
+                    if let Some(owner) = owner {
+                        body.function_shared.insert(owner, at);
+                    }
                     body.declare(declared.name, Name::Variable(at));
                 }
+                ".param" => self.call_variable(body)?,
+                "call" | "call.uni" => self.call(body)?,
                 ".pragma" => self.skip_past(b';')?,
                 text if token.kind == Kind::Word && self.peek().is_some_and(|next| next.is(b':')) => {
                     self.at += 1;
@@ -318,7 +358,8 @@ impl<'a> Parser<'a> {
                 }
                 _ => {
                     self.at -= 1;
-                    let statement = self.statement(body)?;
+                    let mut statement = self.statement(body)?;
+                    Self::returns(body, &mut statement);
                     body.statements.push(statement);
                 }
             }
@@ -375,6 +416,9 @@ impl<'a> Parser<'a> {
             };
             guard = Some(Guard { register, negated });
             opcode = self.next("an opcode")?;
+        }
+        if guard.is_some() && opcode.text.starts_with("call") {
+            return Err(self.error(opcode, "calls under a predicate are not implemented"));
         }
         if opcode.kind != Kind::Word {
             return Err(self.error(opcode, "an instruction begins with an opcode"));
@@ -646,6 +690,7 @@ impl<'a> Parser<'a> {
     }
 }
 
+#[derive(Clone, Debug)]
 struct Declared {
     name: String,
     ty: Type,
@@ -688,6 +733,7 @@ fn resolve(body: &Body<'_>) -> Result<Vec<Instruction>, Error> {
             op,
             class,
             registers: named(&statement.arguments),
+            moves: statement.opcode.starts_with("mov."),
             line,
             text: text.clone(),
         });
@@ -699,6 +745,7 @@ fn resolve(body: &Body<'_>) -> Result<Vec<Instruction>, Error> {
         op: Op::Exit,
         class: Class::Control,
         registers: Vec::new(),
+        moves: false,
         line,
         text: "}".into(),
     });

@@ -52,6 +52,36 @@ template <bool SYNC> __device__ void tiles(const uint32_t* in, uint32_t* out, in
 KERNEL tiles_correct(const uint32_t* in, uint32_t* out, int count) { tiles<true>(in, out, count); }
 KERNEL tiles_one_barrier(const uint32_t* in, uint32_t* out, int count) { tiles<false>(in, out, count); }
 
+// Three warps read, then the first overwrites: in the wrong one it waits for two of them alone.
+template <bool ALL> __device__ void readers(uint32_t* out) {
+    __shared__ uint32_t box[32];
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp == 0) box[lane] = lane;
+    __syncthreads();
+    if (warp > 0) {
+        out[threadIdx.x - 32] = box[31 - lane];
+        if (ALL) asm volatile("bar.arrive 1, 128;" ::: "memory");
+        else if (warp != 2) asm volatile("bar.arrive 1, 96;" ::: "memory");
+    } else {
+        if (ALL) asm volatile("bar.sync 1, 128;" ::: "memory");
+        else asm volatile("bar.sync 1, 96;" ::: "memory");
+        box[lane] = 0;
+    }
+}
+KERNEL readers_correct(uint32_t* out) { readers<true>(out); }
+KERNEL readers_one_left(uint32_t* out) { readers<false>(out); }
+
+// Two warps write the two halves of each word, then the second reads what the first wrote.
+template <bool SYNC> __device__ void halves(uint32_t* out) {
+    __shared__ uint16_t box[64];
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    box[2 * lane + warp] = threadIdx.x;
+    if (SYNC) __syncthreads();
+    if (warp == 1) out[lane] = box[2 * lane];
+}
+KERNEL halves_correct(uint32_t* out) { halves<true>(out); }
+KERNEL halves_without_barrier(uint32_t* out) { halves<false>(out); }
+
 // Lanes of one warp exchange through shared memory.
 template <bool SYNC> __device__ void within_warp(uint32_t* out) {
     __shared__ volatile uint32_t places[32];
