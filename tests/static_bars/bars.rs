@@ -32,7 +32,7 @@ pub(crate) enum Bound {
     Exactly(usize),
 }
 
-pub(crate) const BARS: &[Bar] = &[
+pub(crate) static BARS: &[Bar] = &[
     Bar {
         kernels: "fastkv_prefill_attention_f16_64",
         archs: &[],
