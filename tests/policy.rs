@@ -11,8 +11,9 @@ use fastkv::backend::cpu::CpuBackend;
 use fastkv::engine::{Control, Engine, PrefillOptions};
 use fastkv::model::ModelDir;
 use fastkv::policy::{
-    Budget, FastKv, Keep, LayerPlan, MAX_POOLING, MAX_WINDOW, ModelShape, Plan, Policy, PolicyError, Pooling,
-    PoolingKind, Random, Saliency, SnapKv, StreamingLlm,
+    AdaKv, Budget, FastKv, HeadKv, HeadScores, HeadScoresError, Keep, LayerPlan, MAX_POOLING, MAX_WINDOW,
+    ModelShape, Plan, Policy, PolicyError, Pooling, PoolingKind, PyramidKv, Random, Saliency, SnapKv,
+    StreamingLlm,
 };
 use oracle::plan as expected;
 use proptest::prelude::*;
@@ -37,7 +38,9 @@ fn budget(budget: Budget) -> expected::Budget {
 }
 
 /// What the oracle makes of a policy.
-fn expectation(policy: &Policy, layers: usize, n: usize) -> Option<Vec<expected::Layer>> {
+fn expectation(policy: &Policy, shape: ModelShape, n: usize) -> Option<Vec<expected::Layer>> {
+    let layers = shape.layers;
+    let legal = |saliency: &Saliency| expected::is_observation(saliency.window, saliency.pooling.kernel);
     match policy {
         Policy::Full => (n > 0).then(|| expected::full(layers, n)),
         Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer }) => expected::fastkv(
@@ -49,10 +52,22 @@ fn expectation(policy: &Policy, layers: usize, n: usize) -> Option<Vec<expected:
             *tsp_layer,
         ),
         Policy::SnapKv(SnapKv { saliency, retention }) => {
-            if !expected::is_observation(saliency.window, saliency.pooling.kernel) {
-                return None;
-            }
-            expected::uniform(layers, n, saliency.window, budget(*retention))
+            let plan = expected::uniform(layers, n, saliency.window, budget(*retention));
+            plan.filter(|_| legal(saliency))
+        }
+        Policy::PyramidKv(PyramidKv { saliency, retention, steepness }) => {
+            let plan = expected::pyramid(layers, n, saliency.window, budget(*retention), *steepness);
+            plan.filter(|_| legal(saliency))
+        }
+        Policy::AdaKv(AdaKv { saliency, retention, floor }) => {
+            let plan = expected::shared(layers, n, saliency.window, budget(*retention), *floor);
+            plan.filter(|_| legal(saliency))
+        }
+        Policy::HeadKv(HeadKv { saliency, retention, pooled, heads }) => {
+            let scores = means(heads, shape)?;
+            let retention = budget(*retention);
+            let plan = expected::by_head(&scores, shape.kv_heads, n, saliency.window, retention, *pooled);
+            plan.filter(|_| legal(saliency))
         }
         Policy::StreamingLlm(StreamingLlm { sinks, retention }) => {
             expected::streaming(layers, n, *sinks, budget(*retention))
@@ -63,14 +78,42 @@ fn expectation(policy: &Policy, layers: usize, n: usize) -> Option<Vec<expected:
     }
 }
 
+/// Mean scores `[layer][query head]`, read from the file's form; `None`: not of this model.
+fn means(heads: &HeadScores, shape: ModelShape) -> Option<Vec<Vec<f64>>> {
+    let file = serde_json::to_value(heads).expect("JSON");
+    let file = file.as_object().expect("an object");
+    let mean = |layer: usize, head: usize| {
+        let scores = file.get(&format!("{layer}-{head}"))?.as_array()?;
+        let scores: Vec<f64> = scores.iter().map(|score| score.as_f64().expect("a number")).collect();
+        Some(scores.iter().sum::<f64>() / scores.len() as f64)
+    };
+    if file.len() != shape.layers * shape.query_heads {
+        return None;
+    }
+    (0..shape.layers).map(|layer| (0..shape.query_heads).map(|head| mean(layer, head)).collect()).collect()
+}
+
+/// A score for every head.
+fn scores_of(shape: ModelShape) -> HeadScores {
+    let mut scores = HeadScores::default();
+    for layer in 0..shape.layers {
+        for head in 0..shape.query_heads {
+            scores.add(layer, head, ((7 * layer + 5 * head) % 11) as f64);
+        }
+    }
+    scores
+}
+
 /// The plan in the oracle's words.
 fn spoken(layer: &LayerPlan) -> expected::Layer {
     expected::Layer {
         rows: layer.rows,
-        keep: match layer.keep {
+        keep: match &layer.keep {
             Keep::All => expected::Keep::All,
-            Keep::Ends { sinks, recent } => expected::Keep::Ends(sinks, recent),
-            Keep::Top { count, .. } | Keep::Random { count, .. } => expected::Keep::Chosen(count),
+            Keep::Ends { sinks, recent } => expected::Keep::Ends(*sinks, *recent),
+            Keep::Top { count, .. } | Keep::Random { count, .. } => expected::Keep::Chosen(*count),
+            Keep::Each { counts, .. } => expected::Keep::Each(counts.clone()),
+            Keep::Shared { count, floor, .. } => expected::Keep::Shared(*count, *floor),
         },
         hands_on: layer.propagate.map(|propagate| propagate.count),
     }
@@ -79,7 +122,7 @@ fn spoken(layer: &LayerPlan) -> expected::Layer {
 /// Plans, and holds the plan to the oracle.
 fn planned(policy: &Policy, shape: ModelShape, n: usize) -> Option<Plan> {
     let plan = policy.plan(shape, n);
-    let expected = expectation(policy, shape.layers, n);
+    let expected = expectation(policy, shape, n);
     match (plan, expected) {
         (Ok(plan), Some(expected)) => {
             let spoken: Vec<_> = plan.layers.iter().map(spoken).collect();
@@ -183,7 +226,7 @@ fn edges_of_fastkv() {
 
 #[test]
 fn edges_of_the_others() {
-    let one = |policy: &Policy, n| planned(policy, shape(3), n).expect("a plan").layers[0];
+    let one = |policy: &Policy, n| planned(policy, shape(3), n).expect("a plan").layers.swap_remove(0);
     let snap = Policy::SnapKv(SnapKv::default());
     assert_eq!(one(&snap, 1).keep, Keep::All);
     assert_eq!(one(&snap, 33).keep, Keep::All);
@@ -294,19 +337,26 @@ fn absurd_numbers_are_errors_or_plans_but_no_panic() {
 #[test]
 fn names_and_defaults_read_back() {
     for policy in every_policy() {
-        let text = serde_json::json!({ "name": policy.name() }).to_string();
+        let mut value = serde_json::json!({ "name": policy.name() });
+        if let Policy::HeadKv(options) = &policy {
+            value["heads"] = serde_json::to_value(&options.heads).expect("JSON");
+        }
+        let text = value.to_string();
         assert_eq!(serde_json::from_str::<Policy>(&text).expect("a policy"), policy);
     }
-    for bad in [r#"{"name":"h2o"}"#, r#"{"name":"fastkv","retention":3}"#, "{}"] {
+    for bad in [r#"{"name":"snapvk"}"#, r#"{"name":"fastkv","retention":3}"#, "{}"] {
         assert!(serde_json::from_str::<Policy>(bad).is_err(), "{bad}");
     }
 }
 
-fn every_policy() -> [Policy; 5] {
-    [
+fn every_policy() -> Vec<Policy> {
+    vec![
         Policy::Full,
         Policy::FastKv(FastKv::default()),
         Policy::SnapKv(SnapKv::default()),
+        Policy::PyramidKv(PyramidKv::default()),
+        Policy::AdaKv(AdaKv::default()),
+        Policy::HeadKv(HeadKv { heads: scores_of(LLAMA_8B), ..HeadKv::default() }),
         Policy::StreamingLlm(StreamingLlm::default()),
         Policy::Random(Random::default()),
     ]
@@ -327,6 +377,36 @@ fn any_saliency() -> impl Strategy<Value = Saliency> {
     let window = prop_oneof![4 => 1_usize..20, 1 => 0_usize..70];
     (window, kind, kernel)
         .prop_map(|(window, kind, kernel)| Saliency { window, pooling: Pooling { kind, kernel } })
+}
+
+/// A policy for this shape, which may be told things that make no sense.
+fn any_policy_of(shape: ModelShape) -> impl Strategy<Value = Policy> {
+    let number = prop_oneof![4 => 1.0_f64..30.0, 1 => -1.0_f64..2.0];
+    let share = prop_oneof![4 => 0.0_f64..1.0, 1 => -0.1_f64..1.1, 1 => Just(0.5)];
+    prop_oneof![
+        4 => any_policy(),
+        1 => (any_saliency(), any_budget(), number.clone()).prop_map(|(saliency, retention, steepness)| {
+            Policy::PyramidKv(PyramidKv { saliency, retention, steepness })
+        }),
+        1 => (any_saliency(), any_budget(), share)
+            .prop_map(|(saliency, retention, floor)| Policy::AdaKv(AdaKv { saliency, retention, floor })),
+        1 => (any_saliency(), any_budget(), number).prop_map(move |(saliency, retention, pooled)| {
+            let heads = scores_of(shape);
+            let (heads, pooled) = if shape.layers * shape.query_heads == 1 {
+                // The only score there is may be 0.
+                let mut one = HeadScores::default();
+                one.add(0, 0, 0.5);
+                (one, pooled)
+            } else {
+                (heads, pooled)
+            };
+            Policy::HeadKv(HeadKv { saliency, retention, pooled, heads })
+        }),
+    ]
+}
+
+fn any_case() -> impl Strategy<Value = (ModelShape, Policy)> {
+    any_shape().prop_flat_map(|shape| (Just(shape), any_policy_of(shape)))
 }
 
 fn any_policy() -> impl Strategy<Value = Policy> {
@@ -364,20 +444,104 @@ fn layers_in(text: &str) -> BTreeSet<usize> {
     layers
 }
 
+#[test]
+fn pyramids_fall_and_keep_their_total() {
+    let counts = |steepness, retention, layers: usize, n: usize| -> Vec<usize> {
+        let saliency = Saliency { window: 8, pooling: Pooling { kind: PoolingKind::Max, kernel: 7 } };
+        let policy = Policy::PyramidKv(PyramidKv { saliency, retention, steepness });
+        planned(&policy, shape(layers), n).expect("a plan").layers.iter().map(LayerPlan::kept).collect()
+    };
+    // C' = 100: from 195 to 5 in steps of 190/3, the window beside them.
+    assert_eq!(counts(20.0, Budget::Tokens(108), 4, 4000), [203, 140, 76, 13]);
+    assert_eq!(counts(1.0, Budget::Tokens(108), 4, 4000), [108; 4]);
+    // 195 do not fit 150 − 8 tokens: 142 and 58 do.
+    assert_eq!(counts(20.0, Budget::Tokens(79), 3, 150)[..], [8 + 139, 8 + 71, 8 + 3]);
+    assert_eq!(counts(20.0, Budget::Tokens(108), 2, 208), [8 + 195, 13]);
+    assert_eq!(counts(20.0, Budget::Tokens(108), 2, 202), [202, 8 + 6]);
+    // Below 2·C' tokens every layer gets C'.
+    assert_eq!(counts(20.0, Budget::Tokens(108), 2, 199), [108; 2]);
+    assert_eq!(counts(20.0, Budget::Tokens(108), 1, 1000), [108]);
+    assert_eq!(counts(20.0, Budget::Tokens(108), 2, 108), [108; 2]);
+}
+
+#[test]
+fn heads_get_what_they_scored() {
+    let shape = ModelShape { layers: 2, query_heads: 4, kv_heads: 2, head_dim: 8 };
+    let saliency = Saliency { window: 8, pooling: Pooling { kind: PoolingKind::Max, kernel: 7 } };
+    let headkv = |file: &str, n| {
+        let heads = serde_json::from_str(file).expect("scores");
+        let retention = Budget::Tokens(20);
+        let policy = Policy::HeadKv(HeadKv { saliency, retention, pooled: 1.2, heads });
+        planned(&policy, shape, n).expect("a plan").layers
+    };
+    // b = 12: 10 of each go into the pool of 40, 2 are everyone's. Means 1, 1, 0, 2, 0, 0, 0, 4 of 8.
+    let file = r#"{"0-0": [1], "0-1": [0, 2], "0-2": [0], "0-3": [2], "1-0": [0], "1-1": [0], "1-2": [0, 0], "1-3": [4]}"#;
+    let counts =
+        |layers: Vec<LayerPlan>| -> Vec<Keep> { layers.into_iter().map(|layer| layer.keep).collect() };
+    let each = |counts: [usize; 2]| Keep::Each { counts: counts.to_vec(), saliency };
+    assert_eq!(counts(headkv(file, 100)), [each([20, 20]), each([10, 30])]);
+    // No head gets more than there is.
+    assert_eq!(counts(headkv(file, 25)), [each([20, 20]), each([10, 25])]);
+    assert_eq!(counts(headkv(file, 20)), [Keep::All, Keep::All]);
+
+    let refused = |file: &str| {
+        let heads = serde_json::from_str(file).expect("scores");
+        let policy = Policy::HeadKv(HeadKv { heads, ..HeadKv::default() });
+        policy.plan(shape, 100).expect_err("another model's").to_string()
+    };
+    for (file, parts) in [
+        ("{}", vec!["there are none"]),
+        (r#"{"0-0": [1]}"#, vec!["head 0-1 has no scores", "2 layers of 4 query heads"]),
+        (&file.replace("1-3", "2-3"), vec!["head 2-3 is of another model", "2 layers of 4 query heads"]),
+        (&file.replace("1-3", "1-4"), vec!["head 1-4 is of another model"]),
+        (&file.replace("[4]", "[-4]"), vec!["head 1-3 scores -4"]),
+        (&file.replace("[4]", "[]"), vec!["head 1-3 has no scores"]),
+        (
+            r#"{"0-0":[0],"0-1":[0],"0-2":[0],"0-3":[0],"1-0":[0],"1-1":[0],"1-2":[0],"1-3":[0]}"#,
+            vec!["every score is 0"],
+        ),
+    ] {
+        let message = refused(file);
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+    }
+    for bad in [r#"{"0": [1]}"#, r#"{"a-b": [1]}"#, r#"{"0-0": 1}"#, r#"{"-1-0": [1]}"#, "[]"] {
+        assert!(serde_json::from_str::<HeadScores>(bad).is_err(), "{bad}");
+    }
+    let error = HeadScores::try_from(std::collections::BTreeMap::from([("x".to_owned(), vec![1.0])]));
+    assert_eq!(error, Err(HeadScoresError::Name("x".to_owned())));
+}
+
+#[test]
+fn shares_out_of_range_are_named() {
+    for (policy, option) in [
+        (Policy::PyramidKv(PyramidKv { steepness: 0.5, ..PyramidKv::default() }), "steepness"),
+        (Policy::PyramidKv(PyramidKv { steepness: f64::NAN, ..PyramidKv::default() }), "steepness"),
+        (Policy::AdaKv(AdaKv { floor: -0.1, ..AdaKv::default() }), "floor"),
+        (Policy::AdaKv(AdaKv { floor: 1.1, ..AdaKv::default() }), "floor"),
+        (Policy::HeadKv(HeadKv { pooled: 0.9, heads: scores_of(LLAMA_8B), ..HeadKv::default() }), "pooled"),
+    ] {
+        let error = policy.plan(LLAMA_8B, 100).expect_err("out of range");
+        assert!(error.to_string().starts_with(option), "{error}");
+        assert!(matches!(error, PolicyError::Share { .. }));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn plans_are_consistent(policy in any_policy(), shape in any_shape(), n in 0_usize..600) {
+    fn plans_are_consistent((shape, policy) in any_case(), n in 0_usize..600) {
         let Some(plan) = planned(&policy, shape, n) else { return Ok(()) };
 
         let mut rows = n;
         for layer in &plan.layers {
             prop_assert_eq!(layer.rows, rows);
             prop_assert!(layer.kept() >= 1 && layer.kept() <= rows);
-            prop_assert_eq!(layer.keep == Keep::All, layer.kept() == rows);
-            if let Some(saliency) = layer.saliency() {
-                prop_assert!(layer.kept() >= saliency.window.min(rows));
+            if !matches!(layer.keep, Keep::Shared { .. } | Keep::Each { .. }) && !matches!(policy, Policy::PyramidKv(_)) {
+                prop_assert_eq!(layer.keep == Keep::All, layer.kept() == rows);
+            }
+            for window in layer.windows() {
+                prop_assert!(layer.kept() >= window.min(rows));
             }
             if let Some(propagate) = layer.propagate {
                 prop_assert!(propagate.count < rows && propagate.count >= propagate.saliency.window);
@@ -387,11 +551,11 @@ proptest! {
         prop_assert!(plan.layers[shape.layers - 1].propagate.is_none());
 
         // Bounds of memory.
-        let token = shape.kv_elements() * 4;
+        let entry = 2 * shape.head_dim * 4;
         let expected: Vec<_> = plan.layers.iter().map(spoken).collect();
-        prop_assert_eq!(plan.peak_kv_bytes(4), oracle::plan::peak_kv_bytes(&expected, token));
-        let kept: usize = expected.iter().map(oracle::plan::Layer::entries).sum();
-        prop_assert_eq!(plan.kept_kv_bytes(4), kept * token);
+        prop_assert_eq!(plan.peak_kv_bytes(4), oracle::plan::peak_kv_bytes(&expected, shape.kv_heads, entry));
+        let kept: usize = expected.iter().map(|layer| layer.entries(shape.kv_heads)).sum();
+        prop_assert_eq!(plan.kept_kv_bytes(4), kept * entry);
         prop_assert_eq!(plan.kept_kv_bytes(4), 2 * plan.kept_kv_bytes(2));
         prop_assert!(plan.peak_kv_bytes(4) >= plan.kept_kv_bytes(4));
         let full = Policy::Full.plan(shape, n).expect("a plan");

@@ -154,6 +154,26 @@ pub trait Backend: Debug {
     /// The best keys of each head; see [`Select`].
     fn select(&self, scores: &Self::Scores, select: Select) -> Result<Self::Indices, BackendError>;
 
+    /// [`select`](Self::select) with a count for each head. On a GPU: top-k selection, whose k is a
+    /// row's own.
+    fn select_each(
+        &self,
+        scores: &Self::Scores,
+        counts: &[usize],
+        tail: usize,
+    ) -> Result<Self::Indices, BackendError> {
+        let _ = (scores, counts, tail);
+        Err(BackendError::Unsupported("select_each"))
+    }
+
+    /// The best keys of each head, where heads share a number of keys; see [`Share`]. On a GPU: top-k
+    /// selection over the rows of all heads as one, a count of the picks by head, and top-k selection
+    /// with these counts; lengths stay on the device.
+    fn select_shared(&self, scores: &Self::Scores, share: Share) -> Result<Self::Indices, BackendError> {
+        let _ = (scores, share);
+        Err(BackendError::Unsupported("select_shared"))
+    }
+
     /// Makes lists of token numbers usable.
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Self::Indices, BackendError>;
 
@@ -206,6 +226,19 @@ pub enum Visible<'a, Indices> {
 pub struct Select {
     /// Keys chosen by score; all of them where there are no more.
     pub count: usize,
+    /// Keys behind the scored ones that are kept in any case: the window.
+    pub tail: usize,
+}
+
+/// Keys that heads share: the scores of all heads are ranked together (ties go to the lower head, then
+/// the lower key; NaN ranks last), and a head with `picks` of the best `heads · mean` gets
+/// `round(picks · (1 − floor) + int(mean · floor))` keys, half to even.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    /// Keys of a head on average.
+    pub mean: usize,
+    /// The share of the mean that every head gets.
+    pub floor: f64,
     /// Keys behind the scored ones that are kept in any case: the window.
     pub tail: usize,
 }

@@ -2,7 +2,7 @@
 
 use super::llama::{check_tokens, chunks};
 use super::{Control, Engine, EngineError};
-use crate::backend::Backend;
+use crate::backend::{Backend, Visible};
 use crate::cache::Cache;
 
 impl<B: Backend> Engine<B> {
@@ -50,7 +50,9 @@ impl<B: Backend> Engine<B> {
             let kv = cache.layer_mut(index);
             for rows in chunks(ids.len(), backend.chunk_rows()) {
                 control.check()?;
-                layer.read(backend, &llama.config, &mut hidden, rows, &places, kv, 0)?;
+                layer.read(backend, &llama.config, &mut hidden, rows, &places, kv, |queries, kv| {
+                    Ok(backend.attention(queries, kv, Visible::Aligned)?)
+                })?;
             }
             control.report((index + 1) * ids.len(), llama.layers.len() * ids.len());
         }

@@ -127,7 +127,7 @@ fn activations(config: &LlamaConfig, plan: &Plan, chunk_rows: usize) -> u64 {
     let mlp = queries + 3 * hidden + 2 * config.intermediate_size as u64;
     let temporaries = chunk * (hidden + queries + attention.max(mlp));
     // A key's probability for every query head, and pooled for every kv head and their sum.
-    let scores = match plan.layers.iter().any(|layer| layer.saliency().is_some()) {
+    let scores = match plan.layers.iter().any(|layer| !layer.windows().is_empty()) {
         true => rows * (config.query_heads + config.kv_heads + 1) as u64,
         false => 0,
     };

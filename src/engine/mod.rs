@@ -7,6 +7,7 @@ mod error;
 mod generate;
 mod llama;
 mod memory;
+mod observe;
 mod prefill;
 mod sampler;
 mod trace;

@@ -2,9 +2,10 @@
 //! select, gather, free.
 
 use super::llama::{Layer, Llama, Places, chunks};
+use super::observe::Observer;
 use super::trace::{LayerTrace, Trace, retained_mass};
 use super::{Control, Engine, EngineError, check_tokens};
-use crate::backend::{Backend, Select, Visible};
+use crate::backend::{Backend, Select, Share, Visible};
 use crate::cache::Cache;
 use crate::policy::{Keep, LayerPlan, ModelShape, Plan, Propagate, Saliency, random_positions};
 
@@ -39,9 +40,6 @@ pub struct Prefill<B: Backend> {
     /// What was kept, where [`PrefillOptions::trace`] asks for it.
     pub trace: Option<Trace>,
 }
-
-/// Queries whose probabilities a trace looks at where the policy itself looks at none.
-const TRACE_WINDOW: usize = 8;
 
 impl<B: Backend> Engine<B> {
     /// Reads a prompt as the plan says.
@@ -131,17 +129,13 @@ impl<'a, B: Backend> Run<'a, B> {
         let shape = self.llama.shape();
         let slack = if rules.keep == Keep::All { self.options.slack } else { 0 };
         let mut kv = self.backend.new_kv(shape.kv_heads, shape.head_dim, self.rows.saturating_add(slack))?;
-        let window = match rules.saliency() {
-            Some(saliency) => saliency.window.min(self.rows),
-            None if self.options.trace => TRACE_WINDOW.min(self.rows),
-            None => 0,
-        };
+        let mut observer = Observer::new(self.backend, rules, self.options.trace);
         let is_last = index + 1 == shape.layers;
         let read_rows = self.rows;
 
-        let (choice, scores) = if self.options.exact_shortcuts && (is_last || rules.propagate.is_some()) {
-            let scores = self.read_keys(layer, &mut kv, window)?;
-            let choice = self.choose(rules, scores.as_ref())?;
+        let choice = if self.options.exact_shortcuts && (is_last || rules.propagate.is_some()) {
+            self.read_keys(layer, &mut kv, &mut observer)?;
+            let choice = self.choose(rules, &observer)?;
             let last_row;
             let going_on = match &choice.propagated {
                 Some(rows) => rows,
@@ -152,41 +146,43 @@ impl<'a, B: Backend> Run<'a, B> {
             };
             self.go_on_with(going_on)?;
             self.attend_selected(layer, &kv, going_on)?;
-            (choice, scores)
+            choice
         } else {
-            let scores = self.attend_all(layer, &mut kv, window)?;
-            let choice = self.choose(rules, scores.as_ref())?;
+            self.attend_all(layer, &mut kv, &mut observer)?;
+            let choice = self.choose(rules, &observer)?;
             if let Some(rows) = &choice.propagated {
                 self.go_on_with(rows)?;
             }
-            (choice, scores)
+            choice
         };
-        self.compact(index, rules, read_rows, kv, choice, scores.as_ref().map(|scores| (scores, window)))?;
+        self.compact(index, rules, read_rows, kv, choice, &observer)?;
         self.done += read_rows;
         self.control.report(self.done, self.total);
         Ok(())
     }
 
-    /// Keys and values of every row, and window scores, without attention.
+    /// Keys and values of every row, and what is to be observed, without attention.
     fn read_keys(
         &mut self,
         layer: &Layer<B>,
         kv: &mut B::Kv,
-        window: usize,
-    ) -> Result<Option<B::Scores>, EngineError> {
-        let mut scores = None;
+        observer: &mut Observer<'_, B>,
+    ) -> Result<(), EngineError> {
+        let first_observer = self.rows - observer.observers();
         for rows in chunks(self.rows, self.backend.chunk_rows()) {
             self.control.check()?;
+            let end = rows.end;
             let normed =
                 layer.attention_input(self.backend, &self.llama.config, &self.hidden, rows.clone())?;
             layer.append_kv(self.backend, kv, &normed, &self.places, rows.start)?;
-            if rows.end == self.rows && window > 0 {
-                let observers = self.backend.last_rows(&normed, window)?;
-                let queries = layer.queries(self.backend, &observers, &self.places, self.rows - window)?;
-                scores = Some(self.backend.window_scores(&queries, kv)?);
+            let count = rows.len().min(end.saturating_sub(first_observer));
+            if count > 0 {
+                let observers = self.backend.last_rows(&normed, count)?;
+                let queries = layer.queries(self.backend, &observers, &self.places, end - count)?;
+                observer.look(&queries, kv, end)?;
             }
         }
-        Ok(scores)
+        Ok(())
     }
 
     /// Attention and MLP of rows that [`go_on_with`](Self::go_on_with) left.
@@ -208,44 +204,57 @@ impl<'a, B: Backend> Run<'a, B> {
         Ok(())
     }
 
-    /// The whole layer for every row, and window scores in passing.
+    /// The whole layer for every row, and what is to be observed in passing.
     fn attend_all(
         &mut self,
         layer: &Layer<B>,
         kv: &mut B::Kv,
-        window: usize,
-    ) -> Result<Option<B::Scores>, EngineError> {
-        let mut scores = None;
+        observer: &mut Observer<'_, B>,
+    ) -> Result<(), EngineError> {
         for rows in chunks(self.rows, self.backend.chunk_rows()) {
             self.control.check()?;
             let (end, config) = (rows.end, &self.llama.config);
-            let window = if end == self.rows { window } else { 0 };
-            scores = layer.read(self.backend, config, &mut self.hidden, rows, &self.places, kv, window)?;
+            layer.read(self.backend, config, &mut self.hidden, rows, &self.places, kv, |queries, kv| {
+                observer.attend(queries, kv, end)
+            })?;
             self.control.report(self.done + end, self.total);
         }
-        Ok(scores)
+        Ok(())
     }
 
     /// Which rows the scores choose.
-    fn choose(&self, rules: &LayerPlan, scores: Option<&B::Scores>) -> Result<Choice<B>, EngineError> {
+    fn choose(&self, rules: &LayerPlan, observer: &Observer<'_, B>) -> Result<Choice<B>, EngineError> {
+        let backend = self.backend;
         let mut choice = Choice { kept: None, propagated: None };
-        let Some(scores) = scores else { return Ok(choice) };
-        let pooled = |saliency: &Saliency| {
+        // Pooled scores of the rows before the window, by kv head, and the window.
+        let pooled = |saliency: Saliency| {
             let window = saliency.window.min(self.rows);
-            let keys = self.rows - window;
-            let groups =
-                self.backend.pool_groups(scores, self.llama.config.kv_heads, keys, saliency.pooling)?;
-            Ok::<_, EngineError>((groups, window))
+            let Some(scores) = observer.window(window) else { return Ok(None) };
+            let (heads, keys) = (self.llama.config.kv_heads, self.rows - window);
+            let groups = backend.pool_groups(scores, heads, keys, saliency.pooling)?;
+            Ok::<_, EngineError>(Some((groups, window)))
         };
-        if let Keep::Top { count, saliency } = &rules.keep {
-            let (groups, window) = pooled(saliency)?;
-            let select = Select { count: count - window, tail: window };
-            choice.kept = Some(self.backend.select(&groups, select)?);
+        if let Some((groups, window)) = rules.saliency().map(pooled).transpose()?.flatten() {
+            choice.kept = match &rules.keep {
+                Keep::Top { count, .. } => {
+                    Some(backend.select(&groups, Select { count: count - window, tail: window })?)
+                }
+                Keep::Each { counts, .. } => {
+                    let counts: Vec<usize> = counts.iter().map(|count| count - window).collect();
+                    Some(backend.select_each(&groups, &counts, window)?)
+                }
+                Keep::Shared { count, floor, .. } => {
+                    let share = Share { mean: count - window, floor: *floor, tail: window };
+                    Some(backend.select_shared(&groups, share)?)
+                }
+                Keep::All | Keep::Ends { .. } | Keep::Random { .. } => None,
+            };
         }
-        if let Some(Propagate { count, saliency }) = &rules.propagate {
-            let (groups, window) = pooled(saliency)?;
+        if let Some(Propagate { count, saliency }) = rules.propagate
+            && let Some((groups, window)) = pooled(saliency)?
+        {
             let select = Select { count: count - window, tail: window };
-            choice.propagated = Some(self.backend.select(&self.backend.sum_heads(&groups)?, select)?);
+            choice.propagated = Some(backend.select(&backend.sum_heads(&groups)?, select)?);
         }
         Ok(choice)
     }
@@ -267,18 +276,18 @@ impl<'a, B: Backend> Run<'a, B> {
         rows: usize,
         kv: B::Kv,
         choice: Choice<B>,
-        scores: Option<(&B::Scores, usize)>,
+        observer: &Observer<'_, B>,
     ) -> Result<(), EngineError> {
         let full_bytes = self.kv_bytes(&kv);
-        let kept = match (rules.keep, choice.kept) {
-            (_, Some(kept)) => Some(kept),
-            (keep, None) => match self.listed(index, keep, rows) {
+        let kept = match choice.kept {
+            Some(kept) => Some(kept),
+            None => match self.listed(index, &rules.keep, rows) {
                 Some(lists) => Some(self.backend.indices(lists)?),
                 None => None,
             },
         };
-        let mass = match (&self.trace, scores) {
-            (Some(_), Some((scores, window))) => {
+        let mass = match (&self.trace, observer.measure()) {
+            (Some(_), Some((window, scores))) => {
                 let lists = kept.as_ref().map(|kept| self.backend.read_indices(kept)).transpose()?;
                 let scores = self.backend.read_scores(scores)?;
                 retained_mass(&scores, self.llama.config.kv_heads, window, lists.as_deref())
@@ -308,11 +317,11 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 
     /// Rows that a rule names without scores, for each kv head; `None`: all.
-    fn listed(&self, layer: usize, keep: Keep, rows: usize) -> Option<Vec<Vec<u32>>> {
+    fn listed(&self, layer: usize, keep: &Keep, rows: usize) -> Option<Vec<Vec<u32>>> {
         let end = rows as u32;
         let heads = 0..self.llama.config.kv_heads;
-        match keep {
-            Keep::All | Keep::Top { .. } => None,
+        match *keep {
+            Keep::All | Keep::Top { .. } | Keep::Each { .. } | Keep::Shared { .. } => None,
             Keep::Ends { sinks, recent } => {
                 let list: Vec<u32> = (0..sinks as u32).chain(end - recent as u32..end).collect();
                 Some(heads.map(|_| list.clone()).collect())
@@ -346,32 +355,44 @@ fn check_plan(plan: &Plan, model: ModelShape, tokens: usize) -> Result<(), Engin
         if rules.rows != rows {
             return Err(broken(format!("reads {} tokens, but {rows} reach it", rules.rows)));
         }
-        let kept = rules.kept();
-        if kept > rows {
-            return Err(broken(format!("keeps {kept} of {rows} tokens")));
-        }
-        if let Keep::Random { count, window, .. } | Keep::Top { count, saliency: Saliency { window, .. } } =
-            rules.keep
-            && count < window
-        {
-            return Err(broken(format!("keeps {count} tokens, fewer than the window's {window}")));
-        }
-        let keeps = match rules.keep {
-            Keep::Top { saliency, .. } => Some(saliency),
-            _ => None,
-        };
-        for saliency in keeps.into_iter().chain(rules.propagate.map(|propagate| propagate.saliency)) {
-            saliency.check().map_err(|error| broken(format!("cannot score: {error}")))?;
-        }
+        check_keep(&rules.keep, model, rows).map_err(broken)?;
         if let Some(Propagate { count, saliency }) = rules.propagate {
+            saliency.check().map_err(|error| broken(format!("cannot score: {error}")))?;
             if !(saliency.window..=rows).contains(&count) {
                 return Err(broken(format!("hands on {count} of {rows} tokens, window {}", saliency.window)));
-            }
-            if rules.saliency().is_some_and(|kept| kept.window != saliency.window) {
-                return Err(broken("scores by two different windows".to_owned()));
             }
             rows = count;
         }
     }
     Ok(())
+}
+
+/// A rule can be followed in a layer of this many rows; else what is wrong with it.
+fn check_keep(keep: &Keep, model: ModelShape, rows: usize) -> Result<(), String> {
+    let fits = |count: usize, window: usize| match count {
+        count if count > rows => Err(format!("keeps {count} of {rows} tokens")),
+        count if count < window => Err(format!("keeps {count} tokens, fewer than the window's {window}")),
+        _ => Ok(()),
+    };
+    let scored = |saliency: &Saliency| saliency.check().map_err(|error| format!("cannot score: {error}"));
+    match keep {
+        Keep::All => Ok(()),
+        Keep::Ends { sinks, recent } => fits(sinks.saturating_add(*recent), 0),
+        Keep::Random { count, window, .. } => fits(*count, *window),
+        Keep::Top { count, saliency } => scored(saliency).and_then(|()| fits(*count, saliency.window)),
+        Keep::Each { counts, saliency } => {
+            scored(saliency)?;
+            if counts.len() != model.kv_heads {
+                return Err(format!("has {} budgets for {} kv heads", counts.len(), model.kv_heads));
+            }
+            counts.iter().try_for_each(|count| fits(*count, saliency.window))
+        }
+        Keep::Shared { count, floor, saliency } => {
+            scored(saliency)?;
+            if !(0.0..=1.0).contains(floor) {
+                return Err(format!("gives every head {floor} of the mean, no share from 0 to 1"));
+            }
+            fits(*count, saliency.window)
+        }
+    }
 }

@@ -2,16 +2,22 @@
 //! the model's shape and the prompt's length, into a [`Plan`]: rules for each layer, with no data in
 //! them. Everything here is a pure function of numbers.
 
+mod adakv;
 mod fastkv;
+mod headkv;
 mod plan;
+mod pyramidkv;
 mod random;
 mod snapkv;
 mod streaming;
 
 use serde::{Deserialize, Serialize};
 
+pub use adakv::AdaKv;
 pub use fastkv::FastKv;
+pub use headkv::{HeadKv, HeadScores, HeadScoresError};
 pub use plan::{Keep, LayerPlan, Plan, Pooling, PoolingKind, Propagate, Saliency};
+pub use pyramidkv::PyramidKv;
 pub use random::{Random, random_positions};
 pub use snapkv::SnapKv;
 pub use streaming::StreamingLlm;
@@ -61,6 +67,12 @@ pub enum Policy {
     FastKv(FastKv),
     /// SnapKV: a cache chosen per GQA group, every layer reads the whole prompt.
     SnapKv(SnapKv),
+    /// PyramidKV: SnapKV whose budget falls from the first layer to the last.
+    PyramidKv(PyramidKv),
+    /// AdaKV: SnapKV whose heads share the budget of a layer.
+    AdaKv(AdaKv),
+    /// HeadKV: SnapKV with budgets from measured scores of the heads.
+    HeadKv(HeadKv),
     /// StreamingLLM: the first tokens and the last ones.
     StreamingLlm(StreamingLlm),
     /// A seeded uniform choice and the window: the control.
@@ -107,6 +119,19 @@ pub enum PolicyError {
     /// A pooling kernel without a middle, or too wide.
     #[error("the pooling kernel is {0} wide: give an odd number from 1 to {max}", max = MAX_POOLING)]
     PoolingKernel(usize),
+    /// A share outside what its formula takes.
+    #[error("{option} is {value}: give {want}")]
+    Share {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: f64,
+        /// What would be right.
+        want: &'static str,
+    },
+    /// Head scores of another model, or of none.
+    #[error("the head scores do not fit: {0}")]
+    HeadScores(#[from] HeadScoresError),
     /// A layer that the model does not have.
     #[error("the TSP layer is {layer}, but the model's layers are 0 to {last}")]
     TspLayer {
@@ -131,6 +156,9 @@ impl Policy {
             Self::Full => "full",
             Self::FastKv(_) => "fastkv",
             Self::SnapKv(_) => "snapkv",
+            Self::PyramidKv(_) => "pyramidkv",
+            Self::AdaKv(_) => "adakv",
+            Self::HeadKv(_) => "headkv",
             Self::StreamingLlm(_) => "streamingllm",
             Self::Random(_) => "random",
         }
@@ -152,6 +180,9 @@ impl Policy {
             Self::Full => vec![LayerPlan::full(prompt_tokens); shape.layers],
             Self::FastKv(options) => options.layers(shape, prompt_tokens)?,
             Self::SnapKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::PyramidKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::AdaKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::HeadKv(options) => options.layers(shape, prompt_tokens)?,
             Self::StreamingLlm(options) => options.layers(shape, prompt_tokens)?,
             Self::Random(options) => options.layers(shape, prompt_tokens)?,
         };
@@ -193,6 +224,11 @@ impl Budget {
 
 fn check_rate(option: &'static str, value: f64) -> Result<(), PolicyError> {
     if value > 0.0 && value <= 1.0 { Ok(()) } else { Err(PolicyError::Rate { option, value }) }
+}
+
+/// Checks an option that is no share of the prompt.
+fn check_share(option: &'static str, value: f64, fits: bool, want: &'static str) -> Result<(), PolicyError> {
+    if fits { Ok(()) } else { Err(PolicyError::Share { option, value, want }) }
 }
 
 fn check_window(window: usize) -> Result<(), PolicyError> {

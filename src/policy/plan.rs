@@ -20,7 +20,7 @@ pub struct Plan {
 }
 
 /// The rules of one layer.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerPlan {
     /// Tokens the layer reads.
     pub rows: usize,
@@ -31,7 +31,7 @@ pub struct LayerPlan {
 }
 
 /// Which tokens of a layer stay in its KV cache.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "rule", rename_all = "lowercase")]
 pub enum Keep {
     /// Every token.
@@ -47,6 +47,24 @@ pub enum Keep {
     Top {
         /// Tokens kept for a kv head, the window included.
         count: usize,
+        /// How tokens are scored.
+        saliency: Saliency,
+    },
+    /// [`Top`](Self::Top) with a number of tokens for each kv head.
+    Each {
+        /// Tokens kept for each kv head, the window included.
+        counts: Vec<usize>,
+        /// How tokens are scored.
+        saliency: Saliency,
+    },
+    /// [`Top`](Self::Top) with numbers of tokens that follow from the scores: all heads' scores are
+    /// ranked together, and a head gets `round(picks · (1 − floor) + int(mean · floor))` tokens beside
+    /// the window, where `picks` is how many of the best `heads · mean` scores are its own.
+    Shared {
+        /// Tokens kept for a kv head on average, the window included.
+        count: usize,
+        /// The share of the mean that every head gets.
+        floor: f64,
         /// How tokens are scored.
         saliency: Saliency,
     },
@@ -106,28 +124,48 @@ impl LayerPlan {
         Self { rows, keep: Keep::All, propagate: None }
     }
 
-    /// Entries of a kv head's cache after prefill.
+    /// The most entries that a kv head's cache has after prefill.
     pub fn kept(&self) -> usize {
-        match self.keep {
-            Keep::All => self.rows,
-            Keep::Ends { sinks, recent } => sinks.saturating_add(recent),
-            Keep::Top { count, .. } | Keep::Random { count, .. } => count,
+        match &self.keep {
+            Keep::All | Keep::Shared { .. } => self.rows,
+            Keep::Ends { sinks, recent } => sinks.saturating_add(*recent),
+            Keep::Top { count, .. } | Keep::Random { count, .. } => *count,
+            Keep::Each { counts, .. } => counts.iter().copied().max().unwrap_or(0),
         }
     }
 
-    /// How this layer's tokens are scored, where a rule needs scores.
-    pub fn saliency(&self) -> Option<Saliency> {
-        match (self.keep, self.propagate) {
-            (Keep::Top { saliency, .. }, _) | (_, Some(Propagate { saliency, .. })) => Some(saliency),
-            _ => None,
+    /// The most entries that all kv heads' caches have together after prefill.
+    pub fn entries(&self, kv_heads: usize) -> usize {
+        match &self.keep {
+            Keep::Each { counts, .. } => counts.iter().sum(),
+            // Every head's share is rounded, by a half at most.
+            Keep::Shared { count, .. } => (count * kv_heads + kv_heads / 2).min(self.rows * kv_heads),
+            _ => self.kept() * kv_heads,
         }
+    }
+
+    /// How this layer's tokens are scored for its cache, where the rule needs scores.
+    pub fn saliency(&self) -> Option<Saliency> {
+        match &self.keep {
+            Keep::Top { saliency, .. } | Keep::Each { saliency, .. } | Keep::Shared { saliency, .. } => {
+                Some(*saliency)
+            }
+            Keep::All | Keep::Ends { .. } | Keep::Random { .. } => None,
+        }
+    }
+
+    /// The observation windows that the rules need scores of, each once.
+    pub fn windows(&self) -> Vec<usize> {
+        let kept = self.saliency().map(|saliency| saliency.window);
+        let handed_on = self.propagate.map(|propagate| propagate.saliency.window);
+        kept.into_iter().chain(handed_on.filter(|window| Some(*window) != kept)).collect()
     }
 }
 
 impl Plan {
     /// Bytes of the KV cache that prefill leaves, at this many bytes an element.
     pub fn kept_kv_bytes(&self, element_bytes: usize) -> usize {
-        self.layers.iter().map(|layer| self.kv_bytes(layer.kept(), element_bytes)).sum()
+        self.layers.iter().map(|layer| self.kept_bytes(layer, element_bytes)).sum()
     }
 
     /// Upper bound of the bytes of K and V alive at any moment of prefill: the layer at work in full,
@@ -136,8 +174,8 @@ impl Plan {
         let mut kept = 0;
         let mut peak = 0;
         for layer in &self.layers {
-            let full = self.kv_bytes(layer.rows, element_bytes);
-            let compacted = self.kv_bytes(layer.kept(), element_bytes);
+            let full = layer.rows * self.shape.kv_elements() * element_bytes;
+            let compacted = self.kept_bytes(layer, element_bytes);
             let at_work = if layer.keep == Keep::All { full } else { full + compacted };
             peak = peak.max(kept + at_work);
             kept += compacted;
@@ -145,8 +183,8 @@ impl Plan {
         peak
     }
 
-    fn kv_bytes(&self, tokens: usize, element_bytes: usize) -> usize {
-        tokens * self.shape.kv_elements() * element_bytes
+    fn kept_bytes(&self, layer: &LayerPlan, element_bytes: usize) -> usize {
+        layer.entries(self.shape.kv_heads) * 2 * self.shape.head_dim * element_bytes
     }
 }
 
@@ -167,8 +205,8 @@ impl fmt::Display for Plan {
         writeln!(f, "{}: {} tokens, {} layers", self.policy.name(), self.prompt_tokens, self.layers.len())?;
         let mut first = 0;
         while first < self.layers.len() {
-            let layer = self.layers[first];
-            let run = self.layers[first..].iter().take_while(|other| **other == layer).count();
+            let layer = &self.layers[first];
+            let run = self.layers[first..].iter().take_while(|other| *other == layer).count();
             if run == 1 {
                 write!(f, "  layer {first}")?;
             } else {
@@ -184,10 +222,17 @@ impl fmt::Display for Plan {
 impl fmt::Display for LayerPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "reads {}, ", self.rows)?;
-        match self.keep {
+        match &self.keep {
             Keep::All => write!(f, "keeps all")?,
             Keep::Ends { sinks, recent } => write!(f, "keeps the first {sinks} and the last {recent}")?,
             Keep::Top { count, saliency } => write!(f, "keeps {count} per kv head ({saliency})")?,
+            Keep::Each { counts, saliency } => {
+                let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
+                write!(f, "keeps {} by kv head ({saliency})", counts.join(", "))?;
+            }
+            Keep::Shared { count, floor, saliency } => {
+                write!(f, "keeps {count} per kv head, shared above {floor} of it ({saliency})")?;
+            }
             Keep::Random { count, window, seed } => {
                 write!(f, "keeps {count} per kv head at random (last {window}, seed {seed})")?;
             }

@@ -37,6 +37,24 @@ pub fn describe(policy: &Policy) -> String {
         Policy::SnapKv(options) => {
             format!("SnapKV: retention {}, {}", budget(options.retention), options.saliency)
         }
+        Policy::PyramidKv(options) => format!(
+            "PyramidKV: retention {} on average, steepness {}, {}",
+            budget(options.retention),
+            options.steepness,
+            options.saliency
+        ),
+        Policy::AdaKv(options) => format!(
+            "AdaKV: retention {} on average, floor {}, {}",
+            budget(options.retention),
+            options.floor,
+            options.saliency
+        ),
+        Policy::HeadKv(options) => format!(
+            "HeadKV: retention {} on average, pooled {}, {}",
+            budget(options.retention),
+            options.pooled,
+            options.saliency
+        ),
         Policy::StreamingLlm(options) => {
             format!("StreamingLLM: retention {}, {} sinks", budget(options.retention), options.sinks)
         }

@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::checkpoint::{self, Stored};
 use super::plan::{Keep, Layer as Rules};
 use super::{
-    Matrix, Pool, attend, linear, margin, pool, rms_norm, rope, sum_lists, swiglu, top, window_scores,
+    Matrix, Pool, attend, linear, margin, policies, pool, rms_norm, rope, sum_lists, swiglu, top,
+    window_scores,
 };
 
 /// A model's numbers.
@@ -20,8 +21,8 @@ pub(crate) struct Model {
     norm: Vec<f64>,
     lm_head: Matrix,
     epsilon: f64,
-    query_heads: usize,
-    kv_heads: usize,
+    pub(crate) query_heads: usize,
+    pub(crate) kv_heads: usize,
     head_dim: usize,
     rope: Rope,
 }
@@ -312,15 +313,26 @@ impl Model {
                 chosen
             };
             let mut nearest = f64::INFINITY;
+            // How many of the scored tokens each head gets.
+            let counts = match (&rules.keep, &scores) {
+                (Keep::Chosen(count), Some(_)) => vec![count - window; self.kv_heads],
+                (Keep::Each(counts), _) => counts.iter().map(|count| count - window).collect(),
+                (Keep::Shared(count, alpha), Some(scores)) => {
+                    let together: Vec<f64> = scores.iter().flatten().copied().collect();
+                    nearest = nearest.min(margin(&together, (count - window) * self.kv_heads));
+                    policies::shared_counts(scores, count - window, *alpha)
+                }
+                _ => Vec::new(),
+            };
             let kept: Vec<Vec<usize>> = (0..self.kv_heads)
-                .map(|head| match (rules.keep, &scores) {
+                .map(|head| match (&rules.keep, &scores) {
                     (Keep::All, _) => (0..n).collect(),
-                    (Keep::Ends(first, last), _) => (0..first).chain(n - last..n).collect(),
-                    (Keep::Chosen(count), Some(scores)) => {
-                        nearest = nearest.min(margin(&scores[head], count - window));
-                        with_window(top(&scores[head], count - window))
+                    (Keep::Ends(first, last), _) => (0..*first).chain(n - last..n).collect(),
+                    (_, Some(scores)) => {
+                        nearest = nearest.min(margin(&scores[head], counts[head]));
+                        with_window(top(&scores[head], counts[head]))
                     }
-                    (Keep::Chosen(_), None) => {
+                    (_, None) => {
                         let given = &given.expect("a choice")[index][head];
                         given.iter().map(|position| *position as usize).collect()
                     }

@@ -8,6 +8,7 @@
 pub(crate) mod checkpoint;
 pub(crate) mod llama;
 pub(crate) mod plan;
+pub(crate) mod policies;
 
 /// Rows of numbers.
 pub(crate) type Matrix = Vec<Vec<f64>>;

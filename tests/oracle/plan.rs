@@ -8,7 +8,7 @@ pub(crate) enum Budget {
 }
 
 /// What one layer does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Layer {
     /// Tokens it reads.
     pub(crate) rows: usize,
@@ -19,13 +19,17 @@ pub(crate) struct Layer {
 }
 
 /// What stays in a cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Keep {
     All,
     /// This many by score or by chance, the window included.
     Chosen(usize),
     /// The first and the last.
     Ends(usize, usize),
+    /// This many by score for each kv head, the window included.
+    Each(Vec<usize>),
+    /// This many on average, the window included, and AdaKV's α.
+    Shared(usize, f64),
 }
 
 const LARGEST_WINDOW: usize = 64;
@@ -130,6 +134,99 @@ pub(crate) fn uniform(layers: usize, n: usize, window: usize, retention: Budget)
     Some(vec![Layer { rows: n, keep, hands_on: None }; layers])
 }
 
+/// PyramidKV, for an average of C' = C − W beside the window: each layer's share of a straight line.
+pub(crate) fn pyramid(
+    layers: usize,
+    n: usize,
+    window: usize,
+    retention: Budget,
+    beta: f64,
+) -> Option<Vec<Layer>> {
+    if n == 0 || !is_window(window) || !(1.0..=1e6).contains(&beta) {
+        return None;
+    }
+    let c = capacity(retention, n, window)?;
+    let mut plan = Vec::new();
+    for l in 0..layers {
+        let keep = if n <= c {
+            Keep::All
+        } else {
+            let mean = c - window;
+            let mut min = (mean as f64 / beta) as usize;
+            let mut max = 2 * mean - min;
+            if max >= n - window {
+                max = n - window;
+                // May fall below 0 where the line is not used.
+                min = (2 * mean).saturating_sub(max);
+            }
+            let share = if layers == 1 || n < 2 * mean {
+                mean
+            } else {
+                // max − l·(max − min)/(L − 1), a half rounded up, in integers.
+                let steps = layers - 1;
+                (2 * max * steps - 2 * l * (max - min) + steps) / (2 * steps)
+            };
+            chosen(n, window + share)
+        };
+        plan.push(Layer { rows: n, keep, hands_on: None });
+    }
+    Some(plan)
+}
+
+/// AdaKV.
+pub(crate) fn shared(
+    layers: usize,
+    n: usize,
+    window: usize,
+    retention: Budget,
+    alpha: f64,
+) -> Option<Vec<Layer>> {
+    if n == 0 || !is_window(window) || !(0.0..=1.0).contains(&alpha) {
+        return None;
+    }
+    let c = capacity(retention, n, window)?;
+    let keep = if n <= c { Keep::All } else { Keep::Shared(c, alpha) };
+    Some(vec![Layer { rows: n, keep, hands_on: None }; layers])
+}
+
+/// HeadKV; `scores[layer][query head]` are means over samples.
+pub(crate) fn by_head(
+    scores: &[Vec<f64>],
+    kv_heads: usize,
+    n: usize,
+    window: usize,
+    retention: Budget,
+    beta: f64,
+) -> Option<Vec<Layer>> {
+    if n == 0 || !is_window(window) || !(1.0..=1e6).contains(&beta) {
+        return None;
+    }
+    let c = capacity(retention, n, window)?;
+    let layers = scores.len();
+    if n <= c {
+        return Some(full(layers, n));
+    }
+    let total: f64 = scores.iter().flatten().sum();
+    let b = c - window;
+    let from_pool = (b as f64 / beta).floor();
+    let mut plan = Vec::new();
+    for scores in scores {
+        let group = scores.len() / kv_heads;
+        let mut counts = Vec::new();
+        for head in 0..kv_heads {
+            let score: f64 = scores[head * group..(head + 1) * group].iter().sum();
+            let cap = score / total * from_pool * (layers * kv_heads) as f64 + (b as f64 - from_pool);
+            let whole = cap.floor();
+            let up = cap - whole > 0.5 || (cap - whole == 0.5 && whole as usize % 2 == 1);
+            let cap = whole as usize + usize::from(up);
+            counts.push(window + if cap > n - window { n - window } else { cap });
+        }
+        let keep = if counts.iter().all(|count| *count == n) { Keep::All } else { Keep::Each(counts) };
+        plan.push(Layer { rows: n, keep, hands_on: None });
+    }
+    Some(plan)
+}
+
 /// StreamingLLM: the sinks and the last C − sinks, beside which at least one is always kept; C also
 /// exceeds the default window of 8.
 pub(crate) fn streaming(layers: usize, n: usize, sinks: usize, retention: Budget) -> Option<Vec<Layer>> {
@@ -149,27 +246,30 @@ pub(crate) fn full(layers: usize, n: usize) -> Vec<Layer> {
 }
 
 impl Layer {
-    /// Entries of a kv head.
-    pub(crate) fn entries(&self) -> usize {
-        match self.keep {
-            Keep::All => self.rows,
-            Keep::Chosen(count) => count,
-            Keep::Ends(first, last) => first + last,
+    /// Entries of all kv heads, at most.
+    pub(crate) fn entries(&self, kv_heads: usize) -> usize {
+        match &self.keep {
+            Keep::All => self.rows * kv_heads,
+            Keep::Chosen(count) => count * kv_heads,
+            Keep::Ends(first, last) => (first + last) * kv_heads,
+            Keep::Each(counts) => counts.iter().sum(),
+            // Each of the heads may be rounded up by a half.
+            Keep::Shared(count, _) => (count * kv_heads + kv_heads / 2).min(self.rows * kv_heads),
         }
     }
 }
 
 /// The most bytes of K and V alive at once: a layer in full, its compacted copy where there is one, and
 /// the caches before it.
-pub(crate) fn peak_kv_bytes(layers: &[Layer], bytes_of_a_token: usize) -> usize {
+pub(crate) fn peak_kv_bytes(layers: &[Layer], kv_heads: usize, bytes_of_an_entry: usize) -> usize {
     let mut peak = 0;
     for (index, layer) in layers.iter().enumerate() {
-        let mut alive: usize = layers[..index].iter().map(Layer::entries).sum();
-        alive += layer.rows;
+        let mut alive: usize = layers[..index].iter().map(|layer| layer.entries(kv_heads)).sum();
+        alive += layer.rows * kv_heads;
         if layer.keep != Keep::All {
-            alive += layer.entries();
+            alive += layer.entries(kv_heads);
         }
-        peak = peak.max(alive * bytes_of_a_token);
+        peak = peak.max(alive * bytes_of_an_entry);
     }
     peak
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use fastkv::backend::cpu::{CpuBackend, Indices, Kv, Rotary, Scores, Tensor, Weight};
-use fastkv::backend::{Backend, BackendError, Select, Visible};
+use fastkv::backend::{Backend, BackendError, Select, Share, Visible};
 use fastkv::model::StoredTensor;
 use fastkv::policy::Pooling;
 
@@ -191,6 +191,14 @@ impl Backend for Probe {
 
     fn select(&self, scores: &Scores, select: Select) -> Result<Indices> {
         self.inner.select(scores, select)
+    }
+
+    fn select_each(&self, scores: &Scores, counts: &[usize], tail: usize) -> Result<Indices> {
+        self.inner.select_each(scores, counts, tail)
+    }
+
+    fn select_shared(&self, scores: &Scores, share: Share) -> Result<Indices> {
+        self.inner.select_shared(scores, share)
     }
 
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices> {

@@ -16,7 +16,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use self::tensor::KvHead;
 pub use self::tensor::{Indices, Kv, Rotary, Scores, Tensor};
 pub use self::weight::Weight;
-use super::{Backend, BackendError, Select, Visible};
+use super::{Backend, BackendError, Select, Share, Visible};
 use crate::model::StoredTensor;
 use crate::policy::Pooling;
 
@@ -314,7 +314,19 @@ impl Backend for CpuBackend {
     }
 
     fn select(&self, scores: &Scores, select: Select) -> Result<Indices, BackendError> {
-        scores::select(scores, select)
+        let heads = scores.heads().count();
+        scores::select(scores, &vec![select.count; heads], select.tail)
+    }
+
+    fn select_each(&self, scores: &Scores, counts: &[usize], tail: usize) -> Result<Indices, BackendError> {
+        scores::select(scores, counts, tail)
+    }
+
+    fn select_shared(&self, scores: &Scores, share: Share) -> Result<Indices, BackendError> {
+        if !(0.0..=1.0).contains(&share.floor) {
+            return Err(shape("select_shared", format!("a floor of {}, no share", share.floor)));
+        }
+        scores::select(scores, &scores::shared_counts(scores, share), share.tail)
     }
 
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices, BackendError> {

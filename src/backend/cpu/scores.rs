@@ -6,7 +6,7 @@ use super::attention::{pack, score_scale};
 use super::gemm::{Matrix, multiply};
 use super::simd;
 use super::tensor::{Indices, Kv, Scores, Tensor, zeros};
-use crate::backend::{BackendError, Select};
+use crate::backend::{BackendError, Share};
 use crate::policy::{Pooling, PoolingKind};
 
 /// Softmax probabilities of the queries, which belong to the last keys, summed over the queries.
@@ -103,29 +103,47 @@ pub(super) fn sum_heads(scores: &Scores) -> Result<Scores, BackendError> {
     Ok(sum)
 }
 
-/// The best keys of each head and the tail behind them.
-pub(super) fn select(scores: &Scores, select: Select) -> Result<Indices, BackendError> {
+/// The best keys of each head, as many as its count says, and the tail behind them.
+pub(super) fn select(scores: &Scores, counts: &[usize], tail: usize) -> Result<Indices, BackendError> {
+    let shape = |problem| BackendError::Shape { operation: "select", problem };
     let keys = scores.keys as u32;
-    let Some(end) = u32::try_from(select.tail).ok().and_then(|tail| keys.checked_add(tail)) else {
-        return Err(BackendError::Shape {
-            operation: "select",
-            problem: format!("a tail of {} keys behind {keys}", select.tail),
-        });
+    let Some(end) = u32::try_from(tail).ok().and_then(|tail| keys.checked_add(tail)) else {
+        return Err(shape(format!("a tail of {tail} keys behind {keys}")));
     };
-    let lists = scores
+    let heads = scores.heads().count();
+    if counts.len() != heads {
+        return Err(shape(format!("{} counts for {heads} heads", counts.len())));
+    }
+    let lists = scores.heads().zip(counts).map(|(scores, &count)| {
+        let mut chosen: Vec<u32> = (0..keys).collect();
+        if count < scores.len() {
+            chosen.select_nth_unstable_by_key(count, |&key| (!rank(scores[key as usize]), key));
+            chosen.truncate(count);
+            chosen.sort_unstable();
+        }
+        chosen.extend(keys..end);
+        chosen
+    });
+    Ok(Indices { lists: lists.collect() })
+}
+
+/// How many keys each head gets of those that all share.
+pub(super) fn shared_counts(scores: &Scores, Share { mean, floor, .. }: Share) -> Vec<usize> {
+    let heads = scores.heads().count();
+    let mut ranked: Vec<(u32, usize)> = scores
         .heads()
-        .map(|scores| {
-            let mut chosen: Vec<u32> = (0..keys).collect();
-            if select.count < scores.len() {
-                chosen.select_nth_unstable_by_key(select.count, |&key| (!rank(scores[key as usize]), key));
-                chosen.truncate(select.count);
-                chosen.sort_unstable();
-            }
-            chosen.extend(keys..end);
-            chosen
-        })
+        .enumerate()
+        .flat_map(|(head, scores)| scores.iter().map(move |&score| (!rank(score), head)))
         .collect();
-    Ok(Indices { lists })
+    let shared = mean.saturating_mul(heads);
+    if shared < ranked.len() {
+        ranked.select_nth_unstable(shared);
+        ranked.truncate(shared);
+    }
+    let mut picks = vec![0_usize; heads];
+    ranked.into_iter().for_each(|(_, head)| picks[head] += 1);
+    let every = (mean as f64 * floor).floor();
+    picks.into_iter().map(|picks| (picks as f64 * (1.0 - floor) + every).round_ties_even() as usize).collect()
 }
 
 /// Scores in an order of integers: larger is better, −0 equals +0, NaN is worst.

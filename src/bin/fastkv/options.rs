@@ -3,7 +3,10 @@
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use fastkv::engine::{Sampler, Sampling};
-use fastkv::policy::{Budget, FastKv, Policy, PoolingKind, Random, Saliency, SnapKv, StreamingLlm};
+use fastkv::policy::{
+    AdaKv, Budget, FastKv, HeadKv, HeadScores, Policy, PoolingKind, PyramidKv, Random, Saliency, SnapKv,
+    StreamingLlm,
+};
 
 use crate::exit::Usage;
 
@@ -18,6 +21,12 @@ pub(crate) enum PolicyName {
     FastkvConstant,
     /// SnapKV: every layer reads the whole prompt, the cache is chosen per GQA group.
     Snapkv,
+    /// PyramidKV: SnapKV whose budget falls from the first layer to the last.
+    Pyramidkv,
+    /// AdaKV: SnapKV whose heads share the budget of a layer.
+    Adakv,
+    /// HeadKV: SnapKV with budgets from measured scores of the heads.
+    Headkv,
     /// StreamingLLM: the first tokens and the last ones.
     Streamingllm,
     /// A uniform choice beside the window: the control.
@@ -42,18 +51,30 @@ pub(crate) struct PolicyOptions {
     /// fastkv: tokens that go on past the TSP layer, a rate or a number of tokens
     #[arg(long, value_name = "RATE|TOKENS", value_parser = budget, allow_hyphen_values = true)]
     propagation: Option<Budget>,
-    /// fastkv, snapkv: queries at the end of the prompt that score the rest; random: tokens kept there
+    /// fastkv, snapkv and its kin: queries at the end of the prompt that score the rest; random: tokens kept there
     #[arg(long, value_name = "TOKENS")]
     window: Option<usize>,
-    /// fastkv, snapkv: how scores are pooled along the prompt
+    /// fastkv, snapkv and its kin: how scores are pooled along the prompt
     #[arg(long, value_enum)]
     pooling: Option<Pooling>,
-    /// fastkv, snapkv: width of the pooling kernel, odd
+    /// fastkv, snapkv and its kin: width of the pooling kernel, odd
     #[arg(long, value_name = "WIDTH")]
     kernel: Option<usize>,
     /// fastkv: the last layer that reads the whole prompt, 0-based [default: half depth]
     #[arg(long, value_name = "LAYER")]
     tsp_layer: Option<usize>,
+    /// pyramidkv: the last layer keeps the average over this
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    steepness: Option<f64>,
+    /// adakv: share of the average that every head gets whatever its scores
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    floor: Option<f64>,
+    /// headkv: JSON file of head scores, {"layer-head": [scores]}
+    #[arg(long, value_name = "FILE", value_parser = head_scores)]
+    heads: Option<HeadScores>,
+    /// headkv: 1 over the share of the budget that goes by head scores
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    pooled: Option<f64>,
     /// streamingllm: tokens kept at the start
     #[arg(long, value_name = "TOKENS")]
     sinks: Option<usize>,
@@ -110,6 +131,28 @@ impl PolicyOptions {
                 take(&mut left.retention, &mut options.retention);
                 Policy::SnapKv(options)
             }
+            PolicyName::Pyramidkv => {
+                let mut options = PyramidKv::default();
+                left.take_saliency(&mut options.saliency);
+                take(&mut left.retention, &mut options.retention);
+                take(&mut left.steepness, &mut options.steepness);
+                Policy::PyramidKv(options)
+            }
+            PolicyName::Adakv => {
+                let mut options = AdaKv::default();
+                left.take_saliency(&mut options.saliency);
+                take(&mut left.retention, &mut options.retention);
+                take(&mut left.floor, &mut options.floor);
+                Policy::AdaKv(options)
+            }
+            PolicyName::Headkv => {
+                let mut options = HeadKv::default();
+                left.take_saliency(&mut options.saliency);
+                take(&mut left.retention, &mut options.retention);
+                take(&mut left.heads, &mut options.heads);
+                take(&mut left.pooled, &mut options.pooled);
+                Policy::HeadKv(options)
+            }
             PolicyName::Streamingllm => {
                 let mut options = StreamingLlm::default();
                 take(&mut left.retention, &mut options.retention);
@@ -155,6 +198,10 @@ impl PolicyOptions {
             ("pooling", self.pooling.is_some()),
             ("kernel", self.kernel.is_some()),
             ("tsp-layer", self.tsp_layer.is_some()),
+            ("steepness", self.steepness.is_some()),
+            ("floor", self.floor.is_some()),
+            ("heads", self.heads.is_some()),
+            ("pooled", self.pooled.is_some()),
             ("sinks", self.sinks.is_some()),
             ("seed", self.seed.is_some()),
         ];
@@ -170,6 +217,10 @@ impl PolicyOptions {
             pooling: Some(Pooling::Max),
             kernel: Some(0),
             tsp_layer: Some(0),
+            steepness: Some(0.0),
+            floor: Some(0.0),
+            heads: Some(HeadScores::default()),
+            pooled: Some(0.0),
             sinks: Some(0),
             seed: Some(0),
             no_shortcuts: false,
@@ -195,6 +246,12 @@ fn budget(text: &str) -> Result<Budget, String> {
          or a number of tokens (512)"
             .to_owned()
     })
+}
+
+/// Reads a file of head scores.
+fn head_scores(file: &str) -> Result<HeadScores, String> {
+    let text = std::fs::read(file).map_err(|error| format!("{file}: {error}"))?;
+    serde_json::from_slice(&text).map_err(|error| format!("{file}: {error}"))
 }
 
 /// How an answer is generated.
