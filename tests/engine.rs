@@ -9,6 +9,7 @@ mod tiny;
 mod probe;
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use fastkv::backend::cpu::CpuBackend;
@@ -19,11 +20,13 @@ use fastkv::engine::{
 };
 use fastkv::model::ModelDir;
 use fastkv::policy::{
-    AdaKv, Budget, FastKv, HeadKv, HeadScores, Keep, ModelShape, Plan, Policy, Pooling, PoolingKind,
-    PyramidKv, Random, Saliency, SnapKv, StreamingLlm,
+    AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, Keep, ModelShape, Plan, Policy,
+    Pooling, PoolingKind, Propagate, PyramidInfer, PyramidKv, Random, Saliency, SnapKv, StreamingLlm,
+    TokenClasses,
 };
-use oracle::llama::{Model, Observation, Sequence};
+use oracle::llama::{Model, Observation, Orders, Sequence};
 use oracle::plan as rules;
+use oracle::policies::Classes;
 use oracle::{Pool, relative_distance};
 use probe::Probe;
 use proptest::prelude::*;
@@ -79,10 +82,11 @@ impl<B: Backend> Rig<B> {
         let bytes = prefill.cache.bytes(self.engine.backend());
         match policy {
             // What heads share is rounded head by head.
-            Policy::AdaKv(_) => assert!(bytes <= plan.kept_kv_bytes(4)),
+            Policy::AdaKv(_) | Policy::FastGen(_) => assert!(bytes <= plan.kept_kv_bytes(4)),
             _ => assert_eq!(bytes, plan.kept_kv_bytes(4)),
         }
-        assert_eq!(prefill.cache.logical_length(), ids.len());
+        let tokens = plan.restart.map_or(ids.len(), |restart| restart.count);
+        assert_eq!(prefill.cache.logical_length(), tokens);
         prefill
     }
 
@@ -215,7 +219,11 @@ fn run<'a>(
     policy: &Policy,
     kept: &[Vec<Vec<u32>>],
 ) -> Sequence<'a> {
-    let n = ids.len();
+    model.run(ids, &orders(model, layers, ids.len(), policy, kept))
+}
+
+/// A policy in the oracle's words.
+fn orders(model: &Model, layers: usize, n: usize, policy: &Policy, kept: &[Vec<Vec<u32>>]) -> Orders {
     let observation = |saliency: &Saliency| {
         let kind = match saliency.pooling.kind {
             PoolingKind::Max => Pool::Max,
@@ -223,6 +231,7 @@ fn run<'a>(
         };
         Observation { window: saliency.window, kind, kernel: saliency.pooling.kernel }
     };
+    let mut orders = Orders { given: Some(kept.to_vec()), ..Orders::default() };
     let (plan, observation) = match policy {
         Policy::Full => (rules::full(layers, n), None),
         Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer }) => {
@@ -255,8 +264,28 @@ fn run<'a>(
         Policy::Random(Random { window, retention, .. }) => {
             (rules::uniform(layers, n, *window, spoken(*retention)).expect("a plan"), None)
         }
+        Policy::H2o(H2o { window, retention }) => {
+            (rules::heavy(layers, n, *window, spoken(*retention)).expect("a plan"), None)
+        }
+        Policy::FastGen(FastGen { recovery, local, frequent, classes }) => {
+            let list = |ids: &BTreeSet<u32>| ids.iter().copied().collect();
+            let (special, punctuation) = (list(&classes.special), list(&classes.punctuation));
+            orders.classes = Classes { special, punctuation };
+            (rules::recovered(layers, n, (*recovery, *local, *frequent)).expect("a plan"), None)
+        }
+        Policy::GemFilter(GemFilter { filter_layer, retention, pooling }) => {
+            let (restart, plan) =
+                rules::gemfilter(layers, n, *filter_layer, spoken(*retention), pooling.kernel)
+                    .expect("a plan");
+            orders.restart = restart.map(|(layer, count)| (layer, count, pooling.kernel));
+            (plan, None)
+        }
+        Policy::PyramidInfer(PyramidInfer { recent, decay }) => {
+            (rules::pyramid_infer(layers, n, *recent, *decay).expect("a plan"), None)
+        }
     };
-    model.prefill(ids, &plan, observation, Some(kept))
+    (orders.rules, orders.keeps_by, orders.hands_on_by) = (plan, observation, observation);
+    orders
 }
 
 /// Holds a prefill and six decoded tokens to the oracle: which tokens each layer read, kept and handed
@@ -280,16 +309,28 @@ fn agrees<B: Backend>(
     if options.trace {
         let trace = prefill.trace.as_ref().expect("a trace");
         assert_eq!(trace.layers.len(), layers);
+        let expected_restart = expected.restarted.clone();
+        let restarted = trace.restarted.as_ref();
+        let restarted = restarted.map(|tokens| tokens.iter().map(|token| *token as usize).collect());
+        assert_eq!(restarted, expected_restart, "{what}");
         for (index, (trace, expected)) in trace.layers.iter().zip(&expected.layers).enumerate() {
             assert_eq!(trace.rows, expected.read.len(), "{what}, layer {index}");
-            assert_eq!(trace.kept, kept[index], "{what}, layer {index}");
+            let original = |position: &u32| match &expected_restart {
+                Some(restarted) => restarted[*position as usize] as u32,
+                None => *position,
+            };
+            let kept: Vec<Vec<u32>> =
+                kept[index].iter().map(|head| head.iter().map(original).collect()).collect();
+            assert_eq!(trace.kept, kept, "{what}, layer {index}");
+            let sets = trace.sets.as_ref().map(|sets| sets.iter().map(|head| head.set as usize).collect());
+            assert_eq!(sets.unwrap_or_else(Vec::new), expected.sets, "{what}, layer {index}");
             let hands_on = expected.hands_on.as_ref();
             let hands_on: Option<Vec<u32>> =
                 hands_on.map(|positions| positions.iter().map(|position| *position as u32).collect());
             assert_eq!(trace.propagated, hands_on, "{what}, layer {index}");
             // A layer that scores nothing observes through the trace's own window of 8, and so does the
             // oracle; a policy with a window that leaves a layer alone is not comparable there.
-            let observes = !matches!(policy, Policy::Full | Policy::StreamingLlm(_) | Policy::Random(_));
+            let observes = !rig.plan(policy, ids.len()).layers.iter().all(|layer| layer.windows().is_empty());
             let scored = !observes || expected.cache.iter().any(|cache| cache.len() < expected.read.len());
             if scored {
                 let distance = relative_distance(&trace.mass, &expected.mass);
@@ -304,6 +345,9 @@ fn agrees<B: Backend>(
     for (step, part) in [&[1_u32][..], &[5, 3], &[0, 2, 4]].into_iter().enumerate() {
         let logits = rig.append(&mut prefill, part);
         let distance = relative_distance(&logits, expected.append(part));
+        if expected.margin() < NEAR_TIE {
+            return false;
+        }
         assert!(distance < CLOSE, "{what}, step {step} of decoding: {distance:e}");
     }
     assert_eq!(rig.positions(&prefill), expected.positions(), "{what}, decoded");
@@ -349,6 +393,13 @@ fn policies_of(shape: ModelShape) -> Vec<Policy> {
     policies
 }
 
+const UNPOOLED: Pooling = Pooling { kind: PoolingKind::Average, kernel: 1 };
+
+/// Tokens that FastGen tells apart: of the 64 there are, 2 are special and 6 are punctuation.
+fn classes() -> TokenClasses {
+    TokenClasses { special: BTreeSet::from([3, 60]), punctuation: (10..16).collect() }
+}
+
 fn policies() -> Vec<Policy> {
     use PoolingKind::{Average, Max};
     let (rate, tokens) = (Budget::Rate, Budget::Tokens);
@@ -377,6 +428,13 @@ fn policies() -> Vec<Policy> {
         }),
         Policy::AdaKv(AdaKv { saliency: saliency(8, Max, 7), retention: tokens(21), floor: 0.2 }),
         Policy::AdaKv(AdaKv { saliency: saliency(2, Max, 1), retention: rate(0.4), floor: 0.0 }),
+        Policy::H2o(H2o { window: 8, retention: tokens(20) }),
+        Policy::H2o(H2o { window: 2, retention: rate(0.3) }),
+        Policy::FastGen(FastGen { recovery: 0.7, local: 0.3, frequent: 0.3, classes: classes() }),
+        Policy::FastGen(FastGen { recovery: 0.45, local: 0.1, frequent: 0.2, classes: classes() }),
+        Policy::GemFilter(GemFilter { retention: tokens(20), ..GemFilter::default() }),
+        Policy::GemFilter(GemFilter { filter_layer: Some(0), retention: rate(0.5), pooling: UNPOOLED }),
+        Policy::PyramidInfer(PyramidInfer { recent: 0.05, decay: 0.7 }),
         Policy::StreamingLlm(StreamingLlm { sinks: 4, retention: tokens(20) }),
         Policy::StreamingLlm(StreamingLlm { sinks: 0, retention: rate(0.3) }),
         Policy::Random(Random { window: 8, retention: tokens(20), seed: 7 }),
@@ -651,7 +709,9 @@ fn progress_rises_to_its_total() {
             }
             let options = PrefillOptions { exact_shortcuts, ..PrefillOptions::default() };
             let mut prefill = rig.engine.prefill(&ids, &plan, &options, &control).expect("a prefill");
-            rises(&reports.borrow(), plan.layers.iter().map(|layer| layer.rows).sum());
+            let first_pass = plan.restart.map_or(0, |restart| (restart.layer + 1) * ids.len());
+            let rows: usize = plan.layers.iter().map(|layer| layer.rows).sum();
+            rises(&reports.borrow(), first_pass + rows);
             assert!(reports.borrow().len() >= tiny.layers);
             reports.borrow_mut().clear();
             rig.engine.append(&mut prefill.cache, &[1, 2, 3], &control).expect("logits");
@@ -1002,10 +1062,14 @@ fn edited(plan: &Plan, rng: &mut Rng) -> Option<Plan> {
         };
         let propagate = |rng: &mut Rng| {
             let pooling = json!({ "kind": "max", "kernel": any(rng) });
-            json!({ "count": any(rng), "saliency": { "window": any(rng), "pooling": pooling } })
+            json!({ "rule": "top", "count": any(rng), "saliency": { "window": any(rng), "pooling": pooling } })
         };
         match rng.below(8) {
             0 => value["layers"][layer]["propagate"] = Value::Null,
+            1 if rng.below(3) == 0 => {
+                let recent = json!({ "rule": "recent", "count": any(rng), "recent": any(rng) });
+                value["layers"][layer]["propagate"] = recent;
+            }
             1 => value["layers"][layer]["propagate"] = propagate(rng),
             2 => {
                 let counts = [any(rng), any(rng)];
@@ -1013,12 +1077,14 @@ fn edited(plan: &Plan, rng: &mut Rng) -> Option<Plan> {
                 (shared["rule"], shared["floor"]) = (json!("shared"), json!(rng.unit() * 1.2 - 0.1));
                 let keeps = [
                     json!({ "rule": "all" }),
+                    json!({ "rule": "heavy", "count": any(rng), "window": any(rng) }),
+                    json!({ "rule": "recovered", "recovery": 0.5, "local": rng.unit() * 1.2, "frequent": 0.3 }),
                     json!({ "rule": "each", "counts": counts, "saliency": shared["saliency"] }),
                     shared,
                     json!({ "rule": "ends", "sinks": any(rng), "recent": any(rng) }),
                     json!({ "rule": "random", "count": any(rng), "window": any(rng), "seed": any(rng) }),
                 ];
-                value["layers"][layer]["keep"] = keeps[rng.below(5)].clone();
+                value["layers"][layer]["keep"] = keeps[rng.below(7)].clone();
             }
             3 => {
                 let mut keep = propagate(rng);
@@ -1028,6 +1094,7 @@ fn edited(plan: &Plan, rng: &mut Rng) -> Option<Plan> {
             _ => {
                 let mut found = Vec::new();
                 numbers(&value["layers"], "/layers".to_owned(), &mut found);
+                numbers(&value["restart"], "/restart".to_owned(), &mut found);
                 numbers(&value["shape"], "/shape".to_owned(), &mut found);
                 found.push("/prompt_tokens".to_owned());
                 let path = &found[rng.below(found.len())];
@@ -1042,6 +1109,13 @@ fn edited(plan: &Plan, rng: &mut Rng) -> Option<Plan> {
 fn is_consistent(plan: &Plan) -> bool {
     let scores = |saliency: &Saliency| rules::is_observation(saliency.window, saliency.pooling.kernel);
     let mut rows = plan.prompt_tokens;
+    if let Some(restart) = &plan.restart {
+        let pooled = rules::is_observation(1, restart.pooling.kernel);
+        if restart.layer >= plan.layers.len() || !(1..=rows).contains(&restart.count) || !pooled {
+            return false;
+        }
+        rows = restart.count;
+    }
     plan.layers.iter().all(|layer| {
         let kept = match &layer.keep {
             Keep::All => true,
@@ -1056,12 +1130,19 @@ fn is_consistent(plan: &Plan) -> bool {
                 *count <= rows && saliency.window <= *count && scores(saliency) && (0.0..=1.0).contains(floor)
             }
             Keep::Random { count, window, .. } => *count <= rows && window <= count,
+            Keep::Heavy { count, window } => *window > 0 && window <= count,
+            Keep::Recovered { recovery, local, frequent } => {
+                [recovery, local, frequent].iter().all(|share| (0.0..=1.0).contains(*share))
+            }
         };
         let fits = kept && layer.rows == rows;
         let Some(propagate) = &layer.propagate else { return fits };
-        let window = propagate.saliency.window;
-        let handed_on = propagate.count <= rows && propagate.count >= window && scores(&propagate.saliency);
-        rows = propagate.count;
+        let (count, newest, scored) = match propagate {
+            Propagate::Top { count, saliency } => (*count, saliency.window, scores(saliency)),
+            Propagate::Recent { count, recent } => (*count, *recent, *recent > 0),
+        };
+        let handed_on = count <= rows && count >= newest && scored;
+        rows = count;
         fits && handed_on
     })
 }
@@ -1085,12 +1166,12 @@ fn edited_plans_do_what_they_say_or_are_errors() {
                 for (trace, rules) in trace.layers.iter().zip(&plan.layers) {
                     prop_assert_eq!(trace.rows, rules.rows);
                     let entries: usize = trace.kept.iter().map(Vec::len).sum();
-                    let exact = !matches!(rules.keep, Keep::Shared { .. });
+                    let exact = !matches!(rules.keep, Keep::Shared { .. } | Keep::Recovered { .. });
                     let bound = rules.entries(plan.shape.kv_heads);
                     prop_assert!(entries == bound || !exact && entries < bound, "{:?}", plan);
                     prop_assert!(trace.kept.iter().all(|kept| kept.len() <= rules.kept()), "{:?}", plan);
                     let handed_on = trace.propagated.as_ref().map(Vec::len);
-                    prop_assert_eq!(handed_on, rules.propagate.map(|propagate| propagate.count));
+                    prop_assert_eq!(handed_on, rules.propagate.map(|propagate| propagate.count()));
                 }
                 let logits = rig.engine.append(&mut prefill.cache, &[1, 2], &Control::default());
                 prop_assert!(logits.is_ok(), "{:?}", logits);

@@ -11,9 +11,9 @@ use fastkv::backend::cpu::CpuBackend;
 use fastkv::engine::{Control, Engine, PrefillOptions};
 use fastkv::model::ModelDir;
 use fastkv::policy::{
-    AdaKv, Budget, FastKv, HeadKv, HeadScores, HeadScoresError, Keep, LayerPlan, MAX_POOLING, MAX_WINDOW,
-    ModelShape, Plan, Policy, PolicyError, Pooling, PoolingKind, PyramidKv, Random, Saliency, SnapKv,
-    StreamingLlm,
+    AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, HeadScoresError, Keep, LayerPlan,
+    MAX_POOLING, MAX_WINDOW, ModelShape, Plan, Policy, PolicyError, Pooling, PoolingKind, Propagate,
+    PyramidInfer, PyramidKv, Random, Restart, Saliency, SnapKv, StreamingLlm,
 };
 use oracle::plan as expected;
 use proptest::prelude::*;
@@ -69,6 +69,17 @@ fn expectation(policy: &Policy, shape: ModelShape, n: usize) -> Option<Vec<expec
             let plan = expected::by_head(&scores, shape.kv_heads, n, saliency.window, retention, *pooled);
             plan.filter(|_| legal(saliency))
         }
+        Policy::H2o(H2o { window, retention }) => expected::heavy(layers, n, *window, budget(*retention)),
+        Policy::FastGen(FastGen { recovery, local, frequent, .. }) => {
+            expected::recovered(layers, n, (*recovery, *local, *frequent))
+        }
+        Policy::GemFilter(GemFilter { filter_layer, retention, pooling }) => {
+            let plan = expected::gemfilter(layers, n, *filter_layer, budget(*retention), pooling.kernel);
+            plan.map(|(_, plan)| plan)
+        }
+        Policy::PyramidInfer(PyramidInfer { recent, decay }) => {
+            expected::pyramid_infer(layers, n, *recent, *decay)
+        }
         Policy::StreamingLlm(StreamingLlm { sinks, retention }) => {
             expected::streaming(layers, n, *sinks, budget(*retention))
         }
@@ -114,8 +125,16 @@ fn spoken(layer: &LayerPlan) -> expected::Layer {
             Keep::Top { count, .. } | Keep::Random { count, .. } => expected::Keep::Chosen(*count),
             Keep::Each { counts, .. } => expected::Keep::Each(counts.clone()),
             Keep::Shared { count, floor, .. } => expected::Keep::Shared(*count, *floor),
+            Keep::Heavy { count, window } => expected::Keep::Heavy(*count, *window),
+            Keep::Recovered { recovery, local, frequent } => {
+                expected::Keep::Recovered(*recovery, *local, *frequent)
+            }
         },
-        hands_on: layer.propagate.map(|propagate| propagate.count),
+        hands_on: layer.propagate.map(|propagate| propagate.count()),
+        recent: match layer.propagate {
+            Some(Propagate::Recent { recent, .. }) => Some(recent),
+            _ => None,
+        },
     }
 }
 
@@ -138,7 +157,7 @@ fn planned(policy: &Policy, shape: ModelShape, n: usize) -> Option<Plan> {
 
 fn fastkv_layers(options: FastKv, layers: usize, n: usize) -> Vec<(usize, usize, Option<usize>)> {
     let plan = planned(&Policy::FastKv(options), shape(layers), n).expect("a plan");
-    plan.layers.iter().map(|layer| (layer.rows, layer.kept(), layer.propagate.map(|p| p.count))).collect()
+    plan.layers.iter().map(|layer| (layer.rows, layer.kept(), layer.propagate.map(|p| p.count()))).collect()
 }
 
 #[test]
@@ -357,6 +376,10 @@ fn every_policy() -> Vec<Policy> {
         Policy::PyramidKv(PyramidKv::default()),
         Policy::AdaKv(AdaKv::default()),
         Policy::HeadKv(HeadKv { heads: scores_of(LLAMA_8B), ..HeadKv::default() }),
+        Policy::H2o(H2o::default()),
+        Policy::FastGen(FastGen::default()),
+        Policy::GemFilter(GemFilter::default()),
+        Policy::PyramidInfer(PyramidInfer::default()),
         Policy::StreamingLlm(StreamingLlm::default()),
         Policy::Random(Random::default()),
     ]
@@ -388,8 +411,19 @@ fn any_policy_of(shape: ModelShape) -> impl Strategy<Value = Policy> {
         1 => (any_saliency(), any_budget(), number.clone()).prop_map(|(saliency, retention, steepness)| {
             Policy::PyramidKv(PyramidKv { saliency, retention, steepness })
         }),
-        1 => (any_saliency(), any_budget(), share)
+        1 => (any_saliency(), any_budget(), share.clone())
             .prop_map(|(saliency, retention, floor)| Policy::AdaKv(AdaKv { saliency, retention, floor })),
+        1 => (0_usize..70, any_budget()).prop_map(|(window, retention)| Policy::H2o(H2o { window, retention })),
+        1 => (share.clone(), share.clone(), share.clone()).prop_map(|(recovery, local, frequent)| {
+            Policy::FastGen(FastGen { recovery, local, frequent, ..FastGen::default() })
+        }),
+        1 => (prop::option::of(0_usize..12), any_budget(), any_saliency()).prop_map(
+            |(filter_layer, retention, Saliency { pooling, .. })| {
+                Policy::GemFilter(GemFilter { filter_layer, retention, pooling })
+            }
+        ),
+        1 => (share.clone(), share.clone())
+            .prop_map(|(recent, decay)| Policy::PyramidInfer(PyramidInfer { recent, decay })),
         1 => (any_saliency(), any_budget(), number).prop_map(move |(saliency, retention, pooled)| {
             let heads = scores_of(shape);
             let (heads, pooled) = if shape.layers * shape.query_heads == 1 {
@@ -534,18 +568,23 @@ proptest! {
         let Some(plan) = planned(&policy, shape, n) else { return Ok(()) };
 
         let mut rows = n;
+        if let Some(Restart { layer, count, .. }) = plan.restart {
+            prop_assert!(layer < shape.layers && count >= 1 && count < n);
+            rows = count;
+        }
         for layer in &plan.layers {
             prop_assert_eq!(layer.rows, rows);
             prop_assert!(layer.kept() >= 1 && layer.kept() <= rows);
-            if !matches!(layer.keep, Keep::Shared { .. } | Keep::Each { .. }) && !matches!(policy, Policy::PyramidKv(_)) {
+            let by_data = matches!(layer.keep, Keep::Shared { .. } | Keep::Heavy { .. } | Keep::Recovered { .. });
+            if !by_data && !matches!(layer.keep, Keep::Each { .. }) {
                 prop_assert_eq!(layer.keep == Keep::All, layer.kept() == rows);
             }
             for window in layer.windows() {
                 prop_assert!(layer.kept() >= window.min(rows));
             }
             if let Some(propagate) = layer.propagate {
-                prop_assert!(propagate.count < rows && propagate.count >= propagate.saliency.window);
-                rows = propagate.count;
+                prop_assert!(propagate.count() < rows && propagate.count() >= propagate.reserved());
+                rows = propagate.count();
             }
         }
         prop_assert!(plan.layers[shape.layers - 1].propagate.is_none());
@@ -553,7 +592,9 @@ proptest! {
         // Bounds of memory.
         let entry = 2 * shape.head_dim * 4;
         let expected: Vec<_> = plan.layers.iter().map(spoken).collect();
-        prop_assert_eq!(plan.peak_kv_bytes(4), oracle::plan::peak_kv_bytes(&expected, shape.kv_heads, entry));
+        let first_pass = if plan.restart.is_some() { n * shape.kv_heads * entry } else { 0 };
+        let peak = oracle::plan::peak_kv_bytes(&expected, shape.kv_heads, entry);
+        prop_assert_eq!(plan.peak_kv_bytes(4), peak.max(first_pass));
         let kept: usize = expected.iter().map(|layer| layer.entries(shape.kv_heads)).sum();
         prop_assert_eq!(plan.kept_kv_bytes(4), kept * entry);
         prop_assert_eq!(plan.kept_kv_bytes(4), 2 * plan.kept_kv_bytes(2));

@@ -23,7 +23,7 @@ pub use llama::check_tokens;
 pub use memory::{Bytes, MemoryEstimate, MemoryOptions};
 pub use prefill::{Prefill, PrefillOptions};
 pub use sampler::{Sampler, Sampling};
-pub use trace::{LayerTrace, Trace};
+pub use trace::{HeadSet, LayerTrace, Trace};
 
 use llama::Llama;
 

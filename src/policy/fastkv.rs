@@ -66,7 +66,8 @@ impl FastKv {
                 let keep =
                     if rows <= count { Keep::All } else { Keep::Top { count, saliency: self.saliency } };
                 let goes_on = layer == tsp_layer && layer < last && propagated < rows;
-                let propagate = goes_on.then_some(Propagate { count: propagated, saliency: self.saliency });
+                let propagate =
+                    goes_on.then_some(Propagate::Top { count: propagated, saliency: self.saliency });
                 LayerPlan { rows, keep, propagate }
             })
             .collect())

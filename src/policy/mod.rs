@@ -3,23 +3,35 @@
 //! them. Everything here is a pure function of numbers.
 
 mod adakv;
+mod fastgen;
 mod fastkv;
+mod gemfilter;
+mod h2o;
 mod headkv;
 mod plan;
+mod pyramidinfer;
 mod pyramidkv;
 mod random;
 mod snapkv;
+mod steering;
 mod streaming;
 
 use serde::{Deserialize, Serialize};
 
 pub use adakv::AdaKv;
+pub use fastgen::FastGen;
 pub use fastkv::FastKv;
+pub use gemfilter::GemFilter;
+pub use h2o::H2o;
 pub use headkv::{HeadKv, HeadScores, HeadScoresError};
-pub use plan::{Keep, LayerPlan, Plan, Pooling, PoolingKind, Propagate, Saliency};
+pub use plan::{
+    Keep, LayerPlan, Plan, Pooling, PoolingKind, Propagate, Restart, SINKS, Saliency, TokenClasses,
+};
+pub use pyramidinfer::PyramidInfer;
 pub use pyramidkv::PyramidKv;
 pub use random::{Random, random_positions};
 pub use snapkv::SnapKv;
+pub use steering::{DEFAULT_ALPHA, Steering};
 pub use streaming::StreamingLlm;
 
 /// The numbers of a model that a plan depends on.
@@ -73,6 +85,14 @@ pub enum Policy {
     AdaKv(AdaKv),
     /// HeadKV: SnapKV with budgets from measured scores of the heads.
     HeadKv(HeadKv),
+    /// H2O: the tokens that all queries attend to most, also in decoding.
+    H2o(H2o),
+    /// FastGen: each head gets the cheapest set of tokens that recovers its attention.
+    FastGen(FastGen),
+    /// GemFilter: early layers pick tokens, and the model starts anew with these.
+    GemFilter(GemFilter),
+    /// PyramidInfer: every layer hands on fewer tokens than it read.
+    PyramidInfer(PyramidInfer),
     /// StreamingLLM: the first tokens and the last ones.
     StreamingLlm(StreamingLlm),
     /// A seeded uniform choice and the window: the control.
@@ -132,6 +152,41 @@ pub enum PolicyError {
     /// Head scores of another model, or of none.
     #[error("the head scores do not fit: {0}")]
     HeadScores(#[from] HeadScoresError),
+    /// A highlighted span that is empty or not in the prompt.
+    #[error(
+        "the span {start}..{end} is not in the prompt: give positions of its {tokens} tokens, the end above the start"
+    )]
+    Span {
+        /// Its first position.
+        start: usize,
+        /// The position behind its last.
+        end: usize,
+        /// Tokens of the prompt.
+        tokens: usize,
+    },
+    /// A head that the model does not have.
+    #[error("there is no head {layer}-{head}: the model has {layers} layers of {query_heads} query heads")]
+    Head {
+        /// Its layer.
+        layer: usize,
+        /// Its number among the query heads.
+        head: usize,
+        /// Layers of the model.
+        layers: usize,
+        /// Query heads of a layer.
+        query_heads: usize,
+    },
+    /// Steering without a span, or without a head.
+    #[error("steering needs at least one span and one head")]
+    NothingToSteer,
+    /// A layer that the model does not have, to rank tokens.
+    #[error("the filter layer is {layer}, but the model's layers are 0 to {last}")]
+    FilterLayer {
+        /// The layer asked for, 0-based.
+        layer: usize,
+        /// The model's last layer.
+        last: usize,
+    },
     /// A layer that the model does not have.
     #[error("the TSP layer is {layer}, but the model's layers are 0 to {last}")]
     TspLayer {
@@ -159,6 +214,10 @@ impl Policy {
             Self::PyramidKv(_) => "pyramidkv",
             Self::AdaKv(_) => "adakv",
             Self::HeadKv(_) => "headkv",
+            Self::H2o(_) => "h2o",
+            Self::FastGen(_) => "fastgen",
+            Self::GemFilter(_) => "gemfilter",
+            Self::PyramidInfer(_) => "pyramidinfer",
             Self::StreamingLlm(_) => "streamingllm",
             Self::Random(_) => "random",
         }
@@ -176,6 +235,8 @@ impl Policy {
         if [layers, query_heads, kv_heads, head_dim].contains(&0) || !query_heads.is_multiple_of(kv_heads) {
             return Err(PolicyError::Shape(shape));
         }
+        let mut restart = None;
+        let mut classes = TokenClasses::default();
         let layers = match self {
             Self::Full => vec![LayerPlan::full(prompt_tokens); shape.layers],
             Self::FastKv(options) => options.layers(shape, prompt_tokens)?,
@@ -183,10 +244,21 @@ impl Policy {
             Self::PyramidKv(options) => options.layers(shape, prompt_tokens)?,
             Self::AdaKv(options) => options.layers(shape, prompt_tokens)?,
             Self::HeadKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::H2o(options) => options.layers(shape, prompt_tokens)?,
+            Self::FastGen(options) => {
+                classes = options.classes.clone();
+                options.layers(shape, prompt_tokens)?
+            }
+            Self::GemFilter(options) => {
+                let (again, layers) = options.plan(shape, prompt_tokens)?;
+                restart = again;
+                layers
+            }
+            Self::PyramidInfer(options) => options.layers(shape, prompt_tokens)?,
             Self::StreamingLlm(options) => options.layers(shape, prompt_tokens)?,
             Self::Random(options) => options.layers(shape, prompt_tokens)?,
         };
-        Ok(Plan { policy: self.clone(), shape, prompt_tokens, layers })
+        Ok(Plan { policy: self.clone(), shape, prompt_tokens, restart, layers, classes, steering: None })
     }
 }
 

@@ -55,6 +55,19 @@ pub fn describe(policy: &Policy) -> String {
             options.pooled,
             options.saliency
         ),
+        Policy::H2o(options) => {
+            format!("H2O: retention {}, window {}", budget(options.retention), options.window)
+        }
+        Policy::FastGen(options) => format!(
+            "FastGen: recovery {}, local {}, frequent {}",
+            options.recovery, options.local, options.frequent
+        ),
+        Policy::GemFilter(options) => {
+            format!("GemFilter: retention {}, {}", budget(options.retention), options.pooling)
+        }
+        Policy::PyramidInfer(options) => {
+            format!("PyramidInfer: recent {}, decay {}", options.recent, options.decay)
+        }
         Policy::StreamingLlm(options) => {
             format!("StreamingLLM: retention {}, {} sinks", budget(options.retention), options.sinks)
         }

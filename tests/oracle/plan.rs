@@ -16,6 +16,8 @@ pub(crate) struct Layer {
     pub(crate) keep: Keep,
     /// Tokens that go on, where not all do.
     pub(crate) hands_on: Option<usize>,
+    /// Newest tokens that choose those, where it is not the window: PyramidInfer.
+    pub(crate) recent: Option<usize>,
 }
 
 /// What stays in a cache.
@@ -30,6 +32,10 @@ pub(crate) enum Keep {
     Each(Vec<usize>),
     /// This many on average, the window included, and AdaKV's α.
     Shared(usize, f64),
+    /// H2O: this many, and the recent ones among them; in decoding too.
+    Heavy(usize, usize),
+    /// FastGen: T_rec, r_l and r_f.
+    Recovered(f64, f64, f64),
 }
 
 const LARGEST_WINDOW: usize = 64;
@@ -110,7 +116,12 @@ pub(crate) fn fastkv(
     for layer in 0..layers {
         if layer <= tsp_layer {
             let hands_on = layer == tsp_layer && layer + 1 < layers && t < n;
-            plan.push(Layer { rows: n, keep: chosen(n, early), hands_on: hands_on.then_some(t) });
+            plan.push(Layer {
+                rows: n,
+                keep: chosen(n, early),
+                hands_on: hands_on.then_some(t),
+                recent: None,
+            });
             continue;
         }
         let late = match (retention, propagation) {
@@ -120,7 +131,7 @@ pub(crate) fn fastkv(
             }
             _ => early,
         };
-        plan.push(Layer { rows: t, keep: chosen(t, late), hands_on: None });
+        plan.push(Layer { rows: t, keep: chosen(t, late), hands_on: None, recent: None });
     }
     Some(plan)
 }
@@ -131,7 +142,7 @@ pub(crate) fn uniform(layers: usize, n: usize, window: usize, retention: Budget)
         return None;
     }
     let keep = chosen(n, capacity(retention, n, window)?);
-    Some(vec![Layer { rows: n, keep, hands_on: None }; layers])
+    Some(vec![Layer { rows: n, keep, hands_on: None, recent: None }; layers])
 }
 
 /// PyramidKV, for an average of C' = C − W beside the window: each layer's share of a straight line.
@@ -168,7 +179,7 @@ pub(crate) fn pyramid(
             };
             chosen(n, window + share)
         };
-        plan.push(Layer { rows: n, keep, hands_on: None });
+        plan.push(Layer { rows: n, keep, hands_on: None, recent: None });
     }
     Some(plan)
 }
@@ -186,7 +197,7 @@ pub(crate) fn shared(
     }
     let c = capacity(retention, n, window)?;
     let keep = if n <= c { Keep::All } else { Keep::Shared(c, alpha) };
-    Some(vec![Layer { rows: n, keep, hands_on: None }; layers])
+    Some(vec![Layer { rows: n, keep, hands_on: None, recent: None }; layers])
 }
 
 /// HeadKV; `scores[layer][query head]` are means over samples.
@@ -222,7 +233,63 @@ pub(crate) fn by_head(
             counts.push(window + if cap > n - window { n - window } else { cap });
         }
         let keep = if counts.iter().all(|count| *count == n) { Keep::All } else { Keep::Each(counts) };
-        plan.push(Layer { rows: n, keep, hands_on: None });
+        plan.push(Layer { rows: n, keep, hands_on: None, recent: None });
+    }
+    Some(plan)
+}
+
+/// H2O: the budget is there in decoding too, so that a short prompt has the rule as well.
+pub(crate) fn heavy(layers: usize, n: usize, window: usize, retention: Budget) -> Option<Vec<Layer>> {
+    if n == 0 || !is_window(window) {
+        return None;
+    }
+    let keep = Keep::Heavy(capacity(retention, n, window)?, window);
+    Some(vec![Layer { rows: n, keep, hands_on: None, recent: None }; layers])
+}
+
+/// FastGen.
+pub(crate) fn recovered(layers: usize, n: usize, shares: (f64, f64, f64)) -> Option<Vec<Layer>> {
+    let (recovery, local, frequent) = shares;
+    if n == 0 || [recovery, local, frequent].iter().any(|share| !(0.0..=1.0).contains(share)) {
+        return None;
+    }
+    let keep = Keep::Recovered(recovery, local, frequent);
+    Some(vec![Layer { rows: n, keep, hands_on: None, recent: None }; layers])
+}
+
+/// GemFilter: the layer that ranks and how many tokens are read anew, where not all are.
+pub(crate) fn gemfilter(
+    layers: usize,
+    n: usize,
+    filter_layer: Option<usize>,
+    retention: Budget,
+    kernel: usize,
+) -> Option<(Option<(usize, usize)>, Vec<Layer>)> {
+    // round(13 · layers / 32), a half up, and no layer beyond the last.
+    let layer = filter_layer.unwrap_or(((26 * layers + 32) / 64).min(layers - 1));
+    if n == 0 || layer >= layers || !is_observation(1, kernel) {
+        return None;
+    }
+    let c = capacity(retention, n, 0)?;
+    Some(if c < n { (Some((layer, c)), full(layers, c)) } else { (None, full(layers, n)) })
+}
+
+/// PyramidInfer.
+pub(crate) fn pyramid_infer(layers: usize, n: usize, recent: f64, rho: f64) -> Option<Vec<Layer>> {
+    if n == 0 || !(0.0..=1.0).contains(&recent) || !(0.0..=1.0).contains(&rho) {
+        return None;
+    }
+    let r = 1 + int(n, recent);
+    let mut plan = Vec::new();
+    let mut rows = n;
+    for l in 0..layers {
+        let c = if rows > r { rows - r } else { 0 };
+        let decay = (1.0 - rho) * ((std::f64::consts::PI * l as f64 / layers as f64).cos() + 1.0) / 2.0 + rho;
+        let kept = int(c, decay);
+        let goes_on = c > 64 && kept > 64 && kept < c && l + 1 < layers;
+        let hands_on = goes_on.then_some(kept + r);
+        plan.push(Layer { rows, keep: Keep::All, hands_on, recent: hands_on.map(|_| r) });
+        rows = hands_on.unwrap_or(rows);
     }
     Some(plan)
 }
@@ -237,12 +304,12 @@ pub(crate) fn streaming(layers: usize, n: usize, sinks: usize, retention: Budget
         Keep::Chosen(capacity) => Keep::Ends(sinks, capacity - sinks),
         other => other,
     };
-    Some(vec![Layer { rows: n, keep, hands_on: None }; layers])
+    Some(vec![Layer { rows: n, keep, hands_on: None, recent: None }; layers])
 }
 
 /// Everything.
 pub(crate) fn full(layers: usize, n: usize) -> Vec<Layer> {
-    vec![Layer { rows: n, keep: Keep::All, hands_on: None }; layers]
+    vec![Layer { rows: n, keep: Keep::All, hands_on: None, recent: None }; layers]
 }
 
 impl Layer {
@@ -253,6 +320,8 @@ impl Layer {
             Keep::Chosen(count) => count * kv_heads,
             Keep::Ends(first, last) => (first + last) * kv_heads,
             Keep::Each(counts) => counts.iter().sum(),
+            Keep::Heavy(count, _) => self.rows.min(*count) * kv_heads,
+            Keep::Recovered(..) => self.rows * kv_heads,
             // Each of the heads may be rounded up by a half.
             Keep::Shared(count, _) => (count * kv_heads + kv_heads / 2).min(self.rows * kv_heads),
         }

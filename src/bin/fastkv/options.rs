@@ -4,8 +4,8 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use fastkv::engine::{Sampler, Sampling};
 use fastkv::policy::{
-    AdaKv, Budget, FastKv, HeadKv, HeadScores, Policy, PoolingKind, PyramidKv, Random, Saliency, SnapKv,
-    StreamingLlm,
+    self,    AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, Policy, PoolingKind, PyramidInfer,
+    PyramidKv, Random, Saliency, SnapKv, StreamingLlm, TokenClasses,
 };
 
 use crate::exit::Usage;
@@ -27,6 +27,14 @@ pub(crate) enum PolicyName {
     Adakv,
     /// HeadKV: SnapKV with budgets from measured scores of the heads.
     Headkv,
+    /// H2O: the tokens that all queries attend to most; evicts in decoding too.
+    H2o,
+    /// FastGen: each head gets the cheapest set of tokens that recovers its attention.
+    Fastgen,
+    /// GemFilter: early layers pick tokens, and the model starts anew with these.
+    Gemfilter,
+    /// PyramidInfer: every layer hands on fewer tokens than it read.
+    Pyramidinfer,
     /// StreamingLLM: the first tokens and the last ones.
     Streamingllm,
     /// A uniform choice beside the window: the control.
@@ -51,13 +59,14 @@ pub(crate) struct PolicyOptions {
     /// fastkv: tokens that go on past the TSP layer, a rate or a number of tokens
     #[arg(long, value_name = "RATE|TOKENS", value_parser = budget, allow_hyphen_values = true)]
     propagation: Option<Budget>,
-    /// fastkv, snapkv and its kin: queries at the end of the prompt that score the rest; random: tokens kept there
+    /// fastkv, snapkv and its kin: queries at the end of the prompt that score the rest; h2o, random:
+    /// tokens kept there
     #[arg(long, value_name = "TOKENS")]
     window: Option<usize>,
-    /// fastkv, snapkv and its kin: how scores are pooled along the prompt
+    /// fastkv, snapkv and its kin, gemfilter: how scores are pooled along the prompt
     #[arg(long, value_enum)]
     pooling: Option<Pooling>,
-    /// fastkv, snapkv and its kin: width of the pooling kernel, odd
+    /// fastkv, snapkv and its kin, gemfilter: width of the pooling kernel, odd
     #[arg(long, value_name = "WIDTH")]
     kernel: Option<usize>,
     /// fastkv: the last layer that reads the whole prompt, 0-based [default: half depth]
@@ -75,6 +84,24 @@ pub(crate) struct PolicyOptions {
     /// headkv: 1 over the share of the budget that goes by head scores
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     pooled: Option<f64>,
+    /// fastgen: share of a head's attention that its set of tokens has to recover
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    recovery: Option<f64>,
+    /// fastgen: share of the tokens, the newest, that are local
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    local: Option<f64>,
+    /// fastgen: share of the tokens, the most attended, that are frequent
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    frequent: Option<f64>,
+    /// gemfilter: the layer that ranks the tokens, 0-based [default: at 13/32 of the depth]
+    #[arg(long, value_name = "LAYER")]
+    filter_layer: Option<usize>,
+    /// pyramidinfer: share of the prompt, its newest tokens, that goes on in every layer
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    recent: Option<f64>,
+    /// pyramidinfer: what the share of older tokens that go on falls to in the deepest layers
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    decay: Option<f64>,
     /// streamingllm: tokens kept at the start
     #[arg(long, value_name = "TOKENS")]
     sinks: Option<usize>,
@@ -153,6 +180,32 @@ impl PolicyOptions {
                 take(&mut left.pooled, &mut options.pooled);
                 Policy::HeadKv(options)
             }
+            PolicyName::H2o => {
+                let mut options = H2o::default();
+                take(&mut left.window, &mut options.window);
+                take(&mut left.retention, &mut options.retention);
+                Policy::H2o(options)
+            }
+            PolicyName::Fastgen => {
+                let mut options = FastGen::default();
+                take(&mut left.recovery, &mut options.recovery);
+                take(&mut left.local, &mut options.local);
+                take(&mut left.frequent, &mut options.frequent);
+                Policy::FastGen(options)
+            }
+            PolicyName::Gemfilter => {
+                let mut options = GemFilter::default();
+                options.filter_layer = left.filter_layer.take();
+                take(&mut left.retention, &mut options.retention);
+                left.take_pooling(&mut options.pooling);
+                Policy::GemFilter(options)
+            }
+            PolicyName::Pyramidinfer => {
+                let mut options = PyramidInfer::default();
+                take(&mut left.recent, &mut options.recent);
+                take(&mut left.decay, &mut options.decay);
+                Policy::PyramidInfer(options)
+            }
             PolicyName::Streamingllm => {
                 let mut options = StreamingLlm::default();
                 take(&mut left.retention, &mut options.retention);
@@ -180,9 +233,13 @@ impl PolicyOptions {
 
     fn take_saliency(&mut self, saliency: &mut Saliency) {
         take(&mut self.window, &mut saliency.window);
-        take(&mut self.kernel, &mut saliency.pooling.kernel);
-        if let Some(pooling) = self.pooling.take() {
-            saliency.pooling.kind = match pooling {
+        self.take_pooling(&mut saliency.pooling);
+    }
+
+    fn take_pooling(&mut self, pooling: &mut policy::Pooling) {
+        take(&mut self.kernel, &mut pooling.kernel);
+        if let Some(kind) = self.pooling.take() {
+            pooling.kind = match kind {
                 Pooling::Max => PoolingKind::Max,
                 Pooling::Average => PoolingKind::Average,
             };
@@ -202,6 +259,12 @@ impl PolicyOptions {
             ("floor", self.floor.is_some()),
             ("heads", self.heads.is_some()),
             ("pooled", self.pooled.is_some()),
+            ("recovery", self.recovery.is_some()),
+            ("local", self.local.is_some()),
+            ("frequent", self.frequent.is_some()),
+            ("filter-layer", self.filter_layer.is_some()),
+            ("recent", self.recent.is_some()),
+            ("decay", self.decay.is_some()),
             ("sinks", self.sinks.is_some()),
             ("seed", self.seed.is_some()),
         ];
@@ -221,6 +284,12 @@ impl PolicyOptions {
             floor: Some(0.0),
             heads: Some(HeadScores::default()),
             pooled: Some(0.0),
+            recovery: Some(0.0),
+            local: Some(0.0),
+            frequent: Some(0.0),
+            filter_layer: Some(0),
+            recent: Some(0.0),
+            decay: Some(0.0),
             sinks: Some(0),
             seed: Some(0),
             no_shortcuts: false,
