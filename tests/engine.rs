@@ -21,8 +21,8 @@ use fastkv::engine::{
 use fastkv::model::ModelDir;
 use fastkv::policy::{
     AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, Keep, ModelShape, Plan, Policy,
-    Pooling, PoolingKind, Propagate, PyramidInfer, PyramidKv, Random, Saliency, SnapKv, StreamingLlm,
-    TokenClasses,
+    Pooling, PoolingKind, Propagate, PyramidInfer, PyramidKv, Random, Saliency, SnapKv, Steering,
+    StreamingLlm, TokenClasses, Tsp,
 };
 use oracle::llama::{Model, Observation, Orders, Sequence};
 use oracle::plan as rules;
@@ -82,7 +82,7 @@ impl<B: Backend> Rig<B> {
         let bytes = prefill.cache.bytes(self.engine.backend());
         match policy {
             // What heads share is rounded head by head.
-            Policy::AdaKv(_) | Policy::FastGen(_) => assert!(bytes <= plan.kept_kv_bytes(4)),
+            Policy::AdaKv(_) | Policy::FastGen(_) | Policy::Tsp(_) => assert!(bytes <= plan.kept_kv_bytes(4)),
             _ => assert_eq!(bytes, plan.kept_kv_bytes(4)),
         }
         let tokens = plan.restart.map_or(ids.len(), |restart| restart.count);
@@ -222,6 +222,17 @@ fn run<'a>(
     model.run(ids, &orders(model, layers, ids.len(), policy, kept))
 }
 
+/// A policy of caches with the rate it has behind the TSP layer.
+fn behind_tsp(cache: &Policy, propagation: Budget) -> Policy {
+    let mut value = serde_json::to_value(cache).expect("JSON");
+    if let Ok(retention) = serde_json::from_value::<Budget>(value["retention"].clone())
+        && let rules::Budget::Rate(rate) = rules::late_rate(spoken(retention), spoken(propagation))
+    {
+        value["retention"] = json!({ "rate": rate });
+    }
+    serde_json::from_value(value).expect("a policy")
+}
+
 /// A policy in the oracle's words.
 fn orders(model: &Model, layers: usize, n: usize, policy: &Policy, kept: &[Vec<Vec<u32>>]) -> Orders {
     let observation = |saliency: &Saliency| {
@@ -231,7 +242,7 @@ fn orders(model: &Model, layers: usize, n: usize, policy: &Policy, kept: &[Vec<V
         };
         Observation { window: saliency.window, kind, kernel: saliency.pooling.kernel }
     };
-    let mut orders = Orders { given: Some(kept.to_vec()), ..Orders::default() };
+    let mut found = Orders { given: Some(kept.to_vec()), ..Orders::default() };
     let (plan, observation) = match policy {
         Policy::Full => (rules::full(layers, n), None),
         Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer }) => {
@@ -270,22 +281,33 @@ fn orders(model: &Model, layers: usize, n: usize, policy: &Policy, kept: &[Vec<V
         Policy::FastGen(FastGen { recovery, local, frequent, classes }) => {
             let list = |ids: &BTreeSet<u32>| ids.iter().copied().collect();
             let (special, punctuation) = (list(&classes.special), list(&classes.punctuation));
-            orders.classes = Classes { special, punctuation };
+            found.classes = Classes { special, punctuation };
             (rules::recovered(layers, n, (*recovery, *local, *frequent)).expect("a plan"), None)
         }
         Policy::GemFilter(GemFilter { filter_layer, retention, pooling }) => {
             let (restart, plan) =
                 rules::gemfilter(layers, n, *filter_layer, spoken(*retention), pooling.kernel)
                     .expect("a plan");
-            orders.restart = restart.map(|(layer, count)| (layer, count, pooling.kernel));
+            found.restart = restart.map(|(layer, count)| (layer, count, pooling.kernel));
             (plan, None)
+        }
+        Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache }) => {
+            let t = rules::propagated(spoken(*propagation), n, saliency.window).expect("a plan");
+            let early = orders(model, layers, n, cache, kept);
+            let late = orders(model, layers, t, &behind_tsp(cache, *propagation), kept);
+            let tsp_layer = tsp_layer.unwrap_or(rules::half_depth(layers));
+            return Orders {
+                rules: rules::composed(&early.rules, &late.rules, tsp_layer, t),
+                hands_on_by: Some(observation(saliency)),
+                ..early
+            };
         }
         Policy::PyramidInfer(PyramidInfer { recent, decay }) => {
             (rules::pyramid_infer(layers, n, *recent, *decay).expect("a plan"), None)
         }
     };
-    (orders.rules, orders.keeps_by, orders.hands_on_by) = (plan, observation, observation);
-    orders
+    (found.rules, found.keeps_by, found.hands_on_by) = (plan, observation, observation);
+    found
 }
 
 /// Holds a prefill and six decoded tokens to the oracle: which tokens each layer read, kept and handed
@@ -344,7 +366,8 @@ fn agrees<B: Backend>(
     assert!(distance < CLOSE, "{what}: {distance:e}");
     for (step, part) in [&[1_u32][..], &[5, 3], &[0, 2, 4]].into_iter().enumerate() {
         let logits = rig.append(&mut prefill, part);
-        let distance = relative_distance(&logits, expected.append(part));
+        let expected_logits = expected.append(part).to_vec();
+        let distance = relative_distance(&logits, &expected_logits);
         if expected.margin() < NEAR_TIE {
             return false;
         }
@@ -390,6 +413,22 @@ fn policies_of(shape: ModelShape) -> Vec<Policy> {
         pooled: 1.0,
         heads,
     }));
+    // Windows of the two may differ.
+    for cache in [
+        Policy::AdaKv(AdaKv {
+            saliency: saliency(6, PoolingKind::Max, 3),
+            retention: Budget::Rate(0.2),
+            floor: 0.2,
+        }),
+        Policy::H2o(H2o { window: 4, retention: Budget::Rate(0.2) }),
+        Policy::FastGen(FastGen { recovery: 0.6, classes: classes(), ..FastGen::default() }),
+        Policy::Random(Random { window: 3, retention: Budget::Tokens(12), seed: 1 }),
+        policies[policies.len() - 1].clone(),
+    ] {
+        let tsp = Tsp::with(cache);
+        let saliency = saliency(8, PoolingKind::Average, 5);
+        policies.push(Policy::Tsp(Tsp { saliency, propagation: Budget::Rate(0.5), ..tsp }));
+    }
     policies
 }
 
@@ -465,6 +504,115 @@ fn policies_are_the_oracles() {
         }
     }
     assert!(near * 20 <= samples, "{near} of {samples} choices were too near to call");
+}
+
+/// Steers a policy's plan, and holds it and six decoded tokens to the oracle. False where a choice was
+/// too near to call.
+fn steered_agrees(rig: &Rig<CpuBackend>, ids: &[u32], policy: &Policy, exact_shortcuts: bool) -> bool {
+    let shape = rig.engine.shape();
+    let n = ids.len();
+    // Two spans that overlap and one apart; in every layer but one some heads are steered.
+    let spans = vec![10..14, 12..17, n / 2..n / 2 + 3];
+    let heads: Vec<(usize, usize)> = (1..shape.layers)
+        .flat_map(|layer| [(layer, 0), (layer, shape.query_heads - 1 - layer % 2)])
+        .collect();
+    let steering = Steering { spans: spans.clone(), heads: heads.clone(), alpha: 0.05 };
+    let plan = rig.plan(policy, n).steer(steering).expect("a plan");
+    let options = PrefillOptions { exact_shortcuts, ..TRACED };
+    let mut prefill = rig.engine.prefill(ids, &plan, &options, &Control::default()).expect("a prefill");
+    let what = format!("{}, {n} tokens, {exact_shortcuts}", policy.name());
+    assert!(prefill.peak_kv_bytes <= plan.peak_kv_bytes(4), "{what}");
+    assert!(prefill.cache.bytes(rig.engine.backend()) <= plan.kept_kv_bytes(4), "{what}");
+
+    let kept = rig.positions(&prefill);
+    let mut orders = orders(&rig.oracle, shape.layers, n, policy, &kept);
+    let highlighted: Vec<bool> = (0..n).map(|token| spans.iter().any(|span| span.contains(&token))).collect();
+    let forced = highlighted.iter().filter(|is| **is).count();
+    orders.steer(n, forced);
+    orders.steering = Some(oracle::llama::Steering { alpha: 0.05, heads, highlighted });
+    let mut expected = rig.oracle.run(ids, &orders);
+    if expected.margin() < NEAR_TIE {
+        return false;
+    }
+    assert_eq!(kept, expected.positions(), "{what}");
+    let trace = prefill.trace.take().expect("a trace");
+    for layer in &trace.layers {
+        for head in &layer.kept {
+            let all = spans.iter().cloned().flatten().all(|token| head.contains(&(token as u32)));
+            assert!(all, "{what}: highlighted tokens stay");
+        }
+    }
+    let distance = relative_distance(&prefill.logits, &expected.logits);
+    assert!(distance < CLOSE, "{what}: {distance:e}");
+    for part in [&[1_u32][..], &[5, 3], &[0, 2, 4]] {
+        let logits = rig.append(&mut prefill, part);
+        let expected_logits = expected.append(part).to_vec();
+        if expected.margin() < NEAR_TIE {
+            return false;
+        }
+        let distance = relative_distance(&logits, &expected_logits);
+        assert!(distance < CLOSE, "{what}, decoding: {distance:e}");
+    }
+    assert_eq!(rig.positions(&prefill), expected.positions(), "{what}, decoded");
+    true
+}
+
+#[test]
+fn steered_heads_are_the_oracles_and_highlighted_tokens_stay() {
+    let (mut samples, mut seen) = (0, 0);
+    for (name, tiny) in models() {
+        if tiny.layers == 1 || tiny.head_dim == 128 {
+            continue;
+        }
+        let rig = rig(&tiny);
+        let mut rng = Rng::new(name.len() as u64);
+        for policy in policies_of(rig.engine.shape()).into_iter().chain([Policy::Full]) {
+            let n = 70 + rng.below(40);
+            let ids = rng.ids(n, tiny.vocabulary);
+            for exact_shortcuts in [true, false] {
+                samples += 1;
+                seen += usize::from(steered_agrees(&rig, &ids, &policy, exact_shortcuts));
+            }
+        }
+    }
+    assert!(seen * 20 >= samples * 18, "{seen} of {samples}");
+}
+
+#[test]
+fn steering_moves_attention_to_what_is_highlighted() {
+    let tiny = Tiny::default();
+    let rig = rig(&tiny);
+    let ids = Rng::new(6).ids(40, tiny.vocabulary);
+    let heads: Vec<(usize, usize)> = (0..4).flat_map(|layer| (0..4).map(move |head| (layer, head))).collect();
+    let logits = |alpha: f64| {
+        let steering = Steering { spans: vec![0..40], heads: heads.clone(), alpha };
+        let plan = rig.plan(&Policy::Full, 40).steer(steering).expect("a plan");
+        let control = Control::default();
+        rig.engine.prefill(&ids, &plan, &PrefillOptions::default(), &control).expect("a prefill").logits
+    };
+    // Everything highlighted is nothing highlighted.
+    let full = rig.prefill(&ids, &Policy::Full, &PrefillOptions::default()).logits;
+    assert!(relative_distance(&logits(0.01), &oracle::wide(&full)) < CLOSE);
+    for (spans, heads, alpha, parts) in [
+        (vec![3..3], vec![(0, 0)], 0.1, vec!["3..3", "40 tokens"]),
+        (vec![30..41], vec![(0, 0)], 0.1, vec!["30..41"]),
+        (vec![], vec![(0, 0)], 0.1, vec!["at least one span"]),
+        (vec![0..3], vec![], 0.1, vec!["one head"]),
+        (vec![0..3], vec![(4, 0)], 0.1, vec!["4-0", "4 layers of 4 query heads"]),
+        (vec![0..3], vec![(0, 4)], 0.1, vec!["0-4"]),
+        (vec![0..3], vec![(0, 0)], 0.0, vec!["alpha is 0"]),
+        (vec![0..3], vec![(0, 0)], 1.5, vec!["alpha is 1.5"]),
+        (vec![0..3], vec![(0, 0)], f64::NAN, vec!["alpha is NaN"]),
+    ] {
+        let steering = Steering { spans, heads, alpha };
+        let plan = rig.plan(&Policy::Full, 40);
+        let error = plan.clone().steer(steering.clone()).expect_err("bad input").to_string();
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        // The same in a plan from a file.
+        let edited = Plan { steering: Some(steering), ..plan };
+        let error = prefill_error(&rig, &ids, &edited);
+        assert!(matches!(error, EngineError::Steering(_)), "{error}");
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use fastkv::model::ModelDir;
 use fastkv::policy::{
     AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, HeadScoresError, Keep, LayerPlan,
     MAX_POOLING, MAX_WINDOW, ModelShape, Plan, Policy, PolicyError, Pooling, PoolingKind, Propagate,
-    PyramidInfer, PyramidKv, Random, Restart, Saliency, SnapKv, StreamingLlm,
+    PyramidInfer, PyramidKv, Random, Restart, Saliency, SnapKv, StreamingLlm, Tsp,
 };
 use oracle::plan as expected;
 use proptest::prelude::*;
@@ -83,10 +83,33 @@ fn expectation(policy: &Policy, shape: ModelShape, n: usize) -> Option<Vec<expec
         Policy::StreamingLlm(StreamingLlm { sinks, retention }) => {
             expected::streaming(layers, n, *sinks, budget(*retention))
         }
+        Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache }) => {
+            let tsp_layer = tsp_layer.unwrap_or(expected::half_depth(layers));
+            if !legal(saliency) || tsp_layer >= layers {
+                return None;
+            }
+            let t = expected::propagated(budget(*propagation), n, saliency.window)?;
+            let early = expectation(cache, shape, n)?;
+            let late = expectation(&behind_tsp(cache, *propagation), shape, t)?;
+            Some(expected::composed(&early, &late, tsp_layer, t))
+        }
         Policy::Random(Random { window, retention, .. }) => {
             expected::uniform(layers, n, *window, budget(*retention))
         }
     }
+}
+
+/// A policy of caches with the rate it has behind the TSP layer.
+fn behind_tsp(cache: &Policy, propagation: Budget) -> Policy {
+    let mut value = serde_json::to_value(cache).expect("JSON");
+    if let Ok(retention) = serde_json::from_value::<Budget>(value["retention"].clone()) {
+        let late = match expected::late_rate(budget(retention), budget(propagation)) {
+            expected::Budget::Rate(rate) => Budget::Rate(rate),
+            expected::Budget::Tokens(tokens) => Budget::Tokens(tokens),
+        };
+        value["retention"] = serde_json::to_value(late).expect("JSON");
+    }
+    serde_json::from_value(value).expect("a policy")
 }
 
 /// Mean scores `[layer][query head]`, read from the file's form; `None`: not of this model.
@@ -439,8 +462,43 @@ fn any_policy_of(shape: ModelShape) -> impl Strategy<Value = Policy> {
     ]
 }
 
+/// A policy with TSP in front of it, where it goes with that.
+fn any_composed(shape: ModelShape) -> impl Strategy<Value = Policy> {
+    let tsp = (any_saliency(), any_budget(), prop::option::of(0_usize..12));
+    (any_policy_of(shape), tsp).prop_map(|(cache, (saliency, propagation, tsp_layer))| match cache {
+        Policy::Full | Policy::FastKv(_) | Policy::GemFilter(_) | Policy::PyramidInfer(_) => cache,
+        cache => Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache: Box::new(cache) }),
+    })
+}
+
 fn any_case() -> impl Strategy<Value = (ModelShape, Policy)> {
-    any_shape().prop_flat_map(|shape| (Just(shape), any_policy_of(shape)))
+    any_shape().prop_flat_map(|shape| {
+        (Just(shape), prop_oneof![3 => any_policy_of(shape), 1 => any_composed(shape)])
+    })
+}
+
+#[test]
+fn tsp_goes_with_policies_of_caches_alone() {
+    for policy in every_policy() {
+        let composed = Policy::Tsp(Tsp::with(policy.clone()));
+        let plan = composed.plan(LLAMA_8B, 1000);
+        match policy {
+            Policy::Full | Policy::FastKv(_) | Policy::GemFilter(_) | Policy::PyramidInfer(_) => {
+                assert_eq!(plan, Err(PolicyError::Composition(policy.name())));
+            }
+            _ => {
+                assert_eq!(composed.name(), format!("fastkv+{}", policy.name()));
+                let plan = plan.expect("a plan");
+                assert_eq!(plan.layers[15].propagate.expect("TSP").count(), 200);
+                assert!(plan.layers[..16].iter().all(|layer| layer.rows == 1000));
+                assert!(plan.layers[16..].iter().all(|layer| layer.rows == 200));
+                let json = serde_json::to_string(&plan).expect("JSON");
+                assert_eq!(serde_json::from_str::<Plan>(&json).expect("a plan"), plan);
+            }
+        }
+        let twice = Policy::Tsp(Tsp::with(Policy::Tsp(Tsp::with(policy))));
+        assert!(matches!(twice.plan(LLAMA_8B, 1000), Err(PolicyError::Composition(_))));
+    }
 }
 
 fn any_policy() -> impl Strategy<Value = Policy> {

@@ -123,6 +123,11 @@ impl HeadKv {
 }
 
 impl HeadScores {
+    /// Whether no head has scores.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Scores of one sample more. Samples of a head are averaged.
     pub fn add(&mut self, layer: usize, query_head: usize, score: f64) {
         self.0.entry((layer, query_head)).or_default().push(score);
@@ -139,7 +144,7 @@ impl HeadScores {
     /// Shares of all kv heads, layer by layer, that sum to 1: the means of their query heads, summed.
     fn shares(&self, shape: ModelShape) -> Result<Vec<f64>, HeadScoresError> {
         let ModelShape { layers, query_heads: heads, .. } = shape;
-        if self.0.is_empty() {
+        if self.is_empty() {
             return Err(HeadScoresError::Empty);
         }
         if let Some((layer, head)) =

@@ -15,6 +15,7 @@ mod random;
 mod snapkv;
 mod steering;
 mod streaming;
+mod tsp;
 
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +34,7 @@ pub use random::{Random, random_positions};
 pub use snapkv::SnapKv;
 pub use steering::{DEFAULT_ALPHA, Steering};
 pub use streaming::StreamingLlm;
+pub use tsp::Tsp;
 
 /// The numbers of a model that a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +99,8 @@ pub enum Policy {
     StreamingLlm(StreamingLlm),
     /// A seeded uniform choice and the window: the control.
     Random(Random),
+    /// FastKV's token-selective propagation in front of another policy's caches.
+    Tsp(Tsp),
 }
 
 /// Options that no plan can be made from.
@@ -176,6 +180,11 @@ pub enum PolicyError {
         /// Query heads of a layer.
         query_heads: usize,
     },
+    /// A policy that is no policy of caches alone.
+    #[error(
+        "token-selective propagation does not go with {0}: give a policy that only chooses what a layer keeps"
+    )]
+    Composition(&'static str),
     /// Steering without a span, or without a head.
     #[error("steering needs at least one span and one head")]
     NothingToSteer,
@@ -220,6 +229,37 @@ impl Policy {
             Self::PyramidInfer(_) => "pyramidinfer",
             Self::StreamingLlm(_) => "streamingllm",
             Self::Random(_) => "random",
+            Self::Tsp(options) => match *options.cache {
+                Self::SnapKv(_) => "fastkv+snapkv",
+                Self::PyramidKv(_) => "fastkv+pyramidkv",
+                Self::AdaKv(_) => "fastkv+adakv",
+                Self::HeadKv(_) => "fastkv+headkv",
+                Self::H2o(_) => "fastkv+h2o",
+                Self::FastGen(_) => "fastkv+fastgen",
+                Self::StreamingLlm(_) => "fastkv+streamingllm",
+                Self::Random(_) => "fastkv+random",
+                _ => "fastkv+?",
+            },
+        }
+    }
+
+    /// The tokens that the policy tells apart, where it does: they are a tokenizer's, so somebody has to
+    /// name them.
+    pub fn token_classes_mut(&mut self) -> Option<&mut TokenClasses> {
+        match self {
+            Self::FastGen(options) => Some(&mut options.classes),
+            Self::Tsp(options) => options.cache.token_classes_mut(),
+            _ => None,
+        }
+    }
+
+    /// The head scores that the policy goes by, where it does: they are a model's, so somebody has to
+    /// measure them.
+    pub fn head_scores_mut(&mut self) -> Option<&mut HeadScores> {
+        match self {
+            Self::HeadKv(options) => Some(&mut options.heads),
+            Self::Tsp(options) => options.cache.head_scores_mut(),
+            _ => None,
         }
     }
 
@@ -257,6 +297,9 @@ impl Policy {
             Self::PyramidInfer(options) => options.layers(shape, prompt_tokens)?,
             Self::StreamingLlm(options) => options.layers(shape, prompt_tokens)?,
             Self::Random(options) => options.layers(shape, prompt_tokens)?,
+            Self::Tsp(options) => {
+                return Ok(Plan { policy: self.clone(), ..options.plan(shape, prompt_tokens)? });
+            }
         };
         Ok(Plan { policy: self.clone(), shape, prompt_tokens, restart, layers, classes, steering: None })
     }

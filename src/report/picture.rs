@@ -71,6 +71,9 @@ pub fn describe(policy: &Policy) -> String {
         Policy::StreamingLlm(options) => {
             format!("StreamingLLM: retention {}, {} sinks", budget(options.retention), options.sinks)
         }
+        Policy::Tsp(options) => {
+            format!("TSP {}, caches of {}", budget(options.propagation), describe(&options.cache))
+        }
         Policy::Random(options) => format!(
             "random choice: retention {}, window {}, seed {}",
             budget(options.retention),

@@ -96,6 +96,24 @@ fn the_shipped_model_tells_policies_apart() {
 }
 
 #[test]
+fn every_policy_answers_or_fails_as_it_should() {
+    let budgets = ["--retention", "0.125", "--propagation", "0.25", "--window", "8", "--samples", "6"];
+    let policies = "pyramidkv,adakv,h2o,fastgen,pyramidinfer,fastkv+adakv,fastkv+h2o";
+    let model = needle();
+    let fixed = ["eval", "--suite", "quick", "--tasks", "multikey", "--json", "--model"];
+    let fixed = fixed.into_iter().chain([model.to_str().expect("a plain path"), "--policy", policies]);
+    let options = ["--tsp-layer", "2", "--recent", "0.1"];
+    let report = json_of(fixed.chain(budgets).chain(options));
+    let rows = report["policies"].as_array().expect("policies");
+    assert_eq!(rows.len(), 7);
+    for row in rows {
+        assert_eq!(row["tasks"][0]["samples"], 6);
+        let least = if row["policy"] == "pyramidinfer" { 0 } else { 4 };
+        assert!(row["tasks"][0]["exact"].as_u64().expect("a count") >= least, "{row}");
+    }
+}
+
+#[test]
 fn a_question_behind_a_full_cache_is_answered() {
     let scores = exact(&["--policies", "full", "--query-agnostic"]);
     assert!(scores[0] >= 11, "{scores:?}");

@@ -123,6 +123,29 @@ pub(crate) struct Orders {
     pub(crate) steering: Option<Steering>,
 }
 
+impl Orders {
+    /// Room for this many highlighted tokens where a number of tokens is fixed beforehand.
+    pub(crate) fn steer(&mut self, n: usize, highlighted: usize) {
+        let mut rows = n;
+        if let Some((_, count, _)) = &mut self.restart {
+            *count = (*count).max(highlighted);
+            rows = *count;
+        }
+        for rules in &mut self.rules {
+            rules.rows = rows;
+            if let Keep::Heavy(count, window) = &mut rules.keep {
+                *count = (*count).max(*window + highlighted);
+            }
+            if let Some(count) = &mut rules.hands_on {
+                let newest =
+                    rules.recent.unwrap_or(self.hands_on_by.map_or(0, |observation| observation.window));
+                *count = (*count).max((newest + highlighted).min(rows));
+                rows = *count;
+            }
+        }
+    }
+}
+
 /// PASTA.
 #[derive(Clone, Debug)]
 pub(crate) struct Steering {
@@ -441,7 +464,9 @@ impl Model {
                     }
                     (_, None) => {
                         let given = &orders.given.as_ref().expect("a choice")[index][head];
-                        given.iter().map(|position| *position as usize).collect()
+                        let row =
+                            |position: &u32| positions.iter().position(|other| *other == *position as usize);
+                        given.iter().map(|position| row(position).expect("a row")).collect()
                     }
                 })
                 .map(|mut kept: Vec<usize>| {

@@ -307,6 +307,30 @@ pub(crate) fn streaming(layers: usize, n: usize, sinks: usize, retention: Budget
     Some(vec![Layer { rows: n, keep, hands_on: None, recent: None }; layers])
 }
 
+/// TSP in front of another policy's caches: its layers for the prompt up to the TSP layer, and behind it
+/// its layers for T tokens.
+pub(crate) fn composed(early: &[Layer], late: &[Layer], tsp_layer: usize, t: usize) -> Vec<Layer> {
+    let mut plan = Vec::new();
+    for layer in 0..early.len() {
+        if t == early[0].rows || tsp_layer + 1 == early.len() || layer < tsp_layer {
+            plan.push(early[layer].clone());
+        } else if layer == tsp_layer {
+            plan.push(Layer { hands_on: Some(t), ..early[layer].clone() });
+        } else {
+            plan.push(late[layer].clone());
+        }
+    }
+    plan
+}
+
+/// The rate behind the TSP layer.
+pub(crate) fn late_rate(retention: Budget, propagation: Budget) -> Budget {
+    match (retention, propagation) {
+        (Budget::Rate(r), Budget::Rate(rho)) => Budget::Rate(if r > rho { 1.0 } else { r / rho }),
+        _ => retention,
+    }
+}
+
 /// Everything.
 pub(crate) fn full(layers: usize, n: usize) -> Vec<Layer> {
     vec![Layer { rows: n, keep: Keep::All, hands_on: None, recent: None }; layers]

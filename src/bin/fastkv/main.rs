@@ -15,6 +15,7 @@ mod options;
 mod output;
 mod progress;
 mod prompt;
+mod steering;
 
 use std::process::ExitCode;
 

@@ -1,11 +1,12 @@
 //! Options of policies and of answers, shared by the subcommands.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use fastkv::engine::{Sampler, Sampling};
+use fastkv::model::{ModelDir, Tokenizer};
 use fastkv::policy::{
-    self,    AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, Policy, PoolingKind, PyramidInfer,
-    PyramidKv, Random, Saliency, SnapKv, StreamingLlm, TokenClasses,
+    self, AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, Policy, PoolingKind,
+    PyramidInfer, PyramidKv, Random, Saliency, SnapKv, StreamingLlm, TokenClasses, Tsp,
 };
 
 use crate::exit::Usage;
@@ -39,9 +40,53 @@ pub(crate) enum PolicyName {
     Streamingllm,
     /// A uniform choice beside the window: the control.
     Random,
+    /// FastKV's token-selective propagation, and SnapKV's caches; so below.
+    #[value(name = "fastkv+snapkv")]
+    FastkvSnapkv,
+    /// With PyramidKV's caches.
+    #[value(name = "fastkv+pyramidkv")]
+    FastkvPyramidkv,
+    /// With AdaKV's caches.
+    #[value(name = "fastkv+adakv")]
+    FastkvAdakv,
+    /// With HeadKV's caches.
+    #[value(name = "fastkv+headkv")]
+    FastkvHeadkv,
+    /// With H2O's caches.
+    #[value(name = "fastkv+h2o")]
+    FastkvH2o,
+    /// With FastGen's caches.
+    #[value(name = "fastkv+fastgen")]
+    FastkvFastgen,
+    /// With StreamingLLM's caches.
+    #[value(name = "fastkv+streamingllm")]
+    FastkvStreamingllm,
+    /// With the control's caches.
+    #[value(name = "fastkv+random")]
+    FastkvRandom,
 }
 
 impl PolicyName {
+    /// Every policy that is not composed of two.
+    pub(crate) fn singles() -> Vec<Self> {
+        Self::value_variants().iter().copied().filter(|name| name.cache().is_none()).collect()
+    }
+
+    /// The policy of the caches of a composed one.
+    fn cache(self) -> Option<Self> {
+        Some(match self {
+            Self::FastkvSnapkv => Self::Snapkv,
+            Self::FastkvPyramidkv => Self::Pyramidkv,
+            Self::FastkvAdakv => Self::Adakv,
+            Self::FastkvHeadkv => Self::Headkv,
+            Self::FastkvH2o => Self::H2o,
+            Self::FastkvFastgen => Self::Fastgen,
+            Self::FastkvStreamingllm => Self::Streamingllm,
+            Self::FastkvRandom => Self::Random,
+            _ => return None,
+        })
+    }
+
     /// As the command line spells it.
     pub(crate) fn text(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
@@ -125,11 +170,6 @@ impl PolicyOptions {
         !self.no_shortcuts
     }
 
-    /// The policy with these options.
-    pub(crate) fn policy(&self, name: PolicyName) -> Result<Policy> {
-        self.policies(&[name]).map(|mut policies| policies.remove(0))
-    }
-
     /// Several policies; each takes the options it has, and one that none of them has is an error.
     pub(crate) fn policies(&self, names: &[PolicyName]) -> Result<Vec<Policy>> {
         let applied = names.iter().map(|name| self.apply(*name));
@@ -145,11 +185,40 @@ impl PolicyOptions {
         }
     }
 
+    /// Tells the policies what only the model knows: its special tokens and punctuation, and the scores
+    /// of its heads where none are given.
+    pub(crate) fn complete(&self, policies: &mut [Policy], model: &ModelDir) -> Result<()> {
+        for policy in policies {
+            if let Some(classes) = policy.token_classes_mut() {
+                *classes = token_classes(&model.tokenizer()?, model.config.vocab_size)?;
+            }
+            if let Some(scores) = policy.head_scores_mut().filter(|scores| scores.is_empty()) {
+                let file = model.path.join(HEAD_SCORES);
+                if !file.exists() {
+                    let message = "headkv needs scores of the heads: give a file with --heads, which \
+                                   `fastkv profile heads` measures";
+                    bail!(Usage(message.to_owned()));
+                }
+                *scores = head_scores(&file.to_string_lossy()).map_err(Usage)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The policy, and the options it has no use for.
     fn apply(&self, name: PolicyName) -> (Policy, Self) {
+        if let Some(cache) = name.cache() {
+            // Both parts take what both have.
+            let (cache, mut left) = self.apply(cache);
+            let mut tsp = Tsp::with(cache);
+            self.clone().take_saliency(&mut tsp.saliency);
+            left.take_saliency(&mut FastKv::default().saliency);
+            take(&mut left.propagation, &mut tsp.propagation);
+            tsp.tsp_layer = left.tsp_layer.take();
+            return (Policy::Tsp(tsp), left);
+        }
         let mut left = self.clone();
         let policy = match name {
-            PolicyName::Full => Policy::Full,
             PolicyName::Fastkv => Policy::FastKv(left.take_fastkv(FastKv::proportional())),
             PolicyName::FastkvConstant => Policy::FastKv(left.take_fastkv(FastKv::constant())),
             PolicyName::Snapkv => {
@@ -219,6 +288,8 @@ impl PolicyOptions {
                 take(&mut left.seed, &mut options.seed);
                 Policy::Random(options)
             }
+            // Beside it only composed ones are left, and those were made above.
+            _ => Policy::Full,
         };
         (policy, left)
     }
@@ -317,8 +388,30 @@ fn budget(text: &str) -> Result<Budget, String> {
     })
 }
 
+/// Head scores that lie in a model's directory.
+pub(crate) const HEAD_SCORES: &str = "head_scores.json";
+
+/// Special tokens, and those whose text is punctuation, blanks aside.
+fn token_classes(tokenizer: &Tokenizer, vocabulary: usize) -> Result<TokenClasses> {
+    let mut classes = TokenClasses::default();
+    for id in 0..vocabulary as u32 {
+        if tokenizer.is_special(id) {
+            classes.special.insert(id);
+            continue;
+        }
+        let text = tokenizer.decode(&[id], false)?;
+        let is_mark = |char: char| {
+            !(char.is_alphanumeric() || char.is_control() || char == char::REPLACEMENT_CHARACTER)
+        };
+        if !text.trim().is_empty() && text.trim().chars().all(is_mark) {
+            classes.punctuation.insert(id);
+        }
+    }
+    Ok(classes)
+}
+
 /// Reads a file of head scores.
-fn head_scores(file: &str) -> Result<HeadScores, String> {
+pub(crate) fn head_scores(file: &str) -> Result<HeadScores, String> {
     let text = std::fs::read(file).map_err(|error| format!("{file}: {error}"))?;
     serde_json::from_slice(&text).map_err(|error| format!("{file}: {error}"))
 }
@@ -375,15 +468,15 @@ mod tests {
         let options =
             PolicyOptions { retention: Some(Budget::Tokens(64)), sinks: Some(2), ..Default::default() };
         let expected = StreamingLlm { sinks: 2, retention: Budget::Tokens(64) };
-        let policy = options.policy(PolicyName::Streamingllm).expect("it has both");
-        assert_eq!(policy, Policy::StreamingLlm(expected));
+        let policies = options.policies(&[PolicyName::Streamingllm]).expect("it has both");
+        assert_eq!(policies, [Policy::StreamingLlm(expected)]);
 
-        let error = options.policy(PolicyName::Snapkv).expect_err("it has no sinks").to_string();
+        let error = options.policies(&[PolicyName::Snapkv]).expect_err("it has no sinks").to_string();
         assert_eq!(
             error,
             "--sinks is not an option here: snapkv has --retention, --window, --pooling, --kernel"
         );
-        let error = options.policy(PolicyName::Full).expect_err("it has none").to_string();
+        let error = options.policies(&[PolicyName::Full]).expect_err("it has none").to_string();
         assert_eq!(error, "--retention is not an option here: full has no options");
     }
 
