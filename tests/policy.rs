@@ -426,7 +426,7 @@ fn any_saliency() -> impl Strategy<Value = Saliency> {
 }
 
 /// A policy for this shape, which may be told things that make no sense.
-fn any_policy_of(shape: ModelShape) -> impl Strategy<Value = Policy> {
+fn any_policy_of(shape: ModelShape) -> BoxedStrategy<Policy> {
     let number = prop_oneof![4 => 1.0_f64..30.0, 1 => -1.0_f64..2.0];
     let share = prop_oneof![4 => 0.0_f64..1.0, 1 => -0.1_f64..1.1, 1 => Just(0.5)];
     prop_oneof![
@@ -460,21 +460,26 @@ fn any_policy_of(shape: ModelShape) -> impl Strategy<Value = Policy> {
             Policy::HeadKv(HeadKv { saliency, retention, pooled, heads })
         }),
     ]
+    .boxed()
 }
 
 /// A policy with TSP in front of it, where it goes with that.
-fn any_composed(shape: ModelShape) -> impl Strategy<Value = Policy> {
+fn any_composed(shape: ModelShape) -> BoxedStrategy<Policy> {
     let tsp = (any_saliency(), any_budget(), prop::option::of(0_usize..12));
-    (any_policy_of(shape), tsp).prop_map(|(cache, (saliency, propagation, tsp_layer))| match cache {
-        Policy::Full | Policy::FastKv(_) | Policy::GemFilter(_) | Policy::PyramidInfer(_) => cache,
-        cache => Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache: Box::new(cache) }),
-    })
+    (any_policy_of(shape), tsp)
+        .prop_map(|(cache, (saliency, propagation, tsp_layer))| match cache {
+            Policy::Full | Policy::FastKv(_) | Policy::GemFilter(_) | Policy::PyramidInfer(_) => cache,
+            cache => Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache: Box::new(cache) }),
+        })
+        .boxed()
 }
 
-fn any_case() -> impl Strategy<Value = (ModelShape, Policy)> {
-    any_shape().prop_flat_map(|shape| {
-        (Just(shape), prop_oneof![3 => any_policy_of(shape), 1 => any_composed(shape)])
-    })
+fn any_case() -> BoxedStrategy<(ModelShape, Policy)> {
+    any_shape()
+        .prop_flat_map(|shape| {
+            (Just(shape), prop_oneof![3 => any_policy_of(shape), 1 => any_composed(shape)])
+        })
+        .boxed()
 }
 
 #[test]
@@ -501,7 +506,7 @@ fn tsp_goes_with_policies_of_caches_alone() {
     }
 }
 
-fn any_policy() -> impl Strategy<Value = Policy> {
+fn any_policy() -> BoxedStrategy<Policy> {
     prop_oneof![
         1 => Just(Policy::Full),
         6 => (any_saliency(), any_budget(), any_budget(), prop::option::of(0_usize..12)).prop_map(
@@ -516,6 +521,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
         1 => (0_usize..70, any_budget(), any::<u64>())
             .prop_map(|(window, retention, seed)| Policy::Random(Random { window, retention, seed })),
     ]
+    .boxed()
 }
 
 fn any_shape() -> impl Strategy<Value = ModelShape> {

@@ -8,6 +8,9 @@ use crate::cache::Cache;
 /// Every query counts the same, on all keys.
 pub(super) const EVERY_QUERY: Columns = Columns { weight: 1.0, step: 0.0, band: None };
 
+/// Looks at the queries of a chunk of one layer and the entries they attend to.
+type Watch<'a, B> = dyn FnMut(&<B as Backend>::Tensor, &<B as Backend>::Kv) -> Result<(), EngineError> + 'a;
+
 impl<B: Backend> Engine<B> {
     /// Reads more tokens behind a filled cache: a second turn, or the question behind a compressed
     /// context. The cache keeps all of them, unless its policy evicts in decoding: then what is over
@@ -23,6 +26,37 @@ impl<B: Backend> Engine<B> {
         ids: &[u32],
         control: &Control<'_>,
     ) -> Result<Vec<f32>, EngineError> {
+        self.append_watched(cache, ids, control, &mut |_, _| Ok(()))
+    }
+
+    /// [`append`](Self::append) of one token, and its attention probabilities: `[layer][query head][entry]`.
+    /// Every kv head of the cache holds as many entries.
+    ///
+    /// # Errors
+    /// As for `append`, and a cache whose heads differ.
+    pub fn append_observed(
+        &self,
+        cache: &mut Cache<B>,
+        id: u32,
+        control: &Control<'_>,
+    ) -> Result<(Vec<f32>, Vec<Vec<Vec<f32>>>), EngineError> {
+        let mut attention = Vec::new();
+        let mut watch = |query: &B::Tensor, kv: &B::Kv| {
+            let scores = self.backend.window_scores(query, kv)?;
+            attention.push(self.backend.read_scores(&scores)?);
+            Ok(())
+        };
+        let logits = self.append_watched(cache, &[id], control, &mut watch)?;
+        Ok((logits, attention))
+    }
+
+    fn append_watched(
+        &self,
+        cache: &mut Cache<B>,
+        ids: &[u32],
+        control: &Control<'_>,
+        watch: &mut Watch<'_, B>,
+    ) -> Result<Vec<f32>, EngineError> {
         let model = self.llama.shape();
         if cache.shape() != model {
             return Err(EngineError::WrongCache { cache: cache.shape(), model });
@@ -30,7 +64,7 @@ impl<B: Backend> Engine<B> {
         check_tokens(&self.llama.config, ids, cache.logical_length())?;
         control.check()?;
         let lengths = cache.physical_lengths(&self.backend);
-        let logits = self.read_behind(cache, ids, control);
+        let logits = self.read_behind(cache, ids, control, watch);
         match &logits {
             Ok(_) => cache.advance(ids.len()),
             Err(_) => cache.truncate(&self.backend, &lengths)?,
@@ -43,6 +77,7 @@ impl<B: Backend> Engine<B> {
         cache: &mut Cache<B>,
         ids: &[u32],
         control: &Control<'_>,
+        watch: &mut Watch<'_, B>,
     ) -> Result<Vec<f32>, EngineError> {
         let backend = &self.backend;
         let llama = &self.llama;
@@ -59,6 +94,7 @@ impl<B: Backend> Engine<B> {
             for rows in chunks(ids.len(), backend.chunk_rows()) {
                 control.check()?;
                 layer.read(backend, &llama.config, &mut hidden, rows, &places, kv, |queries, kv| {
+                    watch(queries, kv)?;
                     if evicts {
                         let sums = backend.column_sums(queries, kv, EVERY_QUERY, bias.as_ref())?;
                         seen[index] = Some(match &seen[index] {

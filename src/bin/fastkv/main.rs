@@ -13,6 +13,7 @@ mod interrupt;
 mod loading;
 mod options;
 mod output;
+mod profile;
 mod progress;
 mod prompt;
 mod steering;
@@ -37,6 +38,7 @@ enum Command {
     Info(info::Arguments),
     Prompt(prompt::Arguments),
     Eval(eval::Arguments),
+    Profile(profile::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         Command::Info(arguments) => info::run(arguments),
         Command::Prompt(arguments) => prompt::run(arguments),
         Command::Eval(arguments) => eval::run(arguments, &cancel),
+        Command::Profile(arguments) => profile::run(arguments, &cancel),
     };
     exit::code(result, &cancel)
 }
