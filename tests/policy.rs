@@ -533,7 +533,7 @@ fn any_shape() -> impl Strategy<Value = ModelShape> {
 /// Layers that `Display` speaks of.
 fn layers_in(text: &str) -> BTreeSet<usize> {
     let mut layers = BTreeSet::new();
-    for line in text.lines().skip(1) {
+    for line in text.lines().filter(|line| line.trim().starts_with("layer")) {
         let name = line.trim().split(':').next().expect("a name");
         let numbers: Vec<usize> =
             name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect();
