@@ -20,8 +20,8 @@ use fastkv::engine::{
 };
 use fastkv::model::ModelDir;
 use fastkv::policy::{
-    AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, Keep, ModelShape, Plan, Policy,
-    Pooling, PoolingKind, Propagate, PyramidInfer, PyramidKv, Random, Saliency, SnapKv, Steering,
+    AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, Keep, LayerPlan, ModelShape, Plan,
+    Policy, Pooling, PoolingKind, Propagate, PyramidInfer, PyramidKv, Random, Saliency, SnapKv, Steering,
     StreamingLlm, TokenClasses, Tsp,
 };
 use oracle::llama::{Model, Observation, Orders, Sequence};
@@ -344,6 +344,17 @@ fn agrees<B: Backend>(
             let kept: Vec<Vec<u32>> =
                 kept[index].iter().map(|head| head.iter().map(original).collect()).collect();
             assert_eq!(trace.kept, kept, "{what}, layer {index}");
+            let recovered: Vec<f32> = trace
+                .sets
+                .iter()
+                .flatten()
+                .flat_map(|head| head.recovered)
+                .map(|recovered| recovered as f32)
+                .collect();
+            if !recovered.is_empty() {
+                let distance = relative_distance(&recovered, &expected.recovered);
+                assert!(distance < CLOSE, "{what}, recovered in layer {index}: {distance:e}");
+            }
             let sets = trace.sets.as_ref().map(|sets| sets.iter().map(|head| head.set as usize).collect());
             assert_eq!(sets.unwrap_or_else(Vec::new), expected.sets, "{what}, layer {index}");
             let hands_on = expected.hands_on.as_ref();
@@ -763,6 +774,52 @@ fn chunks_of_rows_leave_the_result_alone() {
         }
     }
     assert!(seen >= 160, "{seen} of 168");
+}
+
+/// Sums over many queries come chunk by chunk, in prefill and in appends of several chunks.
+#[test]
+fn chunks_of_rows_leave_sums_alone() {
+    let tiny = Tiny::default();
+    let (mut samples, mut seen) = (0, 0);
+    for chunk_rows in [8, 33, 100] {
+        let rig = rig_on(&tiny, Probe::new(chunk_rows));
+        let mut rng = Rng::new(12);
+        for policy in policies_of(rig.engine.shape()) {
+            let n = 90 + rng.below(40);
+            let ids = rng.ids(n, tiny.vocabulary);
+            let plan = rig.plan(&policy, n);
+            let wide =
+                plan.layers.iter().any(|layer| layer.windows().iter().any(|window| *window > chunk_rows));
+            if wide || !plan.layers.iter().any(LayerPlan::sums_columns) {
+                continue;
+            }
+            for exact_shortcuts in [true, false] {
+                samples += 1;
+                let options = PrefillOptions { exact_shortcuts, ..TRACED };
+                if !agrees(&rig, &format!("chunks of {chunk_rows}"), &ids, &policy, &options) {
+                    continue;
+                }
+                let mut prefill = rig.prefill(&ids, &policy, &options);
+                let kept = rig.positions(&prefill);
+                let mut expected = run(&rig.oracle, tiny.layers, &ids, &policy, &kept);
+                let more = rng.ids(40, tiny.vocabulary);
+                let logits = rig.append(&mut prefill, &more);
+                let expected_logits = expected.append(&more).to_vec();
+                // What was evicted shows in the step behind.
+                let next = rig.append(&mut prefill, &[1]);
+                let expected_next = expected.append(&[1]).to_vec();
+                if expected.margin() < NEAR_TIE {
+                    continue;
+                }
+                seen += 1;
+                let what = format!("chunks of {chunk_rows}, {}", policy.name());
+                assert!(relative_distance(&logits, &expected_logits) < CLOSE, "{what}");
+                assert!(relative_distance(&next, &expected_next) < CLOSE, "{what}");
+                assert_eq!(rig.positions(&prefill), expected.positions(), "{what}");
+            }
+        }
+    }
+    assert!(samples >= 30 && seen * 10 >= samples * 8, "{seen} of {samples}");
 }
 
 #[test]

@@ -92,6 +92,8 @@ pub(crate) struct LayerRun {
     keep: Keep,
     /// FastGen's set of each kv head.
     pub(crate) sets: Vec<usize>,
+    /// The attention that its sets recover, for each kv head.
+    pub(crate) recovered: Vec<f64>,
 }
 
 /// A sequence.
@@ -430,7 +432,7 @@ impl Model {
                 _ => Vec::new(),
             };
             let row_ids: Vec<u32> = positions.iter().map(|position| ids[*position]).collect();
-            let mut sets = Vec::new();
+            let (mut sets, mut recovered) = (Vec::new(), Vec::new());
             let kept: Vec<Vec<usize>> = (0..self.kv_heads)
                 .map(|head| match (&rules.keep, &scores) {
                     (Keep::All, _) => (0..n).collect(),
@@ -454,6 +456,7 @@ impl Model {
                         let count = (n as f64 * frequent).floor() as usize;
                         nearest = nearest.min(margin(&all_sums[head], count));
                         sets.push(set.set);
+                        recovered.extend(set.recovered);
                         set.kept
                     }
                     (_, Some(scores)) => {
@@ -525,7 +528,7 @@ impl Model {
             }
             let hands_on = hands_on.map(|_| positions.clone());
             let keep = rules.keep.clone();
-            runs.push(LayerRun { read, cache, hands_on, mass, margin: nearest, keep, sets });
+            runs.push(LayerRun { read, cache, hands_on, mass, margin: nearest, keep, sets, recovered });
         }
         // Step 9.
         let logits = self.logits(hidden.last().expect("a row"));
