@@ -6,6 +6,7 @@ mod cases;
 mod oracle;
 mod tiny;
 
+use cases::policies::policy_tests;
 use cases::{Bench, backend_tests};
 use fastkv::backend::BackendError;
 use fastkv::backend::cpu::CpuBackend;
@@ -21,6 +22,7 @@ fn benches() -> Vec<Bench<CpuBackend>> {
 }
 
 backend_tests!(benches());
+policy_tests!(benches());
 
 #[test]
 fn memory_that_cannot_be_had_is_an_error_with_the_figure() {

@@ -11,8 +11,9 @@ use fastkv::backend::cpu::CpuBackend;
 use fastkv::engine::{Control, Engine, PrefillOptions};
 use fastkv::model::ModelDir;
 use fastkv::policy::{
-    Budget, FastKv, Keep, LayerPlan, MAX_POOLING, MAX_WINDOW, ModelShape, Plan, Policy, PolicyError, Pooling,
-    PoolingKind, Random, Saliency, SnapKv, StreamingLlm,
+    AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, HeadScoresError, Keep, LayerPlan,
+    MAX_POOLING, MAX_WINDOW, ModelShape, Plan, Policy, PolicyError, Pooling, PoolingKind, Propagate,
+    PyramidInfer, PyramidKv, Random, Restart, Saliency, SnapKv, StreamingLlm, Tsp,
 };
 use oracle::plan as expected;
 use proptest::prelude::*;
@@ -37,7 +38,9 @@ fn budget(budget: Budget) -> expected::Budget {
 }
 
 /// What the oracle makes of a policy.
-fn expectation(policy: &Policy, layers: usize, n: usize) -> Option<Vec<expected::Layer>> {
+fn expectation(policy: &Policy, shape: ModelShape, n: usize) -> Option<Vec<expected::Layer>> {
+    let layers = shape.layers;
+    let legal = |saliency: &Saliency| expected::is_observation(saliency.window, saliency.pooling.kernel);
     match policy {
         Policy::Full => (n > 0).then(|| expected::full(layers, n)),
         Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer }) => expected::fastkv(
@@ -49,13 +52,46 @@ fn expectation(policy: &Policy, layers: usize, n: usize) -> Option<Vec<expected:
             *tsp_layer,
         ),
         Policy::SnapKv(SnapKv { saliency, retention }) => {
-            if !expected::is_observation(saliency.window, saliency.pooling.kernel) {
-                return None;
-            }
-            expected::uniform(layers, n, saliency.window, budget(*retention))
+            let plan = expected::uniform(layers, n, saliency.window, budget(*retention));
+            plan.filter(|_| legal(saliency))
+        }
+        Policy::PyramidKv(PyramidKv { saliency, retention, steepness }) => {
+            let plan = expected::pyramid(layers, n, saliency.window, budget(*retention), *steepness);
+            plan.filter(|_| legal(saliency))
+        }
+        Policy::AdaKv(AdaKv { saliency, retention, floor }) => {
+            let plan = expected::shared(layers, n, saliency.window, budget(*retention), *floor);
+            plan.filter(|_| legal(saliency))
+        }
+        Policy::HeadKv(HeadKv { saliency, retention, pooled, heads }) => {
+            let scores = means(heads, shape)?;
+            let retention = budget(*retention);
+            let plan = expected::by_head(&scores, shape.kv_heads, n, saliency.window, retention, *pooled);
+            plan.filter(|_| legal(saliency))
+        }
+        Policy::H2o(H2o { window, retention }) => expected::heavy(layers, n, *window, budget(*retention)),
+        Policy::FastGen(FastGen { recovery, local, frequent, .. }) => {
+            expected::recovered(layers, n, (*recovery, *local, *frequent))
+        }
+        Policy::GemFilter(GemFilter { filter_layer, retention, pooling }) => {
+            let plan = expected::gemfilter(layers, n, *filter_layer, budget(*retention), pooling.kernel);
+            plan.map(|(_, plan)| plan)
+        }
+        Policy::PyramidInfer(PyramidInfer { recent, decay }) => {
+            expected::pyramid_infer(layers, n, *recent, *decay)
         }
         Policy::StreamingLlm(StreamingLlm { sinks, retention }) => {
             expected::streaming(layers, n, *sinks, budget(*retention))
+        }
+        Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache }) => {
+            let tsp_layer = tsp_layer.unwrap_or(expected::half_depth(layers));
+            if !legal(saliency) || tsp_layer >= layers {
+                return None;
+            }
+            let t = expected::propagated(budget(*propagation), n, saliency.window)?;
+            let early = expectation(cache, shape, n)?;
+            let late = expectation(&behind_tsp(cache, *propagation), shape, t)?;
+            Some(expected::composed(&early, &late, tsp_layer, t))
         }
         Policy::Random(Random { window, retention, .. }) => {
             expected::uniform(layers, n, *window, budget(*retention))
@@ -63,23 +99,72 @@ fn expectation(policy: &Policy, layers: usize, n: usize) -> Option<Vec<expected:
     }
 }
 
+/// A policy of caches with the rate it has behind the TSP layer.
+fn behind_tsp(cache: &Policy, propagation: Budget) -> Policy {
+    let mut value = serde_json::to_value(cache).expect("JSON");
+    if let Ok(retention) = serde_json::from_value::<Budget>(value["retention"].clone()) {
+        let late = match expected::late_rate(budget(retention), budget(propagation)) {
+            expected::Budget::Rate(rate) => Budget::Rate(rate),
+            expected::Budget::Tokens(tokens) => Budget::Tokens(tokens),
+        };
+        value["retention"] = serde_json::to_value(late).expect("JSON");
+    }
+    serde_json::from_value(value).expect("a policy")
+}
+
+/// Mean scores `[layer][query head]`, read from the file's form; `None`: not of this model.
+fn means(heads: &HeadScores, shape: ModelShape) -> Option<Vec<Vec<f64>>> {
+    let file = serde_json::to_value(heads).expect("JSON");
+    let file = file.as_object().expect("an object");
+    let mean = |layer: usize, head: usize| {
+        let scores = file.get(&format!("{layer}-{head}"))?.as_array()?;
+        let scores: Vec<f64> = scores.iter().map(|score| score.as_f64().expect("a number")).collect();
+        Some(scores.iter().sum::<f64>() / scores.len() as f64)
+    };
+    if file.len() != shape.layers * shape.query_heads {
+        return None;
+    }
+    (0..shape.layers).map(|layer| (0..shape.query_heads).map(|head| mean(layer, head)).collect()).collect()
+}
+
+/// A score for every head.
+fn scores_of(shape: ModelShape) -> HeadScores {
+    let mut scores = HeadScores::default();
+    for layer in 0..shape.layers {
+        for head in 0..shape.query_heads {
+            scores.add(layer, head, ((7 * layer + 5 * head) % 11) as f64);
+        }
+    }
+    scores
+}
+
 /// The plan in the oracle's words.
 fn spoken(layer: &LayerPlan) -> expected::Layer {
     expected::Layer {
         rows: layer.rows,
-        keep: match layer.keep {
+        keep: match &layer.keep {
             Keep::All => expected::Keep::All,
-            Keep::Ends { sinks, recent } => expected::Keep::Ends(sinks, recent),
-            Keep::Top { count, .. } | Keep::Random { count, .. } => expected::Keep::Chosen(count),
+            Keep::Ends { sinks, recent } => expected::Keep::Ends(*sinks, *recent),
+            Keep::Top { count, .. } | Keep::Random { count, .. } => expected::Keep::Chosen(*count),
+            Keep::Each { counts, .. } => expected::Keep::Each(counts.clone()),
+            Keep::Shared { count, floor, .. } => expected::Keep::Shared(*count, *floor),
+            Keep::Heavy { count, window } => expected::Keep::Heavy(*count, *window),
+            Keep::Recovered { recovery, local, frequent } => {
+                expected::Keep::Recovered(*recovery, *local, *frequent)
+            }
         },
-        hands_on: layer.propagate.map(|propagate| propagate.count),
+        hands_on: layer.propagate.map(|propagate| propagate.count()),
+        recent: match layer.propagate {
+            Some(Propagate::Recent { recent, .. }) => Some(recent),
+            _ => None,
+        },
     }
 }
 
 /// Plans, and holds the plan to the oracle.
 fn planned(policy: &Policy, shape: ModelShape, n: usize) -> Option<Plan> {
     let plan = policy.plan(shape, n);
-    let expected = expectation(policy, shape.layers, n);
+    let expected = expectation(policy, shape, n);
     match (plan, expected) {
         (Ok(plan), Some(expected)) => {
             let spoken: Vec<_> = plan.layers.iter().map(spoken).collect();
@@ -95,7 +180,7 @@ fn planned(policy: &Policy, shape: ModelShape, n: usize) -> Option<Plan> {
 
 fn fastkv_layers(options: FastKv, layers: usize, n: usize) -> Vec<(usize, usize, Option<usize>)> {
     let plan = planned(&Policy::FastKv(options), shape(layers), n).expect("a plan");
-    plan.layers.iter().map(|layer| (layer.rows, layer.kept(), layer.propagate.map(|p| p.count))).collect()
+    plan.layers.iter().map(|layer| (layer.rows, layer.kept(), layer.propagate.map(|p| p.count()))).collect()
 }
 
 #[test]
@@ -183,7 +268,7 @@ fn edges_of_fastkv() {
 
 #[test]
 fn edges_of_the_others() {
-    let one = |policy: &Policy, n| planned(policy, shape(3), n).expect("a plan").layers[0];
+    let one = |policy: &Policy, n| planned(policy, shape(3), n).expect("a plan").layers.swap_remove(0);
     let snap = Policy::SnapKv(SnapKv::default());
     assert_eq!(one(&snap, 1).keep, Keep::All);
     assert_eq!(one(&snap, 33).keep, Keep::All);
@@ -294,19 +379,30 @@ fn absurd_numbers_are_errors_or_plans_but_no_panic() {
 #[test]
 fn names_and_defaults_read_back() {
     for policy in every_policy() {
-        let text = serde_json::json!({ "name": policy.name() }).to_string();
+        let mut value = serde_json::json!({ "name": policy.name() });
+        if let Policy::HeadKv(options) = &policy {
+            value["heads"] = serde_json::to_value(&options.heads).expect("JSON");
+        }
+        let text = value.to_string();
         assert_eq!(serde_json::from_str::<Policy>(&text).expect("a policy"), policy);
     }
-    for bad in [r#"{"name":"h2o"}"#, r#"{"name":"fastkv","retention":3}"#, "{}"] {
+    for bad in [r#"{"name":"snapvk"}"#, r#"{"name":"fastkv","retention":3}"#, "{}"] {
         assert!(serde_json::from_str::<Policy>(bad).is_err(), "{bad}");
     }
 }
 
-fn every_policy() -> [Policy; 5] {
-    [
+fn every_policy() -> Vec<Policy> {
+    vec![
         Policy::Full,
         Policy::FastKv(FastKv::default()),
         Policy::SnapKv(SnapKv::default()),
+        Policy::PyramidKv(PyramidKv::default()),
+        Policy::AdaKv(AdaKv::default()),
+        Policy::HeadKv(HeadKv { heads: scores_of(LLAMA_8B), ..HeadKv::default() }),
+        Policy::H2o(H2o::default()),
+        Policy::FastGen(FastGen::default()),
+        Policy::GemFilter(GemFilter::default()),
+        Policy::PyramidInfer(PyramidInfer::default()),
         Policy::StreamingLlm(StreamingLlm::default()),
         Policy::Random(Random::default()),
     ]
@@ -329,7 +425,88 @@ fn any_saliency() -> impl Strategy<Value = Saliency> {
         .prop_map(|(window, kind, kernel)| Saliency { window, pooling: Pooling { kind, kernel } })
 }
 
-fn any_policy() -> impl Strategy<Value = Policy> {
+/// A policy for this shape, which may be told things that make no sense.
+fn any_policy_of(shape: ModelShape) -> BoxedStrategy<Policy> {
+    let number = prop_oneof![4 => 1.0_f64..30.0, 1 => -1.0_f64..2.0];
+    let share = prop_oneof![4 => 0.0_f64..1.0, 1 => -0.1_f64..1.1, 1 => Just(0.5)];
+    prop_oneof![
+        4 => any_policy(),
+        1 => (any_saliency(), any_budget(), number.clone()).prop_map(|(saliency, retention, steepness)| {
+            Policy::PyramidKv(PyramidKv { saliency, retention, steepness })
+        }),
+        1 => (any_saliency(), any_budget(), share.clone())
+            .prop_map(|(saliency, retention, floor)| Policy::AdaKv(AdaKv { saliency, retention, floor })),
+        1 => (0_usize..70, any_budget()).prop_map(|(window, retention)| Policy::H2o(H2o { window, retention })),
+        1 => (share.clone(), share.clone(), share.clone()).prop_map(|(recovery, local, frequent)| {
+            Policy::FastGen(FastGen { recovery, local, frequent, ..FastGen::default() })
+        }),
+        1 => (prop::option::of(0_usize..12), any_budget(), any_saliency()).prop_map(
+            |(filter_layer, retention, Saliency { pooling, .. })| {
+                Policy::GemFilter(GemFilter { filter_layer, retention, pooling })
+            }
+        ),
+        1 => (share.clone(), share.clone())
+            .prop_map(|(recent, decay)| Policy::PyramidInfer(PyramidInfer { recent, decay })),
+        1 => (any_saliency(), any_budget(), number).prop_map(move |(saliency, retention, pooled)| {
+            let heads = scores_of(shape);
+            let (heads, pooled) = if shape.layers * shape.query_heads == 1 {
+                // The only score there is may be 0.
+                let mut one = HeadScores::default();
+                one.add(0, 0, 0.5);
+                (one, pooled)
+            } else {
+                (heads, pooled)
+            };
+            Policy::HeadKv(HeadKv { saliency, retention, pooled, heads })
+        }),
+    ]
+    .boxed()
+}
+
+/// A policy with TSP in front of it, where it goes with that.
+fn any_composed(shape: ModelShape) -> BoxedStrategy<Policy> {
+    let tsp = (any_saliency(), any_budget(), prop::option::of(0_usize..12));
+    (any_policy_of(shape), tsp)
+        .prop_map(|(cache, (saliency, propagation, tsp_layer))| match cache {
+            Policy::Full | Policy::FastKv(_) | Policy::GemFilter(_) | Policy::PyramidInfer(_) => cache,
+            cache => Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache: Box::new(cache) }),
+        })
+        .boxed()
+}
+
+fn any_case() -> BoxedStrategy<(ModelShape, Policy)> {
+    any_shape()
+        .prop_flat_map(|shape| {
+            (Just(shape), prop_oneof![3 => any_policy_of(shape), 1 => any_composed(shape)])
+        })
+        .boxed()
+}
+
+#[test]
+fn tsp_goes_with_policies_of_caches_alone() {
+    for policy in every_policy() {
+        let composed = Policy::Tsp(Tsp::with(policy.clone()));
+        let plan = composed.plan(LLAMA_8B, 1000);
+        match policy {
+            Policy::Full | Policy::FastKv(_) | Policy::GemFilter(_) | Policy::PyramidInfer(_) => {
+                assert_eq!(plan, Err(PolicyError::Composition(policy.name())));
+            }
+            _ => {
+                assert_eq!(composed.name(), format!("fastkv+{}", policy.name()));
+                let plan = plan.expect("a plan");
+                assert_eq!(plan.layers[15].propagate.expect("TSP").count(), 200);
+                assert!(plan.layers[..16].iter().all(|layer| layer.rows == 1000));
+                assert!(plan.layers[16..].iter().all(|layer| layer.rows == 200));
+                let json = serde_json::to_string(&plan).expect("JSON");
+                assert_eq!(serde_json::from_str::<Plan>(&json).expect("a plan"), plan);
+            }
+        }
+        let twice = Policy::Tsp(Tsp::with(Policy::Tsp(Tsp::with(policy))));
+        assert!(matches!(twice.plan(LLAMA_8B, 1000), Err(PolicyError::Composition(_))));
+    }
+}
+
+fn any_policy() -> BoxedStrategy<Policy> {
     prop_oneof![
         1 => Just(Policy::Full),
         6 => (any_saliency(), any_budget(), any_budget(), prop::option::of(0_usize..12)).prop_map(
@@ -344,6 +521,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
         1 => (0_usize..70, any_budget(), any::<u64>())
             .prop_map(|(window, retention, seed)| Policy::Random(Random { window, retention, seed })),
     ]
+    .boxed()
 }
 
 fn any_shape() -> impl Strategy<Value = ModelShape> {
@@ -355,7 +533,7 @@ fn any_shape() -> impl Strategy<Value = ModelShape> {
 /// Layers that `Display` speaks of.
 fn layers_in(text: &str) -> BTreeSet<usize> {
     let mut layers = BTreeSet::new();
-    for line in text.lines().skip(1) {
+    for line in text.lines().filter(|line| line.trim().starts_with("layer")) {
         let name = line.trim().split(':').next().expect("a name");
         let numbers: Vec<usize> =
             name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect();
@@ -364,34 +542,125 @@ fn layers_in(text: &str) -> BTreeSet<usize> {
     layers
 }
 
+#[test]
+fn pyramids_fall_and_keep_their_total() {
+    let counts = |steepness, retention, layers: usize, n: usize| -> Vec<usize> {
+        let saliency = Saliency { window: 8, pooling: Pooling { kind: PoolingKind::Max, kernel: 7 } };
+        let policy = Policy::PyramidKv(PyramidKv { saliency, retention, steepness });
+        planned(&policy, shape(layers), n).expect("a plan").layers.iter().map(LayerPlan::kept).collect()
+    };
+    // C' = 100: from 195 to 5 in steps of 190/3, the window beside them.
+    assert_eq!(counts(20.0, Budget::Tokens(108), 4, 4000), [203, 140, 76, 13]);
+    assert_eq!(counts(1.0, Budget::Tokens(108), 4, 4000), [108; 4]);
+    // 195 do not fit 150 − 8 tokens: 142 and 58 do.
+    assert_eq!(counts(20.0, Budget::Tokens(79), 3, 150)[..], [8 + 139, 8 + 71, 8 + 3]);
+    assert_eq!(counts(20.0, Budget::Tokens(108), 2, 208), [8 + 195, 13]);
+    assert_eq!(counts(20.0, Budget::Tokens(108), 2, 202), [202, 8 + 6]);
+    // Below 2·C' tokens every layer gets C'.
+    assert_eq!(counts(20.0, Budget::Tokens(108), 2, 199), [108; 2]);
+    assert_eq!(counts(20.0, Budget::Tokens(108), 1, 1000), [108]);
+    assert_eq!(counts(20.0, Budget::Tokens(108), 2, 108), [108; 2]);
+}
+
+#[test]
+fn heads_get_what_they_scored() {
+    let shape = ModelShape { layers: 2, query_heads: 4, kv_heads: 2, head_dim: 8 };
+    let saliency = Saliency { window: 8, pooling: Pooling { kind: PoolingKind::Max, kernel: 7 } };
+    let headkv = |file: &str, n| {
+        let heads = serde_json::from_str(file).expect("scores");
+        let retention = Budget::Tokens(20);
+        let policy = Policy::HeadKv(HeadKv { saliency, retention, pooled: 1.2, heads });
+        planned(&policy, shape, n).expect("a plan").layers
+    };
+    // b = 12: 10 of each go into the pool of 40, 2 are everyone's. Means 1, 1, 0, 2, 0, 0, 0, 4 of 8.
+    let file = r#"{"0-0": [1], "0-1": [0, 2], "0-2": [0], "0-3": [2], "1-0": [0], "1-1": [0], "1-2": [0, 0], "1-3": [4]}"#;
+    let counts =
+        |layers: Vec<LayerPlan>| -> Vec<Keep> { layers.into_iter().map(|layer| layer.keep).collect() };
+    let each = |counts: [usize; 2]| Keep::Each { counts: counts.to_vec(), saliency };
+    assert_eq!(counts(headkv(file, 100)), [each([20, 20]), each([10, 30])]);
+    // No head gets more than there is.
+    assert_eq!(counts(headkv(file, 25)), [each([20, 20]), each([10, 25])]);
+    assert_eq!(counts(headkv(file, 20)), [Keep::All, Keep::All]);
+
+    let refused = |file: &str| {
+        let heads = serde_json::from_str(file).expect("scores");
+        let policy = Policy::HeadKv(HeadKv { heads, ..HeadKv::default() });
+        policy.plan(shape, 100).expect_err("another model's").to_string()
+    };
+    for (file, parts) in [
+        ("{}", vec!["there are none"]),
+        (r#"{"0-0": [1]}"#, vec!["head 0-1 has no scores", "2 layers of 4 query heads"]),
+        (&file.replace("1-3", "2-3"), vec!["head 2-3 is of another model", "2 layers of 4 query heads"]),
+        (&file.replace("1-3", "1-4"), vec!["head 1-4 is of another model"]),
+        (&file.replace("[4]", "[-4]"), vec!["head 1-3 scores -4"]),
+        (&file.replace("[4]", "[]"), vec!["head 1-3 has no scores"]),
+        (
+            r#"{"0-0":[0],"0-1":[0],"0-2":[0],"0-3":[0],"1-0":[0],"1-1":[0],"1-2":[0],"1-3":[0]}"#,
+            vec!["every score is 0"],
+        ),
+    ] {
+        let message = refused(file);
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+    }
+    for bad in [r#"{"0": [1]}"#, r#"{"a-b": [1]}"#, r#"{"0-0": 1}"#, r#"{"-1-0": [1]}"#, "[]"] {
+        assert!(serde_json::from_str::<HeadScores>(bad).is_err(), "{bad}");
+    }
+    let error = HeadScores::try_from(std::collections::BTreeMap::from([("x".to_owned(), vec![1.0])]));
+    assert_eq!(error, Err(HeadScoresError::Name("x".to_owned())));
+}
+
+#[test]
+fn shares_out_of_range_are_named() {
+    for (policy, option) in [
+        (Policy::PyramidKv(PyramidKv { steepness: 0.5, ..PyramidKv::default() }), "steepness"),
+        (Policy::PyramidKv(PyramidKv { steepness: f64::NAN, ..PyramidKv::default() }), "steepness"),
+        (Policy::AdaKv(AdaKv { floor: -0.1, ..AdaKv::default() }), "floor"),
+        (Policy::AdaKv(AdaKv { floor: 1.1, ..AdaKv::default() }), "floor"),
+        (Policy::HeadKv(HeadKv { pooled: 0.9, heads: scores_of(LLAMA_8B), ..HeadKv::default() }), "pooled"),
+    ] {
+        let error = policy.plan(LLAMA_8B, 100).expect_err("out of range");
+        assert!(error.to_string().starts_with(option), "{error}");
+        assert!(matches!(error, PolicyError::Share { .. }));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn plans_are_consistent(policy in any_policy(), shape in any_shape(), n in 0_usize..600) {
+    fn plans_are_consistent((shape, policy) in any_case(), n in 0_usize..600) {
         let Some(plan) = planned(&policy, shape, n) else { return Ok(()) };
 
         let mut rows = n;
+        if let Some(Restart { layer, count, .. }) = plan.restart {
+            prop_assert!(layer < shape.layers && count >= 1 && count < n);
+            rows = count;
+        }
         for layer in &plan.layers {
             prop_assert_eq!(layer.rows, rows);
             prop_assert!(layer.kept() >= 1 && layer.kept() <= rows);
-            prop_assert_eq!(layer.keep == Keep::All, layer.kept() == rows);
-            if let Some(saliency) = layer.saliency() {
-                prop_assert!(layer.kept() >= saliency.window.min(rows));
+            let by_data = matches!(layer.keep, Keep::Shared { .. } | Keep::Heavy { .. } | Keep::Recovered { .. });
+            if !by_data && !matches!(layer.keep, Keep::Each { .. }) {
+                prop_assert_eq!(layer.keep == Keep::All, layer.kept() == rows);
+            }
+            for window in layer.windows() {
+                prop_assert!(layer.kept() >= window.min(rows));
             }
             if let Some(propagate) = layer.propagate {
-                prop_assert!(propagate.count < rows && propagate.count >= propagate.saliency.window);
-                rows = propagate.count;
+                prop_assert!(propagate.count() < rows && propagate.count() >= propagate.reserved());
+                rows = propagate.count();
             }
         }
         prop_assert!(plan.layers[shape.layers - 1].propagate.is_none());
 
         // Bounds of memory.
-        let token = shape.kv_elements() * 4;
+        let entry = 2 * shape.head_dim * 4;
         let expected: Vec<_> = plan.layers.iter().map(spoken).collect();
-        prop_assert_eq!(plan.peak_kv_bytes(4), oracle::plan::peak_kv_bytes(&expected, token));
-        let kept: usize = expected.iter().map(oracle::plan::Layer::entries).sum();
-        prop_assert_eq!(plan.kept_kv_bytes(4), kept * token);
+        let first_pass = if plan.restart.is_some() { n * shape.kv_heads * entry } else { 0 };
+        let peak = oracle::plan::peak_kv_bytes(&expected, shape.kv_heads, entry);
+        prop_assert_eq!(plan.peak_kv_bytes(4), peak.max(first_pass));
+        let kept: usize = expected.iter().map(|layer| layer.entries(shape.kv_heads)).sum();
+        prop_assert_eq!(plan.kept_kv_bytes(4), kept * entry);
         prop_assert_eq!(plan.kept_kv_bytes(4), 2 * plan.kept_kv_bytes(2));
         prop_assert!(plan.peak_kv_bytes(4) >= plan.kept_kv_bytes(4));
         let full = Policy::Full.plan(shape, n).expect("a plan");

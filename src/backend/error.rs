@@ -18,6 +18,9 @@ pub enum BackendError {
         /// What does not fit, with the numbers.
         problem: String,
     },
+    /// An operation that this backend does not have.
+    #[error("this backend has no {0} yet: run this policy on the cpu")]
+    Unsupported(&'static str),
     /// The thread pool could not be made.
     #[error("{threads} worker threads could not be started: {reason}")]
     Threads {

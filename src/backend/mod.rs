@@ -13,4 +13,4 @@ mod ops;
 #[cfg(feature = "pipeline")]
 pub use error::BackendError;
 #[cfg(feature = "pipeline")]
-pub use ops::{Backend, Select, Visible};
+pub use ops::{Backend, Bias, Columns, Select, Share, Visible};

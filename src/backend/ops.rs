@@ -131,6 +131,86 @@ pub trait Backend: Debug {
         Ok((attended, scores))
     }
 
+    /// [`attention`](Self::attention) with steered heads; see [`Bias`]. On a GPU: prefill attention and
+    /// decode with the additive bias of their parameters.
+    fn biased_attention(
+        &self,
+        queries: &Self::Tensor,
+        kv: &Self::Kv,
+        visible: Visible<'_, Self::Indices>,
+        bias: &Bias<'_>,
+    ) -> Result<Self::Tensor, BackendError> {
+        let _ = (queries, kv, visible, bias);
+        Err(BackendError::Unsupported("biased_attention"))
+    }
+
+    /// [`window_scores`](Self::window_scores) with steered heads. On a GPU: as for
+    /// [`biased_attention`](Self::biased_attention).
+    fn biased_window_scores(
+        &self,
+        queries: &Self::Tensor,
+        kv: &Self::Kv,
+        bias: &Bias<'_>,
+    ) -> Result<Self::Scores, BackendError> {
+        let _ = (queries, kv, bias);
+        Err(BackendError::Unsupported("biased_window_scores"))
+    }
+
+    /// Attention probabilities of the queries, which belong to the last keys of each head, in sums over
+    /// the queries and over the query heads of each kv head: `[kv heads, keys of the longest head]`,
+    /// with zeros behind shorter heads. Never more than a tile of probabilities at once. On a GPU:
+    /// prefill attention in its mode that sums over all queries, a second pass over Q·Kᵀ given the LSE.
+    fn column_sums(
+        &self,
+        queries: &Self::Tensor,
+        kv: &Self::Kv,
+        columns: Columns,
+        bias: Option<&Bias<'_>>,
+    ) -> Result<Self::Scores, BackendError> {
+        let _ = (queries, kv, columns, bias);
+        Err(BackendError::Unsupported("column_sums"))
+    }
+
+    /// `a + b`, head by head; where one has fewer keys, those it lacks count 0. On a GPU: an
+    /// element-wise sum into the longer one.
+    fn add_scores(&self, a: &Self::Scores, b: &Self::Scores) -> Result<Self::Scores, BackendError> {
+        let _ = (a, b);
+        Err(BackendError::Unsupported("add_scores"))
+    }
+
+    /// The named scores, one list for each head: `[heads, keys of the longest list]`, with zeros behind
+    /// shorter ones. On a GPU: gather of rows of one element.
+    fn gather_scores(
+        &self,
+        scores: &Self::Scores,
+        entries: &Self::Indices,
+    ) -> Result<Self::Scores, BackendError> {
+        let _ = (scores, entries);
+        Err(BackendError::Unsupported("gather_scores"))
+    }
+
+    /// Makes the scores of the keys of a single list +∞ in every head, so that selection takes these
+    /// first; keys that are not scored are passed over. On a GPU: a scatter of a constant.
+    fn raise_scores(&self, scores: &mut Self::Scores, keys: &Self::Indices) -> Result<(), BackendError> {
+        let _ = (scores, keys);
+        Err(BackendError::Unsupported("raise_scores"))
+    }
+
+    /// Dot products of one row of queries with all keys, neither scaled nor normalised:
+    /// `[query heads, keys]`. Every head of the store has one length. On a GPU: the window score
+    /// kernel's first product, without its softmax.
+    fn query_key_products(&self, query: &Self::Tensor, kv: &Self::Kv) -> Result<Self::Scores, BackendError> {
+        let _ = (query, kv);
+        Err(BackendError::Unsupported("query_key_products"))
+    }
+
+    /// Forgets all but the named entries, one ascending list for each kv head, in place. On a GPU:
+    /// compaction of the cache in place, as decode-time eviction does.
+    fn retain_kv(&self, kv: &mut Self::Kv, entries: &Self::Indices) -> Result<(), BackendError> {
+        let _ = (kv, entries);
+        Err(BackendError::Unsupported("retain_kv"))
+    }
+
     /// Rows of a tensor.
     fn rows(&self, x: &Self::Tensor) -> usize;
 
@@ -153,6 +233,26 @@ pub trait Backend: Debug {
 
     /// The best keys of each head; see [`Select`].
     fn select(&self, scores: &Self::Scores, select: Select) -> Result<Self::Indices, BackendError>;
+
+    /// [`select`](Self::select) with a count for each head. On a GPU: top-k selection, whose k is a
+    /// row's own.
+    fn select_each(
+        &self,
+        scores: &Self::Scores,
+        counts: &[usize],
+        tail: usize,
+    ) -> Result<Self::Indices, BackendError> {
+        let _ = (scores, counts, tail);
+        Err(BackendError::Unsupported("select_each"))
+    }
+
+    /// The best keys of each head, where heads share a number of keys; see [`Share`]. On a GPU: top-k
+    /// selection over the rows of all heads as one, a count of the picks by head, and top-k selection
+    /// with these counts; lengths stay on the device.
+    fn select_shared(&self, scores: &Self::Scores, share: Share) -> Result<Self::Indices, BackendError> {
+        let _ = (scores, share);
+        Err(BackendError::Unsupported("select_shared"))
+    }
 
     /// Makes lists of token numbers usable.
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Self::Indices, BackendError>;
@@ -208,4 +308,40 @@ pub struct Select {
     pub count: usize,
     /// Keys behind the scored ones that are kept in any case: the window.
     pub tail: usize,
+}
+
+/// Keys that heads share: the scores of all heads are ranked together (ties go to the lower head, then
+/// the lower key; NaN ranks last), and a head with `picks` of the best `heads · mean` gets
+/// `round(picks · (1 − floor) + int(mean · floor))` keys, half to even.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    /// Keys of a head on average.
+    pub mean: usize,
+    /// The share of the mean that every head gets.
+    pub floor: f64,
+    /// Keys behind the scored ones that are kept in any case: the window.
+    pub tail: usize,
+}
+
+/// How queries count in sums of attention probabilities.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Columns {
+    /// Weight of the first query.
+    pub weight: f32,
+    /// What each next query weighs more.
+    pub step: f32,
+    /// Sum only what falls on the nearest keys of each query, itself included; `None`: on all.
+    pub band: Option<usize>,
+}
+
+/// Attention steering (PASTA, arXiv 2311.02262): before the softmax, chosen heads add `amount` to the
+/// logits of the tokens of the prompt that are not highlighted. A key is told by its original position.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bias<'a> {
+    /// For each query head, whether it is steered.
+    pub heads: &'a [bool],
+    /// For each token of the prompt, whether it is highlighted. Keys at later positions get no bias.
+    pub highlighted: &'a [bool],
+    /// What is added: log α, below 0.
+    pub amount: f32,
 }

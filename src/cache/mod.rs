@@ -1,5 +1,12 @@
 //! The compacted KV cache of one sequence.
 
+mod eviction;
+mod steer;
+
+pub use eviction::TokenSet;
+pub(crate) use eviction::{Eviction, EvictionRule, Tokens, UNPOOLED, share};
+pub(crate) use steer::Steer;
+
 use crate::backend::{Backend, BackendError};
 use crate::policy::ModelShape;
 
@@ -12,11 +19,27 @@ pub struct Cache<B: Backend> {
     shape: ModelShape,
     tokens: usize,
     element_bytes: usize,
+    decoding: Decoding<B>,
+}
+
+/// What decoding does beside attending and appending.
+#[derive(Debug)]
+pub(crate) struct Decoding<B: Backend> {
+    pub(crate) steer: Option<Steer>,
+    /// By layer.
+    pub(crate) evictions: Vec<Option<Eviction<B>>>,
+    pub(crate) tokens: Tokens,
 }
 
 impl<B: Backend> Cache<B> {
-    pub(crate) fn new(layers: Vec<B::Kv>, shape: ModelShape, tokens: usize, element_bytes: usize) -> Self {
-        Self { layers, shape, tokens, element_bytes }
+    pub(crate) fn new(
+        layers: Vec<B::Kv>,
+        shape: ModelShape,
+        tokens: usize,
+        element_bytes: usize,
+        decoding: Decoding<B>,
+    ) -> Self {
+        Self { layers, shape, tokens, element_bytes, decoding }
     }
 
     /// Tokens of the sequence: the position of the next one.
@@ -47,8 +70,9 @@ impl<B: Backend> Cache<B> {
         self.shape
     }
 
-    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut B::Kv {
-        &mut self.layers[layer]
+    /// The layers' entries, and what else decoding looks at.
+    pub(crate) fn parts_mut(&mut self) -> (&mut [B::Kv], &mut Decoding<B>) {
+        (&mut self.layers, &mut self.decoding)
     }
 
     /// Forgets the entries behind these lengths, by layer and kv head.

@@ -1,6 +1,6 @@
 use super::{Bytes, MemoryEstimate};
 use crate::backend::BackendError;
-use crate::policy::ModelShape;
+use crate::policy::{ModelShape, PolicyError};
 
 /// What can go wrong in the engine.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +49,9 @@ pub enum EngineError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A plan that steers what is not there.
+    #[error("the plan cannot steer: {0}")]
+    Steering(#[from] PolicyError),
     /// A cache of another model.
     #[error("the cache is of {cache:?}, but the model is {model:?}")]
     WrongCache {

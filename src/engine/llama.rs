@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::EngineError;
-use crate::backend::{Backend, Visible};
+use crate::backend::Backend;
 use crate::model::{self, LlamaConfig, ModelDir};
 use crate::policy::ModelShape;
 
@@ -161,8 +161,8 @@ impl<B: Backend> Layer<B> {
         Ok(backend.append_kv(kv, &keys, &values, &places.positions, first_row)?)
     }
 
-    /// The whole layer for rows that follow those in `kv`: they join it and attend to all up to them.
-    /// Returns window scores of the last `window` rows; 0 asks for none.
+    /// The whole layer for rows that follow those in `kv`: they join it, and `attend` is given their
+    /// queries.
     pub(super) fn read(
         &self,
         backend: &B,
@@ -171,19 +171,13 @@ impl<B: Backend> Layer<B> {
         rows: Range<usize>,
         places: &Places<B>,
         kv: &mut B::Kv,
-        window: usize,
-    ) -> Result<Option<B::Scores>, EngineError> {
+        attend: impl FnOnce(&B::Tensor, &B::Kv) -> Result<B::Tensor, EngineError>,
+    ) -> Result<(), EngineError> {
         let normed = self.attention_input(backend, config, hidden, rows.clone())?;
         self.append_kv(backend, kv, &normed, places, rows.start)?;
         let queries = self.queries(backend, &normed, places, rows.start)?;
-        let (attended, scores) = if window == 0 {
-            (backend.attention(&queries, kv, Visible::Aligned)?, None)
-        } else {
-            let (attended, scores) = backend.attention_with_scores(&queries, kv, window)?;
-            (attended, Some(scores))
-        };
-        self.finish(backend, config, hidden, rows, &attended)?;
-        Ok(scores)
+        let attended = attend(&queries, kv)?;
+        self.finish(backend, config, hidden, rows, &attended)
     }
 
     /// What follows attention: output projection, MLP, and both residual sums into `hidden[rows]`.

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::EngineError;
 use crate::model::LlamaConfig;
-use crate::policy::{Plan, Propagate};
+use crate::policy::Plan;
 
 /// What a run needs besides its plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,7 +119,7 @@ fn activations(config: &LlamaConfig, plan: &Plan, chunk_rows: usize) -> u64 {
 
     // Cosines and sines of half a head, and where tokens are selected the narrowed copy beside the stream.
     let selected = plan.layers.iter().filter_map(|layer| layer.propagate);
-    let selected = selected.map(|Propagate { count, .. }| count as u64).max().unwrap_or(1);
+    let selected = selected.map(|propagate| propagate.count() as u64).max().unwrap_or(1);
     let stream = (rows + selected) * (hidden + config.head_dim as u64);
     // The normed rows and the queries live through a chunk; beside them attention has its output twice,
     // in tiles and in rows, and the MLP its input, gate, up and output behind the projected attention.
@@ -127,11 +127,16 @@ fn activations(config: &LlamaConfig, plan: &Plan, chunk_rows: usize) -> u64 {
     let mlp = queries + 3 * hidden + 2 * config.intermediate_size as u64;
     let temporaries = chunk * (hidden + queries + attention.max(mlp));
     // A key's probability for every query head, and pooled for every kv head and their sum.
-    let scores = match plan.layers.iter().any(|layer| layer.saliency().is_some()) {
+    let scores = match plan.layers.iter().any(|layer| !layer.windows().is_empty()) {
         true => rows * (config.query_heads + config.kv_heads + 1) as u64,
         false => 0,
     };
-    stream + temporaries + scores + config.vocab_size as u64
+    // Sums over all queries: those so far, a chunk's, and their total, for two purposes at most.
+    let sums = match plan.layers.iter().any(|layer| layer.sums_columns()) {
+        true => 6 * rows * config.kv_heads as u64,
+        false => 0,
+    };
+    stream + temporaries + scores + sums + config.vocab_size as u64
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod error;
 mod generate;
 mod llama;
 mod memory;
+mod observe;
 mod prefill;
 mod sampler;
 mod trace;
@@ -22,7 +23,7 @@ pub use llama::check_tokens;
 pub use memory::{Bytes, MemoryEstimate, MemoryOptions};
 pub use prefill::{Prefill, PrefillOptions};
 pub use sampler::{Sampler, Sampling};
-pub use trace::{LayerTrace, Trace};
+pub use trace::{HeadSet, LayerTrace, Trace};
 
 use llama::Llama;
 

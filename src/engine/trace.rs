@@ -2,11 +2,16 @@
 
 use serde::Serialize;
 
+use crate::cache::TokenSet;
+
 /// What a prefill kept, layer by layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Trace {
     /// One entry for each layer.
     pub layers: Vec<LayerTrace>,
+    /// Original positions that a restart read anew; the layers then read no others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restarted: Option<Vec<u32>>,
 }
 
 /// What a prefill kept in one layer.
@@ -21,6 +26,19 @@ pub struct LayerTrace {
     pub mass: Vec<f32>,
     /// Original positions that went on to the next layer, where not all did.
     pub propagated: Option<Vec<u32>>,
+    /// The set that each kv head got, where heads have sets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sets: Option<Vec<HeadSet>>,
+}
+
+/// The set of tokens that a kv head keeps.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct HeadSet {
+    /// The cheapest that recovers enough.
+    pub set: TokenSet,
+    /// The share of attention that each set recovers, in the order of [`TokenSet`], [`TokenSet::Full`]
+    /// left out.
+    pub recovered: [f64; 4],
 }
 
 /// The share of window attention on kept rows (`None`: all), for each kv head.

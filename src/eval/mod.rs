@@ -3,9 +3,11 @@
 //! against the official tables.
 
 mod dialect;
+mod heads;
 mod needle;
 
 pub use dialect::{Dialect, DialectError};
+pub use heads::HeadScoring;
 pub use needle::{NeedlePrompt, NeedleTask, Planted};
 
 /// Whether a prediction is the reference, blanks at either end aside.

@@ -51,10 +51,7 @@ impl FastKv {
         self.saliency.check()?;
         let window = self.saliency.window;
         let last = shape.layers - 1;
-        let tsp_layer = self.tsp_layer.unwrap_or((shape.layers / 2).saturating_sub(1));
-        if tsp_layer > last {
-            return Err(PolicyError::TspLayer { layer: tsp_layer, last });
-        }
+        let tsp_layer = self.tsp_layer(shape)?;
         let early = self.retention.tokens("retention", prompt, window, "the observation window")?;
         let propagated = self.propagated(prompt)?;
         let late = self.late_retention(early, prompt, propagated);
@@ -66,14 +63,24 @@ impl FastKv {
                 let keep =
                     if rows <= count { Keep::All } else { Keep::Top { count, saliency: self.saliency } };
                 let goes_on = layer == tsp_layer && layer < last && propagated < rows;
-                let propagate = goes_on.then_some(Propagate { count: propagated, saliency: self.saliency });
+                let propagate =
+                    goes_on.then_some(Propagate::Top { count: propagated, saliency: self.saliency });
                 LayerPlan { rows, keep, propagate }
             })
             .collect())
     }
 
+    /// The last layer that reads the whole prompt.
+    pub(super) fn tsp_layer(&self, shape: ModelShape) -> Result<usize, PolicyError> {
+        let (half, last) = ((shape.layers / 2).saturating_sub(1), shape.layers - 1);
+        match self.tsp_layer.unwrap_or(half) {
+            layer if layer > last => Err(PolicyError::TspLayer { layer, last }),
+            layer => Ok(layer),
+        }
+    }
+
     /// T, between the window and the prompt.
-    fn propagated(&self, prompt: usize) -> Result<usize, PolicyError> {
+    pub(super) fn propagated(&self, prompt: usize) -> Result<usize, PolicyError> {
         let window = self.saliency.window;
         let tokens = match self.propagation {
             Budget::Rate(rate) => {

@@ -2,19 +2,39 @@
 //! the model's shape and the prompt's length, into a [`Plan`]: rules for each layer, with no data in
 //! them. Everything here is a pure function of numbers.
 
+mod adakv;
+mod fastgen;
 mod fastkv;
+mod gemfilter;
+mod h2o;
+mod headkv;
 mod plan;
+mod pyramidinfer;
+mod pyramidkv;
 mod random;
 mod snapkv;
+mod steering;
 mod streaming;
+mod tsp;
 
 use serde::{Deserialize, Serialize};
 
+pub use adakv::AdaKv;
+pub use fastgen::FastGen;
 pub use fastkv::FastKv;
-pub use plan::{Keep, LayerPlan, Plan, Pooling, PoolingKind, Propagate, Saliency};
+pub use gemfilter::GemFilter;
+pub use h2o::H2o;
+pub use headkv::{HeadKv, HeadScores, HeadScoresError};
+pub use plan::{
+    Keep, LayerPlan, Plan, Pooling, PoolingKind, Propagate, Restart, SINKS, Saliency, TokenClasses,
+};
+pub use pyramidinfer::PyramidInfer;
+pub use pyramidkv::PyramidKv;
 pub use random::{Random, random_positions};
 pub use snapkv::SnapKv;
+pub use steering::{DEFAULT_ALPHA, Steering};
 pub use streaming::StreamingLlm;
+pub use tsp::Tsp;
 
 /// The numbers of a model that a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,10 +81,26 @@ pub enum Policy {
     FastKv(FastKv),
     /// SnapKV: a cache chosen per GQA group, every layer reads the whole prompt.
     SnapKv(SnapKv),
+    /// PyramidKV: SnapKV whose budget falls from the first layer to the last.
+    PyramidKv(PyramidKv),
+    /// AdaKV: SnapKV whose heads share the budget of a layer.
+    AdaKv(AdaKv),
+    /// HeadKV: SnapKV with budgets from measured scores of the heads.
+    HeadKv(HeadKv),
+    /// H2O: the tokens that all queries attend to most, also in decoding.
+    H2o(H2o),
+    /// FastGen: each head gets the cheapest set of tokens that recovers its attention.
+    FastGen(FastGen),
+    /// GemFilter: early layers pick tokens, and the model starts anew with these.
+    GemFilter(GemFilter),
+    /// PyramidInfer: every layer hands on fewer tokens than it read.
+    PyramidInfer(PyramidInfer),
     /// StreamingLLM: the first tokens and the last ones.
     StreamingLlm(StreamingLlm),
     /// A seeded uniform choice and the window: the control.
     Random(Random),
+    /// FastKV's token-selective propagation in front of another policy's caches.
+    Tsp(Tsp),
 }
 
 /// Options that no plan can be made from.
@@ -107,6 +143,59 @@ pub enum PolicyError {
     /// A pooling kernel without a middle, or too wide.
     #[error("the pooling kernel is {0} wide: give an odd number from 1 to {max}", max = MAX_POOLING)]
     PoolingKernel(usize),
+    /// A share outside what its formula takes.
+    #[error("{option} is {value}: give {want}")]
+    Share {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: f64,
+        /// What would be right.
+        want: &'static str,
+    },
+    /// Head scores of another model, or of none.
+    #[error("the head scores do not fit: {0}")]
+    HeadScores(#[from] HeadScoresError),
+    /// A highlighted span that is empty or not in the prompt.
+    #[error(
+        "the span {start}..{end} is not in the prompt: give positions of its {tokens} tokens, the end above the start"
+    )]
+    Span {
+        /// Its first position.
+        start: usize,
+        /// The position behind its last.
+        end: usize,
+        /// Tokens of the prompt.
+        tokens: usize,
+    },
+    /// A head that the model does not have.
+    #[error("there is no head {layer}-{head}: the model has {layers} layers of {query_heads} query heads")]
+    Head {
+        /// Its layer.
+        layer: usize,
+        /// Its number among the query heads.
+        head: usize,
+        /// Layers of the model.
+        layers: usize,
+        /// Query heads of a layer.
+        query_heads: usize,
+    },
+    /// A policy that is no policy of caches alone.
+    #[error(
+        "token-selective propagation does not go with {0}: give a policy that only chooses what a layer keeps"
+    )]
+    Composition(&'static str),
+    /// Steering without a span, or without a head.
+    #[error("steering needs at least one span and one head")]
+    NothingToSteer,
+    /// A layer that the model does not have, to rank tokens.
+    #[error("the filter layer is {layer}, but the model's layers are 0 to {last}")]
+    FilterLayer {
+        /// The layer asked for, 0-based.
+        layer: usize,
+        /// The model's last layer.
+        last: usize,
+    },
     /// A layer that the model does not have.
     #[error("the TSP layer is {layer}, but the model's layers are 0 to {last}")]
     TspLayer {
@@ -131,8 +220,46 @@ impl Policy {
             Self::Full => "full",
             Self::FastKv(_) => "fastkv",
             Self::SnapKv(_) => "snapkv",
+            Self::PyramidKv(_) => "pyramidkv",
+            Self::AdaKv(_) => "adakv",
+            Self::HeadKv(_) => "headkv",
+            Self::H2o(_) => "h2o",
+            Self::FastGen(_) => "fastgen",
+            Self::GemFilter(_) => "gemfilter",
+            Self::PyramidInfer(_) => "pyramidinfer",
             Self::StreamingLlm(_) => "streamingllm",
             Self::Random(_) => "random",
+            Self::Tsp(options) => match *options.cache {
+                Self::SnapKv(_) => "fastkv+snapkv",
+                Self::PyramidKv(_) => "fastkv+pyramidkv",
+                Self::AdaKv(_) => "fastkv+adakv",
+                Self::HeadKv(_) => "fastkv+headkv",
+                Self::H2o(_) => "fastkv+h2o",
+                Self::FastGen(_) => "fastkv+fastgen",
+                Self::StreamingLlm(_) => "fastkv+streamingllm",
+                Self::Random(_) => "fastkv+random",
+                _ => "fastkv+?",
+            },
+        }
+    }
+
+    /// The tokens that the policy tells apart, where it does: they are a tokenizer's, so somebody has to
+    /// name them.
+    pub fn token_classes_mut(&mut self) -> Option<&mut TokenClasses> {
+        match self {
+            Self::FastGen(options) => Some(&mut options.classes),
+            Self::Tsp(options) => options.cache.token_classes_mut(),
+            _ => None,
+        }
+    }
+
+    /// The head scores that the policy goes by, where it does: they are a model's, so somebody has to
+    /// measure them.
+    pub fn head_scores_mut(&mut self) -> Option<&mut HeadScores> {
+        match self {
+            Self::HeadKv(options) => Some(&mut options.heads),
+            Self::Tsp(options) => options.cache.head_scores_mut(),
+            _ => None,
         }
     }
 
@@ -148,14 +275,33 @@ impl Policy {
         if [layers, query_heads, kv_heads, head_dim].contains(&0) || !query_heads.is_multiple_of(kv_heads) {
             return Err(PolicyError::Shape(shape));
         }
+        let mut restart = None;
+        let mut classes = TokenClasses::default();
         let layers = match self {
             Self::Full => vec![LayerPlan::full(prompt_tokens); shape.layers],
             Self::FastKv(options) => options.layers(shape, prompt_tokens)?,
             Self::SnapKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::PyramidKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::AdaKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::HeadKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::H2o(options) => options.layers(shape, prompt_tokens)?,
+            Self::FastGen(options) => {
+                classes = options.classes.clone();
+                options.layers(shape, prompt_tokens)?
+            }
+            Self::GemFilter(options) => {
+                let (again, layers) = options.plan(shape, prompt_tokens)?;
+                restart = again;
+                layers
+            }
+            Self::PyramidInfer(options) => options.layers(shape, prompt_tokens)?,
             Self::StreamingLlm(options) => options.layers(shape, prompt_tokens)?,
             Self::Random(options) => options.layers(shape, prompt_tokens)?,
+            Self::Tsp(options) => {
+                return Ok(Plan { policy: self.clone(), ..options.plan(shape, prompt_tokens)? });
+            }
         };
-        Ok(Plan { policy: self.clone(), shape, prompt_tokens, layers })
+        Ok(Plan { policy: self.clone(), shape, prompt_tokens, restart, layers, classes, steering: None })
     }
 }
 
@@ -193,6 +339,11 @@ impl Budget {
 
 fn check_rate(option: &'static str, value: f64) -> Result<(), PolicyError> {
     if value > 0.0 && value <= 1.0 { Ok(()) } else { Err(PolicyError::Rate { option, value }) }
+}
+
+/// Checks an option that is no share of the prompt.
+fn check_share(option: &'static str, value: f64, fits: bool, want: &'static str) -> Result<(), PolicyError> {
+    if fits { Ok(()) } else { Err(PolicyError::Share { option, value, want }) }
 }
 
 fn check_window(window: usize) -> Result<(), PolicyError> {

@@ -1,9 +1,11 @@
 //! The plan: what the engine does in each layer, and upper bounds of the memory it takes.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::steering::Steering;
 use super::{MAX_POOLING, ModelShape, Policy, PolicyError, check_window};
 
 /// The rules of every layer for one prompt. Comparable, serialisable, and printed as a short table.
@@ -15,12 +17,51 @@ pub struct Plan {
     pub shape: ModelShape,
     /// Tokens of the prompt it is for.
     pub prompt_tokens: usize,
+    /// The tokens that the layers read, where it is not the whole prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart: Option<Restart>,
     /// One entry for each layer, the first layer first.
     pub layers: Vec<LayerPlan>,
+    /// Tokens that [`Keep::Recovered`] tells apart.
+    #[serde(default, skip_serializing_if = "TokenClasses::is_empty")]
+    pub classes: TokenClasses,
+    /// Tokens that heads are steered to, and that every rule keeps beside its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steering: Option<Steering>,
+}
+
+/// A first pass that picks the tokens of a second one: layers 0 to `layer` read the prompt, its tokens
+/// are ranked by the dot products of the last query with their keys, summed over heads and pooled, and
+/// the best, in their order, are read anew as a prompt at positions 0, 1, …
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restart {
+    /// The layer that ranks, 0-based.
+    pub layer: usize,
+    /// Tokens of the second pass.
+    pub count: usize,
+    /// Pooling along the prompt.
+    pub pooling: Pooling,
+}
+
+/// Token ids with a part of their own in [`Keep::Recovered`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TokenClasses {
+    /// The begin of text and the tokenizer's other special tokens.
+    pub special: BTreeSet<u32>,
+    /// Tokens that are punctuation and nothing else.
+    pub punctuation: BTreeSet<u32>,
+}
+
+impl TokenClasses {
+    /// Whether no token is in a class.
+    pub fn is_empty(&self) -> bool {
+        self.special.is_empty() && self.punctuation.is_empty()
+    }
 }
 
 /// The rules of one layer.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerPlan {
     /// Tokens the layer reads.
     pub rows: usize,
@@ -31,7 +72,7 @@ pub struct LayerPlan {
 }
 
 /// Which tokens of a layer stay in its KV cache.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "rule", rename_all = "lowercase")]
 pub enum Keep {
     /// Every token.
@@ -49,6 +90,44 @@ pub enum Keep {
         count: usize,
         /// How tokens are scored.
         saliency: Saliency,
+    },
+    /// [`Top`](Self::Top) with a number of tokens for each kv head.
+    Each {
+        /// Tokens kept for each kv head, the window included.
+        counts: Vec<usize>,
+        /// How tokens are scored.
+        saliency: Saliency,
+    },
+    /// [`Top`](Self::Top) with numbers of tokens that follow from the scores: all heads' scores are
+    /// ranked together, and a head gets `round(picks · (1 − floor) + int(mean · floor))` tokens beside
+    /// the window, where `picks` is how many of the best `heads · mean` scores are its own.
+    Shared {
+        /// Tokens kept for a kv head on average, the window included.
+        count: usize,
+        /// The share of the mean that every head gets.
+        floor: f64,
+        /// How tokens are scored.
+        saliency: Saliency,
+    },
+    /// The window and the tokens that all queries together attend to most, for each kv head. In
+    /// decoding, each step's probabilities are added and the tokens with the least go, so that no more
+    /// stay than these.
+    Heavy {
+        /// Tokens kept for a kv head, the window included.
+        count: usize,
+        /// The newest tokens, which are kept in any case.
+        window: usize,
+    },
+    /// For each kv head the cheapest of these sets that recovers enough of its attention: special
+    /// tokens and the first four; punctuation with them; frequent tokens with these; local tokens with
+    /// all of these; everything. In decoding a head goes on with its set.
+    Recovered {
+        /// The share of attention, averaged over queries, that a set has to hold.
+        recovery: f64,
+        /// The share of tokens, the newest, that are local.
+        local: f64,
+        /// The share of tokens, the most attended, that are frequent.
+        frequent: f64,
     },
     /// The window and a seeded uniform choice before it, for each kv head.
     Random {
@@ -90,14 +169,52 @@ pub enum PoolingKind {
     Average,
 }
 
-/// Which tokens go on to the next layer: the window and the most salient tokens before it, scores
-/// summed over all heads. One set for the sequence.
+/// Which tokens go on to the next layer. One set for the sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Propagate {
-    /// Tokens that go on, the window included.
-    pub count: usize,
-    /// How tokens are scored.
-    pub saliency: Saliency,
+#[serde(tag = "rule", rename_all = "lowercase")]
+pub enum Propagate {
+    /// The window and the most salient tokens before it, scores summed over all heads.
+    Top {
+        /// Tokens that go on, the window included.
+        count: usize,
+        /// How tokens are scored.
+        saliency: Saliency,
+    },
+    /// The newest tokens, and of those before them the first [`SINKS`] and the ones that the newest
+    /// attend to most: probabilities summed over all heads and over the newest queries, which count
+    /// from 1 for the first to 1.2 for the last.
+    Recent {
+        /// Tokens that go on, the newest included.
+        count: usize,
+        /// The newest tokens.
+        recent: usize,
+    },
+}
+
+/// Tokens at the start that [`Propagate::Recent`] and [`Keep::Recovered`] always keep.
+pub const SINKS: usize = 4;
+
+impl Propagate {
+    /// Tokens that go on.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Top { count, .. } | Self::Recent { count, .. } => *count,
+        }
+    }
+
+    /// Tokens among them that go on in any case, at the end.
+    pub fn reserved(&self) -> usize {
+        match self {
+            Self::Top { saliency, .. } => saliency.window,
+            Self::Recent { recent, .. } => *recent,
+        }
+    }
+
+    pub(super) fn count_mut(&mut self) -> &mut usize {
+        match self {
+            Self::Top { count, .. } | Self::Recent { count, .. } => count,
+        }
+    }
 }
 
 impl LayerPlan {
@@ -106,38 +223,72 @@ impl LayerPlan {
         Self { rows, keep: Keep::All, propagate: None }
     }
 
-    /// Entries of a kv head's cache after prefill.
+    /// The most entries that a kv head's cache has after prefill.
     pub fn kept(&self) -> usize {
-        match self.keep {
-            Keep::All => self.rows,
-            Keep::Ends { sinks, recent } => sinks.saturating_add(recent),
-            Keep::Top { count, .. } | Keep::Random { count, .. } => count,
+        match &self.keep {
+            Keep::All | Keep::Shared { .. } | Keep::Recovered { .. } => self.rows,
+            Keep::Heavy { count, .. } => self.rows.min(*count),
+            Keep::Ends { sinks, recent } => sinks.saturating_add(*recent),
+            Keep::Top { count, .. } | Keep::Random { count, .. } => *count,
+            Keep::Each { counts, .. } => counts.iter().copied().max().unwrap_or(0),
         }
     }
 
-    /// How this layer's tokens are scored, where a rule needs scores.
+    /// The most entries that all kv heads' caches have together after prefill.
+    pub fn entries(&self, kv_heads: usize) -> usize {
+        match &self.keep {
+            Keep::Each { counts, .. } => counts.iter().sum(),
+            // Every head's share is rounded, by a half at most.
+            Keep::Shared { count, .. } => (count * kv_heads + kv_heads / 2).min(self.rows * kv_heads),
+            _ => self.kept() * kv_heads,
+        }
+    }
+
+    /// How this layer's tokens are scored for its cache, where the rule needs scores.
     pub fn saliency(&self) -> Option<Saliency> {
-        match (self.keep, self.propagate) {
-            (Keep::Top { saliency, .. }, _) | (_, Some(Propagate { saliency, .. })) => Some(saliency),
+        match &self.keep {
+            Keep::Top { saliency, .. } | Keep::Each { saliency, .. } | Keep::Shared { saliency, .. } => {
+                Some(*saliency)
+            }
             _ => None,
         }
+    }
+
+    /// Whether a rule needs the attention of every row to score by.
+    pub fn sums_columns(&self) -> bool {
+        let keeps = matches!(self.keep, Keep::Heavy { .. } | Keep::Recovered { .. });
+        keeps || matches!(self.propagate, Some(Propagate::Recent { .. }))
+    }
+
+    /// The observation windows that the rules need scores of, each once.
+    pub fn windows(&self) -> Vec<usize> {
+        let kept = self.saliency().map(|saliency| saliency.window);
+        let handed_on = match self.propagate {
+            Some(Propagate::Top { saliency, .. }) => Some(saliency.window),
+            _ => None,
+        };
+        kept.into_iter().chain(handed_on.filter(|window| Some(*window) != kept)).collect()
     }
 }
 
 impl Plan {
     /// Bytes of the KV cache that prefill leaves, at this many bytes an element.
     pub fn kept_kv_bytes(&self, element_bytes: usize) -> usize {
-        self.layers.iter().map(|layer| self.kv_bytes(layer.kept(), element_bytes)).sum()
+        self.layers.iter().map(|layer| self.kept_bytes(layer, element_bytes)).sum()
     }
 
     /// Upper bound of the bytes of K and V alive at any moment of prefill: the layer at work in full,
     /// its own compacted copy, and the caches of the layers before it.
     pub fn peak_kv_bytes(&self, element_bytes: usize) -> usize {
         let mut kept = 0;
-        let mut peak = 0;
+        // The first pass of a restart keeps nothing.
+        let mut peak = match self.restart {
+            Some(_) => self.prompt_tokens * self.shape.kv_elements() * element_bytes,
+            None => 0,
+        };
         for layer in &self.layers {
-            let full = self.kv_bytes(layer.rows, element_bytes);
-            let compacted = self.kv_bytes(layer.kept(), element_bytes);
+            let full = layer.rows * self.shape.kv_elements() * element_bytes;
+            let compacted = self.kept_bytes(layer, element_bytes);
             let at_work = if layer.keep == Keep::All { full } else { full + compacted };
             peak = peak.max(kept + at_work);
             kept += compacted;
@@ -145,15 +296,28 @@ impl Plan {
         peak
     }
 
-    fn kv_bytes(&self, tokens: usize, element_bytes: usize) -> usize {
-        tokens * self.shape.kv_elements() * element_bytes
+    fn kept_bytes(&self, layer: &LayerPlan, element_bytes: usize) -> usize {
+        let heads = self.shape.kv_heads;
+        let highlighted = |steering: &Steering| steering.positions(self.prompt_tokens).len();
+        let highlighted = heads * self.steering.as_ref().map_or(0, highlighted);
+        let entries = match layer.keep {
+            Keep::All | Keep::Heavy { .. } => layer.entries(heads),
+            _ => (layer.entries(heads) + highlighted).min(layer.rows * heads),
+        };
+        entries * 2 * self.shape.head_dim * element_bytes
     }
 }
 
 impl Saliency {
     pub(crate) fn check(&self) -> Result<(), PolicyError> {
         check_window(self.window)?;
-        let kernel = self.pooling.kernel;
+        self.pooling.check()
+    }
+}
+
+impl Pooling {
+    pub(crate) fn check(&self) -> Result<(), PolicyError> {
+        let kernel = self.kernel;
         if kernel % 2 == 1 && kernel <= MAX_POOLING {
             Ok(())
         } else {
@@ -165,10 +329,16 @@ impl Saliency {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}: {} tokens, {} layers", self.policy.name(), self.prompt_tokens, self.layers.len())?;
+        if let Some(Restart { layer, count, pooling }) = self.restart {
+            writeln!(f, "  first pass: layers 0-{layer} pick {count} tokens ({pooling}), which are read anew")?;
+        }
+        if let Some(steering) = &self.steering {
+            writeln!(f, "  {steering}")?;
+        }
         let mut first = 0;
         while first < self.layers.len() {
-            let layer = self.layers[first];
-            let run = self.layers[first..].iter().take_while(|other| **other == layer).count();
+            let layer = &self.layers[first];
+            let run = self.layers[first..].iter().take_while(|other| *other == layer).count();
             if run == 1 {
                 write!(f, "  layer {first}")?;
             } else {
@@ -184,27 +354,48 @@ impl fmt::Display for Plan {
 impl fmt::Display for LayerPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "reads {}, ", self.rows)?;
-        match self.keep {
+        match &self.keep {
             Keep::All => write!(f, "keeps all")?,
             Keep::Ends { sinks, recent } => write!(f, "keeps the first {sinks} and the last {recent}")?,
             Keep::Top { count, saliency } => write!(f, "keeps {count} per kv head ({saliency})")?,
+            Keep::Each { counts, saliency } => {
+                let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
+                write!(f, "keeps {} by kv head ({saliency})", counts.join(", "))?;
+            }
+            Keep::Shared { count, floor, saliency } => {
+                write!(f, "keeps {count} per kv head, shared above {floor} of it ({saliency})")?;
+            }
+            Keep::Heavy { count, window } => {
+                write!(f, "keeps {count} per kv head by all attention (last {window})")?;
+            }
+            Keep::Recovered { recovery, local, frequent } => write!(
+                f,
+                "keeps what recovers {recovery} of a head's attention (local {local}, frequent {frequent})"
+            )?,
             Keep::Random { count, window, seed } => {
                 write!(f, "keeps {count} per kv head at random (last {window}, seed {seed})")?;
             }
         }
-        if let Some(Propagate { count, saliency }) = self.propagate {
-            write!(f, ", {count} tokens go on ({saliency})")?;
+        match self.propagate {
+            None => Ok(()),
+            Some(Propagate::Top { count, saliency }) => write!(f, ", {count} tokens go on ({saliency})"),
+            Some(Propagate::Recent { count, recent }) => write!(f, ", {count} tokens go on (last {recent})"),
         }
-        Ok(())
     }
 }
 
 impl fmt::Display for Saliency {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.pooling.kind {
+        write!(f, "window {}, {}", self.window, self.pooling)
+    }
+}
+
+impl fmt::Display for Pooling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
             PoolingKind::Max => "max",
             PoolingKind::Average => "average",
         };
-        write!(f, "window {}, {kind} pooling {}", self.window, self.pooling.kernel)
+        write!(f, "{kind} pooling {}", self.kernel)
     }
 }

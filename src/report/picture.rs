@@ -37,8 +37,42 @@ pub fn describe(policy: &Policy) -> String {
         Policy::SnapKv(options) => {
             format!("SnapKV: retention {}, {}", budget(options.retention), options.saliency)
         }
+        Policy::PyramidKv(options) => format!(
+            "PyramidKV: retention {} on average, steepness {}, {}",
+            budget(options.retention),
+            options.steepness,
+            options.saliency
+        ),
+        Policy::AdaKv(options) => format!(
+            "AdaKV: retention {} on average, floor {}, {}",
+            budget(options.retention),
+            options.floor,
+            options.saliency
+        ),
+        Policy::HeadKv(options) => format!(
+            "HeadKV: retention {} on average, pooled {}, {}",
+            budget(options.retention),
+            options.pooled,
+            options.saliency
+        ),
+        Policy::H2o(options) => {
+            format!("H2O: retention {}, window {}", budget(options.retention), options.window)
+        }
+        Policy::FastGen(options) => format!(
+            "FastGen: recovery {}, local {}, frequent {}",
+            options.recovery, options.local, options.frequent
+        ),
+        Policy::GemFilter(options) => {
+            format!("GemFilter: retention {}, {}", budget(options.retention), options.pooling)
+        }
+        Policy::PyramidInfer(options) => {
+            format!("PyramidInfer: recent {}, decay {}", options.recent, options.decay)
+        }
         Policy::StreamingLlm(options) => {
             format!("StreamingLLM: retention {}, {} sinks", budget(options.retention), options.sinks)
+        }
+        Policy::Tsp(options) => {
+            format!("TSP {}, caches of {}", budget(options.propagation), describe(&options.cache))
         }
         Policy::Random(options) => format!(
             "random choice: retention {}, window {}, seed {}",

@@ -6,6 +6,8 @@
 
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
+pub(crate) mod policies;
+
 use std::fmt::Debug;
 use std::ops::Range;
 

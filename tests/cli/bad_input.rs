@@ -195,6 +195,57 @@ fn options_that_the_policy_does_not_have() {
 }
 
 #[test]
+fn policies_that_do_not_exist_are_near_others() {
+    policy_refused(&["--policy", "snapvk"], &["snapvk", "snapkv"]);
+    policy_refused(&["--policy", "fastkv+adakw"], &["fastkv+adakv"]);
+    policy_refused(&["--policy", "fastkv+full"], &["fastkv+full"]);
+    policy_refused(&["--policy", "adakv", "--flor", "0.1"], &["--flor", "--floor"]);
+    let model = needle();
+    let base = ["eval", "--model", model.to_str().expect("UTF-8"), "--policies"];
+    refused(base.into_iter().chain(["full,pyramidvk"]), 2, &["did you mean pyramidkv?", "all, full"]);
+}
+
+#[test]
+fn shares_out_of_range() {
+    for (policy, option, value) in [
+        ("adakv", "floor", "-0.1"),
+        ("pyramidkv", "steepness", "0.5"),
+        ("pyramidinfer", "recent", "1.5"),
+        ("pyramidinfer", "decay", "NaN"),
+    ] {
+        let expected = format!("{option} is {}", value.parse::<f64>().expect("a number"));
+        policy_refused(&["--policy", policy, &format!("--{option}"), value], &[&expected]);
+    }
+    policy_refused(&["--policy", "gemfilter", "--filter-layer", "2"], &["filter layer is 2", "0 to 1"]);
+}
+
+#[test]
+fn head_scores_of_another_model() {
+    let scratch = Scratch::new();
+    let file = scratch.file("heads.json", r#"{"0-0": [1.0], "7-0": [0.5]}"#);
+    let file = file.to_str().expect("UTF-8");
+    policy_refused(&["--policy", "headkv", "--heads", file], &["head 7-0 is of another model", "2 layers"]);
+    policy_refused(&["--policy", "headkv"], &["--heads", "fastkv profile heads"]);
+    policy_refused(&["--policy", "headkv", "--heads", "nothing.json"], &["nothing.json"]);
+    let broken = scratch.file("broken.json", r#"{"0-0": 1}"#);
+    policy_refused(&["--policy", "headkv", "--heads", broken.to_str().expect("UTF-8")], &["broken.json"]);
+}
+
+#[test]
+fn steering_at_what_is_not_there() {
+    policy_refused(&["--steer-tokens", "3..5"], &["--steer-heads"]);
+    let heads = ["--steer-heads", "0-0,1-2"];
+    let with = |options: &[&'static str]| [&heads[..], options].concat();
+    policy_refused(&with(&["--steer-tokens", "90..101"]), &["90..101", "100 tokens"]);
+    policy_refused(&with(&["--steer-tokens", "5..5"]), &["5..5"]);
+    policy_refused(&with(&["--steer-tokens", "5-9"]), &["10..14"]);
+    policy_refused(&with(&["--steer", "never said"]), &["never said", "not in the prompt"]);
+    policy_refused(&with(&["--steer-tokens", "5..9", "--alpha", "0"]), &["alpha is 0"]);
+    policy_refused(&["--steer-tokens", "5..9", "--steer-heads", "0-99"], &["0-99", "2 layers"]);
+    policy_refused(&heads, &["at least one span"]);
+}
+
+#[test]
 fn too_large_for_memory() {
     let options = ["--memory-limit", "100KiB"];
     let parts = ["too large", "weights 106.62 KiB", "KV cache", "activations", "100.00 KiB are available"];

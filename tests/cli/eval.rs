@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use crate::support::{fixture, json_of, needle, refused, stdout_of};
+use crate::support::{Scratch, fixture, json_of, needle, read_json, refused, stdout_of};
 
 fn prompt(tokens: usize, facts: usize, seed: usize) -> Value {
     let [tokens, facts, seed] = [tokens, facts, seed].map(|number| number.to_string());
@@ -96,7 +96,85 @@ fn the_shipped_model_tells_policies_apart() {
 }
 
 #[test]
+fn every_policy_answers_or_fails_as_it_should() {
+    let budgets = ["--retention", "0.125", "--propagation", "0.25", "--window", "8", "--samples", "5"];
+    let policies = "pyramidkv,adakv,h2o,fastgen,pyramidinfer,fastkv+adakv,fastkv+h2o";
+    let model = needle();
+    let fixed = ["eval", "--suite", "quick", "--tasks", "multikey", "--json", "--model"];
+    let fixed = fixed.into_iter().chain([model.to_str().expect("a plain path"), "--policy", policies]);
+    let options = ["--tsp-layer", "2", "--recent", "0.1"];
+    let report = json_of(fixed.chain(budgets).chain(options));
+    let rows = report["policies"].as_array().expect("policies");
+    assert_eq!(rows.len(), 7);
+    for row in rows {
+        assert_eq!(row["tasks"][0]["samples"], 5);
+        // Neither looks at what the question looks at.
+        let misses = ["pyramidinfer", "h2o", "fastkv+h2o"].iter().any(|name| row["policy"] == *name);
+        let least = if misses { 0 } else { 4 };
+        assert!(row["tasks"][0]["exact"].as_u64().expect("a count") >= least, "{row}");
+    }
+}
+
+#[test]
 fn a_question_behind_a_full_cache_is_answered() {
     let scores = exact(&["--policies", "full", "--query-agnostic"]);
     assert!(scores[0] >= 11, "{scores:?}");
+}
+
+#[test]
+fn scores_of_heads_become_budgets() {
+    let scratch = Scratch::new();
+    let [model, file] = [needle(), scratch.path("heads.json")].map(|path| path.into_os_string());
+    let [model, file] = [model, file].map(|path| path.into_string().expect("a plain path"));
+    let short = ["--tokens", "200", "--samples", "3", "--model", &model];
+    for scoring in ["retrieval", "reasoning"] {
+        let options = ["profile", "heads", "--scoring", scoring, "--out", &file];
+        let text = stdout_of(options.into_iter().chain(short));
+        assert!(text.contains("of 3 prompts answered right"), "{text}");
+        let scores = read_json(scratch.path("heads.json").as_path());
+        let scores = scores.as_object().expect("an object");
+        assert_eq!(scores.len(), 6 * 8);
+        // The facts are found in layers 2 and 3 (models/needle/README.md).
+        let mean = |head: &str| {
+            let samples = scores[head].as_array().expect("samples");
+            samples.iter().map(|score| score.as_f64().expect("a number")).sum::<f64>() / samples.len() as f64
+        };
+        let best = scores.keys().max_by(|a, b| mean(a).total_cmp(&mean(b))).expect("a head");
+        assert!(mean(best) > 0.3 && ["2", "3", "4"].contains(&&best[..1]), "{best}: {}", mean(best));
+    }
+    let options =
+        ["eval", "--policies", "headkv,fastkv+headkv", "--heads", &file, "--retention", "0.25", "--json"];
+    let short =
+        ["--tokens", "400", "--samples", "3", "--tasks", "single", "--window", "8", "--model", &model];
+    let report = json_of(options.into_iter().chain(short));
+    assert!(report["policies"][0]["tasks"][0]["exact"].as_u64().expect("a count") >= 2, "{report}");
+}
+
+#[test]
+fn profiles_say_what_to_choose() {
+    let model = needle();
+    let model = model.to_str().expect("a plain path");
+    let tsp = ["profile", "tsp", "--tokens", "200", "--samples", "2", "--rates", "0.5,1.0", "--model", model];
+    let text = stdout_of(tsp);
+    assert!(text.contains("recommended: --tsp-layer"), "{text}");
+    assert!(text.matches("2 of 2").count() >= 5, "ρ = 1 changes nothing: {text}");
+    refused(tsp.into_iter().chain(["--agreement", "2"]), 2, &["--agreement 2"]);
+    let prompt = stdout_of(["prompt", "--tokens", "300", "--facts", "4", "--model", model]);
+    let report =
+        json_of(["profile", "fastgen", "--recovery", "0.8", "--json", "--model", model, prompt.trim()]);
+    for layer in report["layers"].as_array().expect("layers") {
+        for (set, kept) in
+            layer["sets"].as_array().expect("sets").iter().zip(layer["kept"].as_array().expect("lists"))
+        {
+            let recovered: Vec<f64> = serde_json::from_value(set["recovered"].clone()).expect("numbers");
+            assert!(recovered.windows(2).all(|pair| pair[0] <= pair[1] + 1e-5), "{recovered:?}");
+            let names = ["special", "punctuation", "frequent", "local"];
+            let first = recovered.iter().position(|mass| *mass >= 0.8);
+            assert_eq!(set["set"], first.map_or("full", |index| names[index]));
+            let kept = kept.as_array().expect("positions").len() as u64;
+            assert_eq!(kept == layer["rows"], set["set"] == "full");
+        }
+    }
+    let text = stdout_of(["profile", "fastgen", "--model", model, prompt.trim()]);
+    assert!(text.contains("the cache is"), "{text}");
 }

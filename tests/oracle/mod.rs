@@ -8,6 +8,7 @@
 pub(crate) mod checkpoint;
 pub(crate) mod llama;
 pub(crate) mod plan;
+pub(crate) mod policies;
 
 /// Rows of numbers.
 pub(crate) type Matrix = Vec<Vec<f64>>;
@@ -77,6 +78,30 @@ pub(crate) fn probabilities(query: &[f64], keys: &[Vec<f64>], visible: usize) ->
     let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
     let sum: f64 = weights.iter().sum();
     weights.iter().map(|weight| weight / sum).collect()
+}
+
+/// [`probabilities`] over all of the keys, with something added to their logits.
+pub(crate) fn biased_probabilities(query: &[f64], keys: &[Vec<f64>], bias: &[f64]) -> Vec<f64> {
+    let scale = (query.len() as f64).sqrt();
+    let mut logits = Vec::new();
+    for (key, bias) in keys.iter().zip(bias) {
+        logits.push(dot(query, key) / scale + bias);
+    }
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = logits.iter().map(|logit| (logit - max).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    weights.iter().map(|weight| weight / sum).collect()
+}
+
+/// Values, weighted.
+pub(crate) fn weighted(weights: &[f64], values: &[Vec<f64>]) -> Vec<f64> {
+    let mut out = vec![0.0; values[0].len()];
+    for (weight, value) in weights.iter().zip(values) {
+        for i in 0..out.len() {
+            out[i] += weight * value[i];
+        }
+    }
+    out
 }
 
 /// Attention of one query of one head over the first `visible` keys.

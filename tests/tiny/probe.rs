@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use fastkv::backend::cpu::{CpuBackend, Indices, Kv, Rotary, Scores, Tensor, Weight};
-use fastkv::backend::{Backend, BackendError, Select, Visible};
+use fastkv::backend::{Backend, BackendError, Bias, Columns, Select, Share, Visible};
 use fastkv::model::StoredTensor;
 use fastkv::policy::Pooling;
 
@@ -173,6 +173,52 @@ impl Backend for Probe {
         self.inner.window_scores(queries, &kv.kv)
     }
 
+    fn biased_attention(
+        &self,
+        queries: &Tensor,
+        kv: &Counted,
+        visible: Visible<'_, Indices>,
+        bias: &Bias<'_>,
+    ) -> Result<Tensor> {
+        self.inner.biased_attention(queries, &kv.kv, visible, bias)
+    }
+
+    fn biased_window_scores(&self, queries: &Tensor, kv: &Counted, bias: &Bias<'_>) -> Result<Scores> {
+        self.inner.biased_window_scores(queries, &kv.kv, bias)
+    }
+
+    fn column_sums(
+        &self,
+        queries: &Tensor,
+        kv: &Counted,
+        columns: Columns,
+        bias: Option<&Bias<'_>>,
+    ) -> Result<Scores> {
+        self.inner.column_sums(queries, &kv.kv, columns, bias)
+    }
+
+    fn add_scores(&self, a: &Scores, b: &Scores) -> Result<Scores> {
+        self.inner.add_scores(a, b)
+    }
+
+    fn gather_scores(&self, scores: &Scores, entries: &Indices) -> Result<Scores> {
+        self.inner.gather_scores(scores, entries)
+    }
+
+    fn raise_scores(&self, scores: &mut Scores, keys: &Indices) -> Result<()> {
+        self.inner.raise_scores(scores, keys)
+    }
+
+    fn query_key_products(&self, query: &Tensor, kv: &Counted) -> Result<Scores> {
+        self.inner.query_key_products(query, &kv.kv)
+    }
+
+    fn retain_kv(&self, kv: &mut Counted, entries: &Indices) -> Result<()> {
+        self.inner.retain_kv(&mut kv.kv, entries)?;
+        self.recount(kv);
+        Ok(())
+    }
+
     fn rows(&self, x: &Tensor) -> usize {
         self.inner.rows(x)
     }
@@ -191,6 +237,14 @@ impl Backend for Probe {
 
     fn select(&self, scores: &Scores, select: Select) -> Result<Indices> {
         self.inner.select(scores, select)
+    }
+
+    fn select_each(&self, scores: &Scores, counts: &[usize], tail: usize) -> Result<Indices> {
+        self.inner.select_each(scores, counts, tail)
+    }
+
+    fn select_shared(&self, scores: &Scores, share: Share) -> Result<Indices> {
+        self.inner.select_shared(scores, share)
     }
 
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices> {

@@ -7,17 +7,51 @@ use rayon::prelude::*;
 use super::gemm::{Matrix, multiply};
 use super::simd;
 use super::tensor::{Kv, KvHead, Tensor, zeros};
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Bias};
 
 /// Rows of a tile: tokens × query heads of the group. 256 × 256 scores fit a core's L2.
 const TILE_ROWS: usize = 256;
 /// Keys of a tile.
 const TILE_KEYS: usize = 256;
 
+/// What is added to the logits of a kv head's keys for those heads of its group that are steered, in
+/// the units of a dot product.
+#[derive(Debug, Default)]
+pub(super) struct Offsets {
+    keys: Vec<f32>,
+    members: Vec<bool>,
+}
+
+impl Offsets {
+    /// Of the kv head with this number.
+    pub(super) fn new(bias: Option<&Bias<'_>>, kv: &Kv, head: usize, group: usize) -> Self {
+        let Some(Bias { heads, highlighted, amount }) = bias else { return Self::default() };
+        let members = heads[head * group..(head + 1) * group].to_vec();
+        if !members.contains(&true) {
+            return Self::default();
+        }
+        let amount = amount * (kv.head_dim as f32).sqrt();
+        let of_key = |position: &u32| match highlighted.get(*position as usize) {
+            Some(false) => amount,
+            _ => 0.0,
+        };
+        Self { keys: kv.heads[head].positions.iter().map(of_key).collect(), members }
+    }
+
+    /// Adds them to the logits of one row for the keys from `start`.
+    pub(super) fn add(&self, logits: &mut [f32], member: usize, start: usize) {
+        if self.members.get(member) == Some(&true) {
+            let end = start + logits.len();
+            simd::add_scaled(logits, &self.keys[start..end], 1.0);
+        }
+    }
+}
+
 /// `visible(length, row)` says how many of a head's keys a query row sees.
 pub(super) fn attention(
     queries: &Tensor,
     kv: &Kv,
+    bias: Option<&Bias<'_>>,
     visible: impl Fn(usize, usize) -> usize + Sync,
 ) -> Result<Tensor, BackendError> {
     let head_dim = kv.head_dim;
@@ -25,6 +59,8 @@ pub(super) fn attention(
     let group = group_width / head_dim;
     let block = (TILE_ROWS / group).max(1);
     let blocks = queries.rows.div_ceil(block);
+
+    let offsets: Vec<Offsets> = (0..kv.heads.len()).map(|head| Offsets::new(bias, kv, head, group)).collect();
 
     // The last rows see the most keys: begin with them, so that no long tile is left for the end.
     let tiles: Vec<(usize, usize)> =
@@ -38,7 +74,7 @@ pub(super) fn attention(
             let keys = &kv.heads[head];
             let visible: Vec<usize> = (first..first + rows).map(|row| visible(keys.len(), row)).collect();
             let packed = pack(queries, first, rows, head * group_width, group, head_dim)?;
-            Ok((first, head, attend(&packed, group, keys, head_dim, &visible)?))
+            Ok((first, head, attend(&packed, group, keys, head_dim, &visible, &offsets[head])?))
         })
         .collect::<Result<Vec<_>, BackendError>>()?;
 
@@ -86,6 +122,7 @@ fn attend(
     head: &KvHead,
     head_dim: usize,
     visible: &[usize],
+    offsets: &Offsets,
 ) -> Result<Vec<f32>, BackendError> {
     let rows = group * visible.len();
     let scale = score_scale(head_dim);
@@ -103,6 +140,7 @@ fn attend(
 
         for row in 0..rows {
             let scores = &mut scores[row * keys..(row + 1) * keys];
+            offsets.add(scores, row / visible.len(), start);
             let seen = visible[row % visible.len()].saturating_sub(start).min(keys);
             let (seen, hidden) = scores.split_at_mut(seen);
             hidden.fill(0.0);

@@ -1,6 +1,7 @@
 //! The CPU backend: f32 on all cores.
 
 mod attention;
+mod columns;
 mod gemm;
 mod linear;
 mod scores;
@@ -16,7 +17,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use self::tensor::KvHead;
 pub use self::tensor::{Indices, Kv, Rotary, Scores, Tensor};
 pub use self::weight::Weight;
-use super::{Backend, BackendError, Select, Visible};
+use super::{Backend, BackendError, Bias, Columns, Select, Share, Visible};
 use crate::model::StoredTensor;
 use crate::policy::Pooling;
 
@@ -60,6 +61,41 @@ impl CpuBackend {
                     .enumerate()
                     .for_each(|(row, data)| work(row, data));
             });
+        }
+    }
+
+    /// Attention, steered or not.
+    fn attend(
+        &self,
+        queries: &Tensor,
+        kv: &Kv,
+        visible: Visible<'_, Indices>,
+        bias: Option<&Bias<'_>>,
+    ) -> Result<Tensor, BackendError> {
+        check_queries("attention", queries, kv)?;
+        check_bias("attention", queries, kv, bias)?;
+        let count = queries.rows;
+        match visible {
+            Visible::Aligned => {
+                if let Some(head) = kv.heads.iter().find(|head| head.len() < count) {
+                    let problem = format!("{count} queries for the last of {} keys", head.len());
+                    return Err(shape("attention", problem));
+                }
+                self.pool.install(|| {
+                    attention::attention(queries, kv, bias, |length, row| length - count + row + 1)
+                })
+            }
+            Visible::Rows { rows, first } => {
+                let rows = rows.single("attention")?;
+                let fits = |row: &u32| kv.heads.iter().all(|head| (*row as usize) < head.len());
+                let Some(rows) =
+                    rows.get(first..first.saturating_add(count)).filter(|rows| rows.iter().all(fits))
+                else {
+                    let problem = format!("{count} queries from element {first} of {} rows", rows.len());
+                    return Err(shape("attention", problem));
+                };
+                self.pool.install(|| attention::attention(queries, kv, bias, |_, row| rows[row] as usize + 1))
+            }
         }
     }
 }
@@ -235,10 +271,7 @@ impl Backend for CpuBackend {
             ));
         }
         for (head, length) in kv.heads.iter_mut().zip(lengths) {
-            let elements = length.saturating_mul(kv.head_dim);
-            head.keys.truncate(elements);
-            head.values.truncate(elements);
-            head.positions.truncate(*length);
+            head.truncate(*length, kv.head_dim);
         }
         Ok(())
     }
@@ -257,34 +290,94 @@ impl Backend for CpuBackend {
         kv: &Kv,
         visible: Visible<'_, Indices>,
     ) -> Result<Tensor, BackendError> {
-        check_queries("attention", queries, kv)?;
-        let count = queries.rows;
-        match visible {
-            Visible::Aligned => {
-                if let Some(head) = kv.heads.iter().find(|head| head.len() < count) {
-                    let problem = format!("{count} queries for the last of {} keys", head.len());
-                    return Err(shape("attention", problem));
-                }
-                self.pool
-                    .install(|| attention::attention(queries, kv, |length, row| length - count + row + 1))
-            }
-            Visible::Rows { rows, first } => {
-                let rows = rows.single("attention")?;
-                let fits = |row: &u32| kv.heads.iter().all(|head| (*row as usize) < head.len());
-                let Some(rows) =
-                    rows.get(first..first.saturating_add(count)).filter(|rows| rows.iter().all(fits))
-                else {
-                    let problem = format!("{count} queries from element {first} of {} rows", rows.len());
-                    return Err(shape("attention", problem));
-                };
-                self.pool.install(|| attention::attention(queries, kv, |_, row| rows[row] as usize + 1))
-            }
-        }
+        self.attend(queries, kv, visible, None)
     }
 
     fn window_scores(&self, queries: &Tensor, kv: &Kv) -> Result<Scores, BackendError> {
         check_queries("window_scores", queries, kv)?;
-        self.pool.install(|| scores::window_scores(queries, kv))
+        self.pool.install(|| scores::window_scores(queries, kv, None))
+    }
+
+    fn biased_attention(
+        &self,
+        queries: &Tensor,
+        kv: &Kv,
+        visible: Visible<'_, Indices>,
+        bias: &Bias<'_>,
+    ) -> Result<Tensor, BackendError> {
+        self.attend(queries, kv, visible, Some(bias))
+    }
+
+    fn biased_window_scores(
+        &self,
+        queries: &Tensor,
+        kv: &Kv,
+        bias: &Bias<'_>,
+    ) -> Result<Scores, BackendError> {
+        check_queries("biased_window_scores", queries, kv)?;
+        check_bias("biased_window_scores", queries, kv, Some(bias))?;
+        self.pool.install(|| scores::window_scores(queries, kv, Some(bias)))
+    }
+
+    fn column_sums(
+        &self,
+        queries: &Tensor,
+        kv: &Kv,
+        columns: Columns,
+        bias: Option<&Bias<'_>>,
+    ) -> Result<Scores, BackendError> {
+        check_queries("column_sums", queries, kv)?;
+        check_bias("column_sums", queries, kv, bias)?;
+        if let Some(head) = kv.heads.iter().find(|head| head.len() < queries.rows) {
+            return Err(shape(
+                "column_sums",
+                format!("{} queries for the last of {} keys", queries.rows, head.len()),
+            ));
+        }
+        self.pool.install(|| columns::column_sums(queries, kv, columns, bias))
+    }
+
+    fn add_scores(&self, a: &Scores, b: &Scores) -> Result<Scores, BackendError> {
+        scores::add(a, b)
+    }
+
+    fn gather_scores(&self, scores: &Scores, entries: &Indices) -> Result<Scores, BackendError> {
+        scores::gather(scores, entries)
+    }
+
+    fn raise_scores(&self, scores: &mut Scores, keys: &Indices) -> Result<(), BackendError> {
+        scores::raise(scores, keys.single("raise_scores")?);
+        Ok(())
+    }
+
+    fn query_key_products(&self, query: &Tensor, kv: &Kv) -> Result<Scores, BackendError> {
+        check_queries("query_key_products", query, kv)?;
+        self.pool.install(|| scores::query_key_products(query, kv))
+    }
+
+    fn retain_kv(&self, kv: &mut Kv, entries: &Indices) -> Result<(), BackendError> {
+        if entries.lists.len() != kv.heads.len() {
+            let problem = format!("{} lists for {} kv heads", entries.lists.len(), kv.heads.len());
+            return Err(shape("retain_kv", problem));
+        }
+        for (head, list) in kv.heads.iter().zip(&entries.lists) {
+            let ascends = list.windows(2).all(|pair| pair[0] < pair[1]);
+            if !ascends || list.last().is_some_and(|last| *last as usize >= head.len()) {
+                let problem = format!("entries of {} that do not ascend, or are not there", head.len());
+                return Err(shape("retain_kv", problem));
+            }
+        }
+        let width = kv.head_dim;
+        for (head, list) in kv.heads.iter_mut().zip(&entries.lists) {
+            for (to, &entry) in list.iter().enumerate() {
+                let from = entry as usize;
+                head.keys.copy_within(from * width..(from + 1) * width, to * width);
+                head.values.copy_within(from * width..(from + 1) * width, to * width);
+                head.positions[to] = head.positions[from];
+            }
+            head.truncate(list.len(), width);
+        }
+        Ok(())
     }
 
     fn rows(&self, x: &Tensor) -> usize {
@@ -314,7 +407,19 @@ impl Backend for CpuBackend {
     }
 
     fn select(&self, scores: &Scores, select: Select) -> Result<Indices, BackendError> {
-        scores::select(scores, select)
+        let heads = scores.heads().count();
+        scores::select(scores, &vec![select.count; heads], select.tail)
+    }
+
+    fn select_each(&self, scores: &Scores, counts: &[usize], tail: usize) -> Result<Indices, BackendError> {
+        scores::select(scores, counts, tail)
+    }
+
+    fn select_shared(&self, scores: &Scores, share: Share) -> Result<Indices, BackendError> {
+        if !(0.0..=1.0).contains(&share.floor) {
+            return Err(shape("select_shared", format!("a floor of {}, no share", share.floor)));
+        }
+        scores::select(scores, &scores::shared_counts(scores, share), share.tail)
     }
 
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices, BackendError> {
@@ -396,6 +501,21 @@ fn check_queries(operation: &'static str, queries: &Tensor, kv: &Kv) -> Result<(
         return Err(shape(operation, problem));
     }
     Ok(())
+}
+
+fn check_bias(
+    operation: &'static str,
+    queries: &Tensor,
+    kv: &Kv,
+    bias: Option<&Bias<'_>>,
+) -> Result<(), BackendError> {
+    let heads = queries.width / kv.head_dim;
+    match bias {
+        Some(bias) if bias.heads.len() != heads => {
+            Err(shape(operation, format!("a bias of {} heads for {heads}", bias.heads.len())))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn same_shape(operation: &'static str, x: &Tensor, rows: usize, width: usize) -> Result<(), BackendError> {

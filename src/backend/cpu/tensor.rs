@@ -89,6 +89,14 @@ impl KvHead {
     pub(super) fn len(&self) -> usize {
         self.positions.len()
     }
+
+    /// Forgets the entries behind this length.
+    pub(super) fn truncate(&mut self, length: usize, head_dim: usize) {
+        let elements = length.saturating_mul(head_dim);
+        self.keys.truncate(elements);
+        self.values.truncate(elements);
+        self.positions.truncate(length);
+    }
 }
 
 /// `rows · width` zeros, or the figure that could not be had.

@@ -11,7 +11,7 @@ use comfy_table::{CellAlignment, Table};
 use fastkv::backend::Backend;
 use fastkv::engine::{Bytes, Cancel, Engine, FinishReason, Progress};
 use fastkv::model::ModelDir;
-use fastkv::policy::{ModelShape, Plan};
+use fastkv::policy::{ModelShape, Plan, Policy};
 use serde::Serialize;
 
 use crate::answer::{Answer, Task};
@@ -20,6 +20,7 @@ use crate::input::PromptOptions;
 use crate::loading::{self, ModelOptions};
 use crate::options::{AnswerOptions, PolicyName, PolicyOptions};
 use crate::output::{self, Output};
+use crate::steering::SteeringOptions;
 use crate::{exit, progress};
 
 /// Answer one prompt with several policies side by side.
@@ -43,6 +44,8 @@ pub(crate) struct Arguments {
     policies: Vec<PolicyName>,
     #[command(flatten)]
     policy_options: PolicyOptions,
+    #[command(flatten)]
+    steering: SteeringOptions,
     #[command(flatten)]
     answer: AnswerOptions,
     /// Runs of each policy; times are medians
@@ -106,14 +109,15 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     if let Some(twice) = names.iter().enumerate().find(|(index, name)| names[..*index].contains(name)) {
         bail!(Usage(format!("--policies names {} twice", twice.1.text())));
     }
-    let policies = arguments.policy_options.policies(names)?;
+    let mut policies = arguments.policy_options.policies(names)?;
     arguments.answer.sampling()?;
     let out = Output::prepare_if(arguments.out.as_ref())?;
     let model = ModelDir::open(&arguments.model.model)?;
     let prompt = arguments.prompt.read(&model, arguments.answer.question.as_deref())?;
     let shape = ModelShape::from(&model.config);
-    let plans =
-        policies.iter().map(|policy| policy.plan(shape, prompt.ids.len())).collect::<Result<Vec<_>, _>>()?;
+    arguments.policy_options.complete(&mut policies, &model)?;
+    let plan = |policy: &Policy| arguments.steering.apply(policy.plan(shape, prompt.ids.len())?, &prompt);
+    let plans = policies.iter().map(plan).collect::<Result<Vec<_>>>()?;
     let exact_shortcuts = arguments.policy_options.exact_shortcuts();
     let task = Task::new(&model, &prompt, &arguments.answer, exact_shortcuts, cancel)?;
     let more_tokens = prompt.question.len() + arguments.answer.max_tokens;
@@ -177,7 +181,7 @@ fn measure<B: Backend>(
 
 fn warm_up<B: Backend>(task: &Task<'_>, engine: &Engine<B>, plans: &[Plan]) -> Result<()> {
     let ids = &task.prompt.ids[..task.prompt.ids.len().min(WARM_UP_TOKENS)];
-    let plan = fastkv::policy::Policy::Full.plan(plans[0].shape, ids.len())?;
+    let plan = Policy::Full.plan(plans[0].shape, ids.len())?;
     let control = fastkv::engine::Control { cancel: Some(task.cancel), progress: None };
     engine.prefill(ids, &plan, &Default::default(), &control)?;
     Ok(())

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use fastkv::backend::Backend;
@@ -25,36 +25,105 @@ use crate::{output, progress};
 pub(crate) struct Arguments {
     #[command(flatten)]
     model: ModelOptions,
-    /// Tasks of the dialect
-    #[arg(long, value_delimiter = ',', num_args = 1.., default_values = ["single", "multikey"])]
-    tasks: Vec<String>,
-    /// Tokens of a prompt and its answer at most
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    tokens: usize,
-    /// Prompts of each task
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
-    samples: u32,
+    /// Which prompts, as far as the options below do not say: quick has fewer and shorter ones
+    #[arg(long, value_enum, default_value_t = Suite::Full)]
+    suite: Suite,
+    /// Tasks of the dialect [default: single and multikey; quick: multikey and hard]
+    #[arg(long, value_delimiter = ',', num_args = 1..)]
+    tasks: Option<Vec<String>>,
+    /// Tokens of a prompt and its answer at most [default: 2048; quick: 1024]
+    #[arg(long, value_name = "N")]
+    tokens: Option<usize>,
+    /// Prompts of each task [default: 100; quick: 12]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    samples: Option<u32>,
     /// Seed of the prompts
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     prompt_seed: u64,
     /// Compress the context before the question is known, then read the question
     #[arg(long)]
     query_agnostic: bool,
-    /// The policies; each takes those of the policy options that it has
+    /// The policies, or all; each takes those of the policy options that it has
     #[arg(
         long,
-        value_enum,
+        alias = "policy",
+        value_parser = policies,
         value_delimiter = ',',
         num_args = 1..,
-        default_values_t = [PolicyName::Full, PolicyName::Fastkv, PolicyName::Snapkv, PolicyName::Streamingllm, PolicyName::Random],
+        default_value = "full,fastkv,snapkv,streamingllm,random",
         help_heading = "Policy options"
     )]
-    policies: Vec<PolicyName>,
+    policies: Vec<Policies>,
     #[command(flatten)]
     policy_options: PolicyOptions,
     /// Print one JSON object instead of the table
     #[arg(long, help_heading = "Output")]
     json: bool,
+}
+
+/// How much is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// Minutes to hours.
+    Full,
+    /// Some minutes on two cores, whatever the policies.
+    Quick,
+}
+
+/// One policy, or all that are not composed of two.
+#[derive(Clone, Debug)]
+struct Policies(Vec<PolicyName>);
+
+/// A policy's name, or `all`; of a wrong one the nearest are told.
+fn policies(text: &str) -> Result<Policies, String> {
+    if text == "all" {
+        return Ok(Policies(PolicyName::singles()));
+    }
+    PolicyName::from_str(text, false).map(|name| Policies(vec![name])).map_err(|_| {
+        let names: Vec<String> = PolicyName::value_variants().iter().map(|name| name.text()).collect();
+        let nearest = nearest(text, &names).map_or(String::new(), |name| format!("; did you mean {name}?"));
+        format!("there is no policy of that name{nearest} (all, {})", names.join(", "))
+    })
+}
+
+/// The name with the fewest changes to a text, where half of it is right.
+fn nearest<'a>(text: &str, names: &'a [String]) -> Option<&'a String> {
+    let distance = |name: &String| {
+        let name: Vec<char> = name.chars().collect();
+        let mut row: Vec<usize> = (0..=name.len()).collect();
+        for (above, a) in text.chars().enumerate() {
+            let mut diagonal = row[0];
+            row[0] = above + 1;
+            for (index, b) in name.iter().enumerate() {
+                let change = diagonal + usize::from(a != *b);
+                diagonal = row[index + 1];
+                row[index + 1] = change.min(diagonal + 1).min(row[index] + 1);
+            }
+        }
+        row[name.len()]
+    };
+    let nearest = names.iter().min_by_key(|name| distance(name))?;
+    (2 * distance(nearest) <= text.chars().count()).then_some(nearest)
+}
+
+impl Arguments {
+    fn names(&self) -> Vec<PolicyName> {
+        self.policies.iter().flat_map(|policies| policies.0.iter().copied()).collect()
+    }
+
+    fn tasks(&self) -> Vec<String> {
+        let quick = self.suite == Suite::Quick;
+        let default = if quick { ["multikey", "hard"] } else { ["single", "multikey"] };
+        self.tasks.clone().unwrap_or_else(|| default.map(String::from).into())
+    }
+
+    fn tokens(&self) -> usize {
+        self.tokens.unwrap_or(if self.suite == Suite::Quick { 1024 } else { 2048 })
+    }
+
+    fn samples(&self) -> u32 {
+        self.samples.unwrap_or(if self.suite == Suite::Quick { 12 } else { 100 })
+    }
 }
 
 /// What `--json` prints.
@@ -90,13 +159,14 @@ struct Score {
 const ANSWER_TOKENS: usize = 8;
 
 pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
-    let policies = arguments.policy_options.policies(&arguments.policies)?;
+    let (names, tokens) = (arguments.names(), arguments.tokens());
+    let mut policies = arguments.policy_options.policies(&names)?;
     let model = ModelDir::open(&arguments.model.model)?;
     let dialect = Dialect::from_directory(&model.path)?;
-    let tasks = arguments.tasks.iter().map(|name| dialect.task(name)).collect::<Result<Vec<_>, _>>()?;
+    let tasks = arguments.tasks().iter().map(|name| dialect.task(name)).collect::<Result<Vec<_>, _>>()?;
     let shape = ModelShape::from(&model.config);
-    let plans =
-        policies.iter().map(|policy| policy.plan(shape, arguments.tokens)).collect::<Result<Vec<_>, _>>()?;
+    arguments.policy_options.complete(&mut policies, &model)?;
+    let plans = policies.iter().map(|policy| policy.plan(shape, tokens)).collect::<Result<Vec<_>, _>>()?;
     let (backend, _) = arguments.model.machine.backend()?;
     let device = backend.name();
     let engine = arguments.model.load(&model, backend, &plans, ANSWER_TOKENS, arguments.json, cancel)?;
@@ -120,7 +190,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let report = Report {
         model: &model.path,
         device: &device,
-        tokens: arguments.tokens,
+        tokens,
         prompt_seed: arguments.prompt_seed,
         query_agnostic: arguments.query_agnostic,
         policies: examine(&examinee, &dialect, &tasks, &policies, arguments)?,
@@ -136,24 +206,25 @@ fn examine<B: Backend>(
     policies: &[Policy],
     arguments: &Arguments,
 ) -> Result<Vec<Row>> {
+    let (names, samples) = (arguments.tasks(), arguments.samples());
     let score = |task: &String| Score { task: task.clone(), samples: 0, exact: 0 };
     let mut rows: Vec<Row> = arguments
-        .policies
+        .names()
         .iter()
         .zip(policies)
         .map(|(name, policy)| Row {
             policy: name.text(),
             options: policy.clone(),
-            tasks: arguments.tasks.iter().map(score).collect(),
+            tasks: names.iter().map(score).collect(),
         })
         .collect();
-    let answers = u64::from(arguments.samples) * (tasks.len() * policies.len()) as u64;
+    let answers = u64::from(samples) * (tasks.len() * policies.len()) as u64;
     let bar = progress::bar(arguments.json, answers, "answering");
     for (index, task) in tasks.iter().enumerate() {
-        bar.set_message(arguments.tasks[index].clone());
-        for sample in 0..arguments.samples {
+        bar.set_message(names[index].clone());
+        for sample in 0..samples {
             let seed = arguments.prompt_seed.wrapping_mul(1 << 32).wrapping_add(u64::from(sample));
-            let room = arguments.tokens.saturating_sub(ANSWER_TOKENS + 1);
+            let room = arguments.tokens().saturating_sub(ANSWER_TOKENS + 1);
             let prompt = NeedlePrompt::generate(dialect, *task, room, seed)?;
             for (row, policy) in rows.iter_mut().zip(policies) {
                 let Some(answer) = examinee.answer(&prompt, policy)? else {

@@ -14,6 +14,7 @@ use crate::answer::{Answer, Task};
 use crate::input::PromptOptions;
 use crate::loading::{self, ModelOptions};
 use crate::options::{AnswerOptions, PolicyName, PolicyOptions};
+use crate::steering::SteeringOptions;
 use crate::{exit, output, progress};
 
 /// Answer a prompt.
@@ -30,6 +31,8 @@ pub(crate) struct Arguments {
     policy: PolicyName,
     #[command(flatten)]
     policy_options: PolicyOptions,
+    #[command(flatten)]
+    steering: SteeringOptions,
     #[command(flatten)]
     answer: AnswerOptions,
     /// Print one JSON object when done, and nothing else
@@ -53,11 +56,13 @@ struct Report<'a> {
 }
 
 pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
-    let policy = arguments.policy_options.policy(arguments.policy)?;
+    let mut policies = arguments.policy_options.policies(&[arguments.policy])?;
     arguments.answer.sampling()?;
     let model = ModelDir::open(&arguments.model.model)?;
     let prompt = arguments.prompt.read(&model, arguments.answer.question.as_deref())?;
-    let plan = policy.plan(ModelShape::from(&model.config), prompt.ids.len())?;
+    arguments.policy_options.complete(&mut policies, &model)?;
+    let plan = policies[0].plan(ModelShape::from(&model.config), prompt.ids.len())?;
+    let plan = arguments.steering.apply(plan, &prompt)?;
     let task =
         Task::new(&model, &prompt, &arguments.answer, arguments.policy_options.exact_shortcuts(), cancel)?;
     let more_tokens = prompt.question.len() + arguments.answer.max_tokens;

@@ -111,14 +111,9 @@ fn memory(
         bail!(Usage(format!("--tokens {tokens}: give 1 to {} ({})", limit.tokens, limit.reason)));
     }
     let shape = ModelShape::from(&model.config);
-    let names = [
-        PolicyName::Full,
-        PolicyName::Fastkv,
-        PolicyName::FastkvConstant,
-        PolicyName::Snapkv,
-        PolicyName::Streamingllm,
-        PolicyName::Random,
-    ];
+    // Budgets from head scores need those, and come to the same in all.
+    let singles = PolicyName::singles().into_iter();
+    let names: Vec<PolicyName> = singles.filter(|name| *name != PolicyName::Headkv).collect();
     let policies = arguments.policy_options.policies(&names)?;
     let row = |(name, policy): (PolicyName, fastkv::policy::Policy)| {
         let estimate = loading::estimate(model, &policy.plan(shape, tokens)?, 0, backend);

@@ -39,6 +39,21 @@ pub(crate) struct Prompt {
     pub(crate) tokenizer: Option<Tokenizer>,
 }
 
+impl Prompt {
+    /// The text of each token; without a tokenizer, its id.
+    pub(crate) fn pieces(&self) -> Result<Vec<String>> {
+        let Some(tokenizer) = &self.tokenizer else {
+            return Ok(self.ids.iter().map(|id| format!("{id} ")).collect());
+        };
+        let mut stream = tokenizer.stream(false);
+        let mut pieces = self.ids.iter().map(|id| stream.push(*id)).collect::<Result<Vec<_>, _>>()?;
+        if let Some(last) = pieces.last_mut() {
+            *last += &stream.finish()?;
+        }
+        Ok(pieces)
+    }
+}
+
 impl PromptOptions {
     /// Reads the prompt and checks that the model can take it.
     pub(crate) fn read(&self, model: &ModelDir, question: Option<&str>) -> Result<Prompt> {

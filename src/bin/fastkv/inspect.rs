@@ -22,6 +22,7 @@ use crate::loading::{self, ModelOptions};
 use crate::options::{PolicyName, PolicyOptions};
 use crate::output::{self, Output};
 use crate::progress;
+use crate::steering::SteeringOptions;
 
 /// Show what a policy keeps: positions, score mass, logits.
 ///
@@ -37,6 +38,8 @@ pub(crate) struct Arguments {
     policy: PolicyName,
     #[command(flatten)]
     policy_options: PolicyOptions,
+    #[command(flatten)]
+    steering: SteeringOptions,
     /// Add this many tokens of greedy continuation; stop tokens do not end it
     #[arg(long = "continue", value_name = "N", help_heading = "Output")]
     continuation: Option<usize>,
@@ -87,12 +90,15 @@ struct Picture {
 }
 
 pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
-    let policy = arguments.policy_options.policy(arguments.policy)?;
+    let mut policies = arguments.policy_options.policies(&[arguments.policy])?;
     let picture = arguments.picture.as_deref().map(Picture::prepare).transpose()?;
     let out = Output::prepare_if(arguments.out.as_ref())?;
     let model = ModelDir::open(&arguments.model.model)?;
     let prompt = arguments.prompt.read(&model, None)?;
+    arguments.policy_options.complete(&mut policies, &model)?;
+    let policy = policies.remove(0);
     let plan = policy.plan(ModelShape::from(&model.config), prompt.ids.len())?;
+    let plan = arguments.steering.apply(plan, &prompt)?;
     let hide_progress = out.is_none() || arguments.json;
     let more_tokens = arguments.continuation.unwrap_or(0);
     let (backend, device_reason) = arguments.model.machine.backend()?;
@@ -198,22 +204,9 @@ impl Picture {
             prompt_tokens: report.prompt_tokens,
             trace,
         };
-        let text = if self.html { picture.html(&pieces(prompt)?) } else { picture.svg() };
+        let text = if self.html { picture.html(&prompt.pieces()?) } else { picture.svg() };
         self.output.write(text.as_bytes())
     }
-}
-
-/// The text of each token; without a tokenizer, its id.
-fn pieces(prompt: &Prompt) -> Result<Vec<String>> {
-    let Some(tokenizer) = &prompt.tokenizer else {
-        return Ok(prompt.ids.iter().map(|id| format!("{id} ")).collect());
-    };
-    let mut stream = tokenizer.stream(false);
-    let mut pieces = prompt.ids.iter().map(|id| stream.push(*id)).collect::<Result<Vec<_>, _>>()?;
-    if let Some(last) = pieces.last_mut() {
-        *last += &stream.finish()?;
-    }
-    Ok(pieces)
 }
 
 fn cache_figures(report: &Report<'_>) -> String {

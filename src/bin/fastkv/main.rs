@@ -13,8 +13,10 @@ mod interrupt;
 mod loading;
 mod options;
 mod output;
+mod profile;
 mod progress;
 mod prompt;
+mod steering;
 
 use std::process::ExitCode;
 
@@ -36,6 +38,7 @@ enum Command {
     Info(info::Arguments),
     Prompt(prompt::Arguments),
     Eval(eval::Arguments),
+    Profile(profile::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Info(arguments) => info::run(arguments),
         Command::Prompt(arguments) => prompt::run(arguments),
         Command::Eval(arguments) => eval::run(arguments, &cancel),
+        Command::Profile(arguments) => profile::run(arguments, &cancel),
     };
     exit::code(result, &cancel)
 }

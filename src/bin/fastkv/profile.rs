@@ -1,0 +1,380 @@
+//! `fastkv profile`.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand, ValueEnum};
+use comfy_table::Table;
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use fastkv::backend::Backend;
+use fastkv::engine::{Cancel, Control, Engine, EngineError, GenerationOptions, PrefillOptions, Trace};
+use fastkv::eval::{Dialect, HeadScoring, NeedlePrompt, NeedleTask, is_exact};
+use fastkv::model::{ModelDir, Tokenizer};
+use fastkv::policy::{Budget, FastKv, HeadScores, ModelShape, Plan, Policy};
+
+use crate::exit::Usage;
+use crate::input::PromptOptions;
+use crate::loading::ModelOptions;
+use crate::options::{PolicyName, PolicyOptions};
+use crate::output::{self, Output};
+use crate::progress;
+
+/// Measure a model, to choose a policy's options by.
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Heads(Heads),
+    Fastgen(FastGen),
+    Tsp(Tsp),
+}
+
+/// Score the heads by how they find facts: the file that `--policy headkv --heads` takes.
+///
+/// Only prompts that are answered right count. The file has a list of scores for each "layer-head".
+#[derive(Args, Debug)]
+struct Heads {
+    #[command(flatten)]
+    prompts: Prompts,
+    /// How heads are scored
+    #[arg(long, value_enum, default_value_t = Scoring::Reasoning)]
+    scoring: Scoring,
+    /// Write the scores to a file, and a table of the best heads to stdout
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    out: Option<PathBuf>,
+}
+
+/// Show the set of tokens that FastGen gives each head of a prompt, and the attention each set recovers.
+#[derive(Args, Debug)]
+struct FastGen {
+    #[command(flatten)]
+    prompt: PromptOptions,
+    #[command(flatten)]
+    model: ModelOptions,
+    #[command(flatten)]
+    policy_options: PolicyOptions,
+    /// Print one JSON object instead of the table
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+}
+
+/// Find the TSP layer and rate: for each, how far the next-token logits and the answers are those of the
+/// full context, and what the prefill costs.
+///
+/// Caches are kept whole, so that only the propagation is measured. The cheapest pair whose answers agree
+/// as often as asked for is recommended.
+#[derive(Args, Debug)]
+struct Tsp {
+    #[command(flatten)]
+    prompts: Prompts,
+    /// TSP rates to try
+    #[arg(long, value_name = "RATE", value_delimiter = ',', num_args = 1.., default_values_t = [0.1, 0.2, 0.4])]
+    rates: Vec<f64>,
+    /// Share of answers that have to agree with those of the full context
+    #[arg(long, value_name = "SHARE", default_value_t = 0.95)]
+    agreement: f64,
+}
+
+/// Prompts in the model's own words.
+#[derive(Args, Debug)]
+struct Prompts {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Task of the model's dialect
+    #[arg(long, default_value = "multikey")]
+    task: String,
+    /// Tokens of a prompt and its answer at most
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    tokens: usize,
+    /// Prompts
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+    /// Seed of the prompts
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    prompt_seed: u64,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Scoring {
+    Retrieval,
+    Reasoning,
+}
+
+/// Tokens that an answer may take.
+const ANSWER_TOKENS: usize = 8;
+
+pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
+    match &arguments.command {
+        Command::Heads(arguments) => heads(arguments, cancel),
+        Command::Fastgen(arguments) => fastgen(arguments, cancel),
+        Command::Tsp(arguments) => tsp(arguments, cancel),
+    }
+}
+
+/// A model and the prompts it answers.
+struct Bench<B: Backend> {
+    model: ModelDir,
+    tokenizer: Tokenizer,
+    engine: Engine<B>,
+    dialect: Dialect,
+    task: NeedleTask,
+}
+
+impl Prompts {
+    fn open(&self, cancel: &Cancel) -> Result<Bench<impl Backend + use<>>> {
+        let model = ModelDir::open(&self.model.model)?;
+        let dialect = Dialect::from_directory(&model.path)?;
+        let task = dialect.task(&self.task)?;
+        let plan = Policy::Full.plan(ModelShape::from(&model.config), self.tokens)?;
+        let (backend, _) = self.model.machine.backend()?;
+        let engine = self.model.load(&model, backend, [&plan], ANSWER_TOKENS, false, cancel)?;
+        Ok(Bench { tokenizer: model.tokenizer()?, model, engine, dialect, task })
+    }
+
+    fn prompt<B: Backend>(&self, bench: &Bench<B>, sample: u32) -> Result<(NeedlePrompt, Vec<u32>)> {
+        let seed = self.prompt_seed.wrapping_mul(1 << 32).wrapping_add(u64::from(sample));
+        let room = self.tokens.saturating_sub(ANSWER_TOKENS + 1);
+        let prompt = NeedlePrompt::generate(&bench.dialect, bench.task, room, seed)?;
+        let ids = bench.tokenizer.encode(&prompt.text(), true)?;
+        Ok((prompt, ids))
+    }
+}
+
+fn heads(arguments: &Heads, cancel: &Cancel) -> Result<()> {
+    let scoring = match arguments.scoring {
+        Scoring::Retrieval => HeadScoring::Retrieval,
+        Scoring::Reasoning => HeadScoring::Reasoning,
+    };
+    let out = Output::prepare_if(arguments.out.as_ref())?;
+    let bench = arguments.prompts.open(cancel)?;
+    let samples = arguments.prompts.samples;
+    let bar = progress::bar(false, u64::from(samples), "scoring heads");
+    let mut scores = HeadScores::default();
+    let mut right = 0;
+    for sample in 0..samples {
+        let (prompt, ids) = arguments.prompts.prompt(&bench, sample)?;
+        let needle = needle(&bench.tokenizer, &prompt, &ids)?;
+        let (answer, gains) = observed_answer(&bench, &ids, &needle, scoring, cancel)?;
+        if is_exact(&answer, &prompt.answer) {
+            right += 1;
+            for (layer, heads) in gains.iter().enumerate() {
+                heads.iter().enumerate().for_each(|(head, gain)| scores.add(layer, head, *gain));
+            }
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    if right == 0 {
+        bail!("none of {samples} prompts was answered right, so that no head can be scored");
+    }
+    let json = output::json(&scores)?;
+    let Some(out) = out else { return output::print(&json) };
+    out.write(&json)?;
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED).set_header(["layer-head", "score"]);
+    for ((layer, head), score) in scores.ranking().into_iter().take(10) {
+        table.add_row([format!("{layer}-{head}"), format!("{score:.4}")]);
+    }
+    output::print(
+        format!("{right} of {samples} prompts answered right; the best heads\n{table}\n").as_bytes(),
+    )
+}
+
+/// Where the value that is asked for stands.
+fn needle(tokenizer: &Tokenizer, prompt: &NeedlePrompt, ids: &[u32]) -> Result<Range<usize>> {
+    let value = tokenizer.encode(&prompt.answer, false)?;
+    let asked =
+        prompt.facts.iter().find(|fact| fact.value == prompt.answer && prompt.question.contains(&fact.key));
+    // Tokens that the tokenizer puts in front of the words.
+    let front = ids.len().saturating_sub(prompt.text().split_whitespace().count());
+    let first = asked.map_or(0, |fact| fact.word + front);
+    let found = ids.get(first..).and_then(|ids| ids.windows(value.len()).position(|window| window == value));
+    let start = first + found.context("the fact that is asked for is not in the prompt")?;
+    Ok(start..start + value.len())
+}
+
+/// The answer, and what each head gained by it: `[layer][query head]`.
+fn observed_answer<B: Backend>(
+    bench: &Bench<B>,
+    ids: &[u32],
+    needle: &Range<usize>,
+    scoring: HeadScoring,
+    cancel: &Cancel,
+) -> Result<(String, Vec<Vec<f64>>)> {
+    let Bench { engine, model, tokenizer, .. } = bench;
+    let shape = engine.shape();
+    let control = Control { cancel: Some(cancel), progress: None };
+    let Some((last, context)) = ids.split_last() else { return Err(EngineError::NoTokens.into()) };
+    let plan = Policy::Full.plan(shape, context.len())?;
+    let options = PrefillOptions { slack: ANSWER_TOKENS + 1, ..Default::default() };
+    let mut cache = engine.prefill(context, &plan, &options, &control)?.cache;
+    let mut gains = vec![vec![0.0; shape.query_heads]; shape.layers];
+    let (mut token, mut answer) = (*last, Vec::new());
+    for _ in 0..ANSWER_TOKENS {
+        let (logits, attention) = engine.append_observed(&mut cache, token, &control)?;
+        let best = |best: usize, next: usize| if logits[next] > logits[best] { next } else { best };
+        token = (0..logits.len()).reduce(best).unwrap_or(0) as u32;
+        if model.generation.stop_tokens.contains(&token) {
+            break;
+        }
+        for (gains, attention) in gains.iter_mut().zip(&attention) {
+            for (gain, attention) in gains.iter_mut().zip(attention) {
+                *gain += scoring.gain(attention, ids, needle, token);
+            }
+        }
+        answer.push(token);
+    }
+    Ok((tokenizer.decode(&answer, true)?, gains))
+}
+
+fn fastgen(arguments: &FastGen, cancel: &Cancel) -> Result<()> {
+    let mut policies = arguments.policy_options.policies(&[PolicyName::Fastgen])?;
+    let model = ModelDir::open(&arguments.model.model)?;
+    let prompt = arguments.prompt.read(&model, None)?;
+    arguments.policy_options.complete(&mut policies, &model)?;
+    let plan = policies[0].plan(ModelShape::from(&model.config), prompt.ids.len())?;
+    let (backend, _) = arguments.model.machine.backend()?;
+    let engine = arguments.model.load(&model, backend, [&plan], 0, arguments.json, cancel)?;
+    let control = Control { cancel: Some(cancel), progress: None };
+    let options = PrefillOptions { trace: true, ..Default::default() };
+    let prefill = engine.prefill(&prompt.ids, &plan, &options, &control)?;
+    let share = prefill.cache.bytes(engine.backend()) as f64
+        / plan.kept_kv_bytes(engine.backend().kv_element_bytes()) as f64;
+    let trace = prefill.trace.unwrap_or_default();
+    if arguments.json {
+        return output::print(&output::json(&trace)?);
+    }
+    let text = format!("{}\nthe cache is {:.1} % of the full one\n", sets(&trace), 100.0 * share);
+    output::print(text.as_bytes())
+}
+
+fn sets(trace: &Trace) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED).set_header([
+        "layer",
+        "kv head",
+        "set",
+        "kept",
+        "special",
+        "+ punctuation",
+        "+ frequent",
+        "+ local",
+    ]);
+    for (layer, rules) in trace.layers.iter().enumerate() {
+        for (head, set) in rules.sets.iter().flatten().enumerate() {
+            let cells = [
+                layer.to_string(),
+                head.to_string(),
+                format!("{:?}", set.set).to_lowercase(),
+                format!("{} of {}", rules.kept[head].len(), rules.rows),
+            ];
+            table.add_row(cells.into_iter().chain(set.recovered.map(|recovered| format!("{recovered:.3}"))));
+        }
+    }
+    table
+}
+
+/// What one TSP layer and rate did to the prompts.
+struct Candidate {
+    layer: usize,
+    rate: f64,
+    /// Rows read by all layers, over those of the full context.
+    cost: f64,
+    /// Largest difference of logits over the largest logit, mean over prompts.
+    error: f64,
+    agreeing: u32,
+}
+
+fn tsp(arguments: &Tsp, cancel: &Cancel) -> Result<()> {
+    if !(0.0..=1.0).contains(&arguments.agreement) {
+        bail!(Usage(format!("--agreement {}: give a share from 0 to 1", arguments.agreement)));
+    }
+    let bench = arguments.prompts.open(cancel)?;
+    let shape = bench.engine.shape();
+    let policy = |layer: usize, rate: f64| {
+        let (retention, propagation) = (Budget::Rate(1.0), Budget::Rate(rate));
+        Policy::FastKv(FastKv { retention, propagation, tsp_layer: Some(layer), ..FastKv::proportional() })
+    };
+    let mut candidates = Vec::new();
+    for &rate in &arguments.rates {
+        for layer in 0..shape.layers.saturating_sub(1) {
+            let plan = policy(layer, rate).plan(shape, arguments.prompts.tokens)?;
+            let rows: usize = plan.layers.iter().map(|layer| layer.rows).sum();
+            let cost = rows as f64 / (shape.layers * arguments.prompts.tokens) as f64;
+            candidates.push(Candidate { layer, rate, cost, error: 0.0, agreeing: 0 });
+        }
+    }
+    let samples = arguments.prompts.samples;
+    let bar = progress::bar(false, u64::from(samples) * (candidates.len() + 1) as u64, "trying TSP layers");
+    for sample in 0..samples {
+        let (_, ids) = arguments.prompts.prompt(&bench, sample)?;
+        let (logits, answer) = answered(&bench, &ids, &Policy::Full.plan(shape, ids.len())?, cancel)?;
+        let largest = logits.iter().fold(0.0_f32, |largest, logit| largest.max(logit.abs()));
+        bar.inc(1);
+        for candidate in &mut candidates {
+            let plan = policy(candidate.layer, candidate.rate).plan(shape, ids.len())?;
+            let (other, other_answer) = answered(&bench, &ids, &plan, cancel)?;
+            let distance = logits.iter().zip(&other).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
+            candidate.error += f64::from(distance / largest) / f64::from(samples);
+            candidate.agreeing += u32::from(answer == other_answer);
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED).set_header([
+        "TSP layer",
+        "rate",
+        "cost",
+        "logit error",
+        "same answer",
+    ]);
+    for Candidate { layer, rate, cost, error, agreeing } in &candidates {
+        table.add_row([
+            layer.to_string(),
+            rate.to_string(),
+            format!("{:.0} %", 100.0 * cost),
+            format!("{error:.4}"),
+            format!("{agreeing} of {samples}"),
+        ]);
+    }
+    let enough =
+        |candidate: &&Candidate| f64::from(candidate.agreeing) >= arguments.agreement * f64::from(samples);
+    let best = candidates
+        .iter()
+        .filter(enough)
+        .min_by(|a, b| a.cost.total_cmp(&b.cost).then(a.error.total_cmp(&b.error)));
+    let verdict = match best {
+        Some(Candidate { layer, rate, cost, .. }) => format!(
+            "recommended: --tsp-layer {layer} --propagation {rate:?}, which reads {:.0} % of the rows",
+            100.0 * cost
+        ),
+        None => "no layer agrees that often: give higher --rates or a lower --agreement".to_owned(),
+    };
+    output::print(format!("{table}\n{verdict}\n").as_bytes())
+}
+
+/// Next-token logits of a prompt, and the answer's tokens.
+fn answered<B: Backend>(
+    bench: &Bench<B>,
+    ids: &[u32],
+    plan: &Plan,
+    cancel: &Cancel,
+) -> Result<(Vec<f32>, Vec<u32>)> {
+    let control = Control { cancel: Some(cancel), progress: None };
+    let options = PrefillOptions { slack: ANSWER_TOKENS, ..Default::default() };
+    let mut prefill = bench.engine.prefill(ids, plan, &options, &control)?;
+    let logits = prefill.logits.clone();
+    let stop_tokens = bench.model.generation.stop_tokens.clone();
+    let generation = GenerationOptions { max_tokens: ANSWER_TOKENS, stop_tokens, ..Default::default() };
+    let answer = bench.engine.generate(&mut prefill.cache, prefill.logits, &generation, &control, |_| ())?;
+    if cancel.is_cancelled() {
+        return Err(EngineError::Cancelled.into());
+    }
+    Ok((logits, answer.tokens))
+}

@@ -1,0 +1,95 @@
+//! Attention steering: PASTA (arXiv 2311.02262).
+
+use std::fmt;
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::plan::{Keep, Plan};
+use super::{PolicyError, check_share};
+
+/// Chosen heads look less at tokens of the prompt outside the highlighted spans: `log α` is added to
+/// their logits, in prefill and in decoding. Generated tokens are left alone.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Steering {
+    /// Positions of the prompt that are highlighted; several spans form a union.
+    pub spans: Vec<Range<usize>>,
+    /// Steered heads: layer and query head, 0-based.
+    pub heads: Vec<(usize, usize)>,
+    /// What is left of the attention weight of other tokens before it is normalised again, above 0.
+    pub alpha: f64,
+}
+
+/// The authors' α.
+pub const DEFAULT_ALPHA: f64 = 0.01;
+
+impl Steering {
+    /// Highlighted positions below `end`, ascending, each once.
+    pub fn positions(&self, end: usize) -> Vec<u32> {
+        let mut positions: Vec<u32> = self
+            .spans
+            .iter()
+            .flat_map(|span| span.start..span.end.min(end))
+            .map(|position| position as u32)
+            .collect();
+        positions.sort_unstable();
+        positions.dedup();
+        positions
+    }
+}
+
+impl Plan {
+    /// The plan with steered heads. Budgets that later layers depend on grow where the highlighted
+    /// tokens would not fit.
+    ///
+    /// # Errors
+    /// Spans that are empty or not in the prompt, heads that the model does not have or none, α outside
+    /// (0, 1].
+    pub fn steer(mut self, steering: Steering) -> Result<Self, PolicyError> {
+        self.check_steering(&steering)?;
+        let highlighted = steering.positions(self.prompt_tokens).len();
+        let mut rows = self.prompt_tokens;
+        if let Some(restart) = &mut self.restart {
+            restart.count = restart.count.max(highlighted);
+            rows = restart.count;
+        }
+        for layer in &mut self.layers {
+            layer.rows = rows;
+            if let Keep::Heavy { count, window } = &mut layer.keep {
+                *count = (*count).max(*window + highlighted);
+            }
+            if let Some(propagate) = &mut layer.propagate {
+                let least = (propagate.reserved() + highlighted).min(rows);
+                *propagate.count_mut() = propagate.count().max(least);
+                rows = propagate.count();
+            }
+        }
+        self.steering = Some(steering);
+        Ok(self)
+    }
+
+    pub(crate) fn check_steering(&self, steering: &Steering) -> Result<(), PolicyError> {
+        let Steering { spans, heads, alpha } = steering;
+        check_share("alpha", *alpha, *alpha > 0.0 && *alpha <= 1.0, "a number above 0 and at most 1")?;
+        let tokens = self.prompt_tokens;
+        if let Some(span) = spans.iter().find(|span| span.is_empty() || span.end > tokens) {
+            return Err(PolicyError::Span { start: span.start, end: span.end, tokens });
+        }
+        if spans.is_empty() || heads.is_empty() {
+            return Err(PolicyError::NothingToSteer);
+        }
+        let (layers, query_heads) = (self.shape.layers, self.shape.query_heads);
+        match heads.iter().find(|(layer, head)| *layer >= layers || *head >= query_heads) {
+            Some(&(layer, head)) => Err(PolicyError::Head { layer, head, layers, query_heads }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Steering {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let spans: Vec<String> =
+            self.spans.iter().map(|span| format!("{}..{}", span.start, span.end)).collect();
+        write!(f, "{} heads steered to tokens {} (α {})", self.heads.len(), spans.join(", "), self.alpha)
+    }
+}
