@@ -40,8 +40,8 @@ struct Shape {
     static constexpr int32_t stage = warps * warp_bytes;
     static constexpr int32_t queries = 2 * stage;
 
-    // When an item ends its last stage holds each warp's result instead: rows of f32, which two lanes of
-    // different quads reach without a conflict, then maximum and sum of each row.
+    // When an item ends its last stage holds each warp's result instead: rows of f32, so long that the
+    // lanes of a warp write to different banks, then maximum and sum of each row.
     static constexpr int32_t result_row = d + 4;
     static constexpr int32_t statistics = FASTKV_DECODE_QUERIES * result_row * 4;
     static_assert(statistics + FASTKV_DECODE_QUERIES * 8 <= warp_bytes, "a result fits the stage");
@@ -376,8 +376,8 @@ __device__ __forceinline__ void merge_chunks(const fastkv_decode_params& p, cons
     }
 }
 
-// Whether a thread is the last of `count` to come here; what the others did before can be seen then. For
-// a whole block, and for one block of those that share a counter at a time.
+// Whether a block is the last of `count` that come here with a counter; what the others did before can be
+// seen then. For a whole block.
 __device__ __forceinline__ bool is_last(uint64_t counter, int32_t count) {
     __shared__ int32_t before;
     __syncthreads();
