@@ -200,7 +200,7 @@ fn mbarriers_of_other_ctas() {
     }
 }
 
-fn multicast(schedule: Schedule, kernel: &str, size: u32) -> Result<(), Error> {
+fn multicast(schedule: Schedule, kernel: &str, size: u32) -> Result<Counters, Error> {
     const COUNT: u32 = 3;
     let mut bench = Bench::new(schedule);
     let tensor = bench.device.alloc(COUNT as usize * 4096);
@@ -218,20 +218,24 @@ fn multicast(schedule: Schedule, kernel: &str, size: u32) -> Result<(), Error> {
     bench.params.extend(map.encode()?);
     let out = bench.room((2 * size * COUNT) as usize * 1024);
     bench.params.extend(COUNT.to_le_bytes());
-    bench.run(kernel, [2 * size, 1, 1], [size, 1, 1], 64)?;
+    let counters = bench.run(kernel, [2 * size, 1, 1], [size, 1, 1], 64)?;
     let found = bench.device.read(out, (2 * size * COUNT) as usize * 4096)?;
     for (n, found) in (0..).zip(found.chunks(2)) {
         assert_eq!(u16::from_le_bytes(found.try_into().unwrap()), value(n % (COUNT * 2048)), "{schedule:?}");
     }
-    Ok(())
+    Ok(counters)
 }
 
 #[test]
 fn copies_to_many_ctas() {
     for schedule in SCHEDULES {
         for size in [1, 2, 4] {
-            multicast(schedule, "multicast_correct", size)
-                .unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
+            let counters = multicast(schedule, "multicast_correct", size);
+            let counters = counters.unwrap_or_else(|error| panic!("{schedule:?}: {error}"));
+            // Two clusters, three tiles of 4096 bytes: everybody gets them, device memory is read once.
+            let (copies, bytes, sectors) = (2 * 3 * size, 2 * 3 * size * 4096, 2 * 3 * 128);
+            let found = [counters.bulk_copies, counters.bulk_bytes, counters.bulk_sectors];
+            assert_eq!(found, [copies, bytes, sectors].map(u64::from));
         }
     }
     for (kernel, hazards) in [

@@ -44,7 +44,15 @@ fn element(row: i64, column: i64) -> u16 {
     }
 }
 
-fn tiles(schedule: Schedule, kernel: &str, [x, y, count]: [i32; 3]) -> Result<Vec<u16>, Error> {
+fn tiles(schedule: Schedule, kernel: &str, place: [i32; 3]) -> Result<Vec<u16>, Error> {
+    counted_tiles(schedule, kernel, place).map(|(found, _)| found)
+}
+
+fn counted_tiles(
+    schedule: Schedule,
+    kernel: &str,
+    [x, y, count]: [i32; 3],
+) -> Result<(Vec<u16>, Counters), Error> {
     let mut device = device(schedule);
     let (tensor, out) = (device.alloc((ROWS * STRIDE) as usize), device.alloc(count as usize * 2048));
     for row in 0..ROWS {
@@ -54,9 +62,24 @@ fn tiles(schedule: Schedule, kernel: &str, [x, y, count]: [i32; 3]) -> Result<Ve
     }
     let numbers: Vec<u8> = [x, y, count].iter().flat_map(|number| number.to_le_bytes()).collect();
     let params = [&map(tensor)[..], &out.to_le_bytes(), &numbers].concat();
-    launch(&mut device, kernel, 64, &params)?;
+    let counters = launch(&mut device, kernel, 64, &params)?;
     let bytes = device.read(out, count as usize * 2048)?;
-    Ok(bytes.chunks(2).map(|half| u16::from_le_bytes(half.try_into().unwrap())).collect())
+    let found = bytes.chunks(2).map(|half| u16::from_le_bytes(half.try_into().unwrap()));
+    Ok((found.collect(), counters))
+}
+
+#[test]
+fn counts_copies() {
+    for schedule in SCHEDULES {
+        let (_, counters) = counted_tiles(schedule, "tiles_correct", [0, 0, 2]).unwrap();
+        // Rows of 128 bytes every 208: they begin at the half of a sector in every second row.
+        let sectors: u64 = (0..32).map(|row| if row % 2 == 0 { 4 } else { 5 }).sum();
+        let found = (counters.bulk_copies, counters.bulk_bytes, counters.bulk_sectors);
+        assert_eq!(found, (2, 4096, sectors), "{schedule:?}");
+        // At the end of rows of 100 halves: 8 bytes of each, which a sector or two of them hold.
+        let (_, counters) = counted_tiles(schedule, "tiles_correct", [96, 0, 1]).unwrap();
+        assert_eq!((counters.bulk_copies, counters.bulk_bytes, counters.bulk_sectors), (1, 2048, 16));
+    }
 }
 
 #[test]

@@ -322,3 +322,23 @@ fn bank_conflicts_and_sectors() {
     // 32 x 16 bytes in a line are 16 sectors; words 32 bytes apart are one each.
     assert_eq!((counters.global_requests, counters.global_sectors), (2, 16 + 32));
 }
+
+/// What is said to caches changes no result.
+#[test]
+fn hints() {
+    let input: Vec<Vec<u32>> = (0..32).map(|lane| vec![lane, lane + 1, lane + 2, lane + 3]).collect();
+    let body = "createpolicy.fractional.L2::evict_last.L2::evict_first.b64 %wide, 0.5;\n\
+        createpolicy.fractional.L2::evict_first.b64 %wide;\n\
+        cp.async.bulk.prefetch.L2.global [%in], 16; cp.async.bulk.prefetch.L2.global.L2::cache_hint [%in], 16, %wide;\n\
+        prefetch.global.L2 [%in]; prefetch.tensormap [%in]; mov.u32 %offset, box; mad.lo.u32 %offset, %lane, 16, %offset;\n\
+        cp.async.cg.shared.global.L2::cache_hint.L2::128B [%offset], [%in], 16, %wide;\n\
+        cp.async.wait_all; ld.shared.v2.u32 {%r0, %r1}, [%offset];\n\
+        cp.async.ca.shared.global.L2::cache_hint [%offset], [%in], 16, 8, %wide;\n\
+        cp.async.wait_all; ld.shared.u32 %r2, [%offset+8];\n\
+        ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {_, _, _, %r3}, [%in], %wide;\n\
+        st.global.L2::cache_hint.v4.u32 [%out], {%r0, %r1, %r2, %r3}, %wide;";
+    let (found, _) = run(Schedule::Eager, body, &input, 4);
+    for (lane, words) in (0..).zip(found) {
+        assert_eq!(words, [lane, lane + 1, 0, lane + 3]);
+    }
+}

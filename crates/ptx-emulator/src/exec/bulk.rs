@@ -257,6 +257,7 @@ impl Cluster<'_> {
         barrier: Address,
         ctas: Option<Operand>,
     ) -> Result<(), Stop> {
+        self.count_copy(pieces);
         let address = self.addresses(w, barrier)[lane];
         let Some(ctas) = ctas else {
             let barrier = self.met(w, lane, Space::Cluster, address)?;
@@ -273,6 +274,13 @@ impl Cluster<'_> {
             self.issue_load(w, pc, lane, cta, pieces.to_vec(), (cta, at))?;
         }
         Ok(())
+    }
+
+    fn count_copy(&mut self, pieces: &[Piece]) {
+        self.counters.bulk_copy(pieces.iter().filter_map(|piece| match piece.other {
+            Other::Global(at) => Some((at, piece.bytes)),
+            _ => None,
+        }));
     }
 
     /// The stamp of what an engine does next.
@@ -315,6 +323,7 @@ impl Cluster<'_> {
             states[piece.shared as usize..][..piece.bytes as usize].fill(Byte::InFlight);
         }
         let bytes = pieces.iter().map(|piece| piece.bytes).sum();
+        self.counters.bulk_bytes += u64::from(bytes);
         self.flights.push_back(Flight { w, lane, pc, cta, pieces, stamp, barrier, bytes });
         if self.run.schedule == Schedule::Eager {
             self.land_flight(self.flights.len() - 1)?;
@@ -324,12 +333,14 @@ impl Cluster<'_> {
 
     fn issue_store(&mut self, w: usize, lane: usize, pieces: Vec<Piece>) -> Result<(), Stop> {
         let engine = self.warps[w].place % 16;
+        self.count_copy(&pieces);
         let reads = self.engine_stamp(w, READERS + engine);
         let writes = self.engine_stamp(w, WRITERS + engine);
         for piece in pieces {
             let Other::Global(global) = piece.other else {
                 continue;
             };
+            self.counters.bulk_bytes += u64::from(piece.bytes);
             self.engine_reads(w, lane, piece.shared, piece.bytes, reads)?;
             for n in (0..piece.bytes).step_by(8) {
                 let bytes = (piece.bytes - n).min(8);

@@ -50,6 +50,12 @@ pub struct Counters {
     pub global_requests: u64,
     /// Sectors of 32 bytes that those requests touch.
     pub global_sectors: u64,
+    /// Copies by engines, `cp.async.bulk` with or without a tensor map; one to many CTAs is one.
+    pub bulk_copies: u64,
+    /// Bytes that those copies write to shared memory, of each CTA, and read from there.
+    pub bulk_bytes: u64,
+    /// Sectors of 32 bytes of device memory that those copies touch.
+    pub bulk_sectors: u64,
 }
 
 impl Counters {
@@ -123,6 +129,16 @@ impl Counters {
         self.global_sectors += count as u64;
     }
 
+    /// A copy by an engine, with addresses and sizes of what it moves from or to device memory.
+    pub(super) fn bulk_copy(&mut self, ranges: impl Iterator<Item = (u64, u32)>) {
+        self.bulk_copies += 1;
+        let mut sectors: Vec<u64> =
+            ranges.flat_map(|(at, bytes)| at / 32..=(at + u64::from(bytes) - 1) / 32).collect();
+        sectors.sort_unstable();
+        sectors.dedup();
+        self.bulk_sectors += sectors.len() as u64;
+    }
+
     pub(crate) fn add(&mut self, other: &Self) {
         self.thread_instructions += other.thread_instructions;
         self.warp_instructions += other.warp_instructions;
@@ -139,6 +155,9 @@ impl Counters {
         self.cluster_requests += other.cluster_requests;
         self.global_requests += other.global_requests;
         self.global_sectors += other.global_sectors;
+        self.bulk_copies += other.bulk_copies;
+        self.bulk_bytes += other.bulk_bytes;
+        self.bulk_sectors += other.bulk_sectors;
     }
 }
 

@@ -163,6 +163,17 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
         }
         ["nanosleep", "u32"] => o.value().map(|_| Op::Yield),
         ["prefetch" | "prefetchu", ..] => o.address().map(|_| Op::Nothing),
+        // What a cache is told shows in time alone, so any number will do.
+        ["createpolicy", "fractional", first, rest @ .., "b64"]
+            if first.starts_with("L2::") && rest.iter().all(|rest| rest.starts_with("L2::")) =>
+        {
+            let d = o.register()?;
+            if !o.is_empty() {
+                o.value()?;
+            }
+            let apply = alu::one(&["mov", "b64"]).ok_or(UNKNOWN)?;
+            Ok(Op::Unary { apply, d, a: Operand::Immediate(0) })
+        }
         ["griddepcontrol", "wait" | "launch_dependents"] => Ok(Op::Nothing),
         ["setmaxnreg", action @ ("inc" | "dec"), "sync", "aligned", "u32"] => match o.immediate()? {
             count @ 24..=256 if count % 8 == 0 => {
@@ -235,6 +246,9 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
             let access = access(rest)?;
             let d = o.registers()?;
             let address = o.address()?;
+            if access.hint {
+                o.value()?;
+            }
             if d.len() != access.count {
                 return Err("the vector of registers has another size than the access".into());
             }
@@ -246,6 +260,9 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
             let access = access(rest)?;
             let address = o.address()?;
             let a = o.values()?;
+            if access.hint {
+                o.value()?;
+            }
             if a.len() != access.count || access.constant {
                 return Err("the vector of registers has another size than the access".into());
             }
@@ -458,11 +475,19 @@ struct Access {
     order: Order,
     constant: bool,
     count: usize,
+    /// Whether a hint for the cache follows the operands.
+    hint: bool,
 }
 
 fn access(words: &[&str]) -> Result<Access> {
-    let mut found =
-        Access { space: Space::Generic, ty: Type::B32, order: Order::Weak, constant: false, count: 1 };
+    let mut found = Access {
+        space: Space::Generic,
+        ty: Type::B32,
+        order: Order::Weak,
+        constant: false,
+        count: 1,
+        hint: false,
+    };
     let (ty, middle) = words.split_last().ok_or(UNKNOWN)?;
     found.ty = Type::parse(ty).filter(|ty| *ty != Type::Pred && *ty != Type::B128).ok_or(UNKNOWN)?;
     for word in middle {
@@ -483,7 +508,8 @@ fn access(words: &[&str]) -> Result<Access> {
             "weak" | "cta" | "cluster" | "gpu" | "sys" => {}
             // Where caches keep it shows in time alone.
             "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" => {}
-            hint if hint.starts_with("L1::") || hint.starts_with("L2::") && hint != "L2::cache_hint" => {}
+            "L2::cache_hint" => found.hint = true,
+            hint if hint.starts_with("L1::") || hint.starts_with("L2::") => {}
             _ => return Err(UNKNOWN.into()),
         }
     }
@@ -627,18 +653,22 @@ fn copy_async(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
             Ok(Op::BarrierCopies { space, address: o.address()?, counted })
         }
         ["ca" | "cg", "shared" | "shared::cta", "global", hints @ ..]
-            if hints.iter().all(|hint| hint.starts_with("L2::") && *hint != "L2::cache_hint") =>
+            if hints.iter().all(|hint| hint.starts_with("L2::")) =>
         {
             let (to, from) = (o.address()?, o.address()?);
             let bytes = o.immediate()?;
             if !(bytes == 16 || matches!(bytes, 4 | 8) && words[0] == "ca") {
                 return Err("cp.async copies 4, 8 or 16 bytes, and .cg only 16".into());
             }
+            let hint = hints.contains(&"L2::cache_hint");
             let (mut size, mut ignore) = (None, None);
-            match o.left.first() {
-                Some(Argument::Predicate(_)) => ignore = Some(o.guard()?),
-                Some(_) => size = Some(o.value()?),
-                None => {}
+            match o.left {
+                [Argument::Predicate(_), ..] => ignore = Some(o.guard()?),
+                [_, ..] if o.left.len() > usize::from(hint) => size = Some(o.value()?),
+                _ => {}
+            }
+            if hint {
+                o.value()?;
             }
             Ok(Op::CopyAsync { bytes: bytes as u32, to, from, size, ignore })
         }
@@ -657,6 +687,15 @@ fn bulk(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
         _ => Err(UNKNOWN),
     };
     match words {
+        ["prefetch", "L2", "global", hint @ ..] => {
+            o.address()?;
+            o.value()?;
+            multicast(hint, Space::Global, o).map(|_| Op::Nothing)
+        }
+        ["prefetch", "tensor", rank, "L2", "global", rest @ ..] => {
+            tensor(rank, o)?;
+            multicast(rest.strip_prefix(&["tile"]).unwrap_or(rest), Space::Global, o).map(|_| Op::Nothing)
+        }
         ["commit_group"] => Ok(Op::BulkCommit),
         ["wait_group"] => Ok(Op::BulkWait { pending: o.immediate()? as u32, reads: false }),
         ["wait_group", "read"] => Ok(Op::BulkWait { pending: o.immediate()? as u32, reads: true }),
@@ -695,7 +734,7 @@ fn bulk(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
     }
 }
 
-/// The mask of CTAs that a copy goes to, and a hint for the cache, which changes nothing here.
+/// The mask of CTAs that a copy goes to, if it may have one, and a hint for the cache, which changes nothing here.
 fn multicast(words: &[&str], to: Space, o: &mut Operands<'_>) -> Result<Option<Operand>> {
     let (many, hint) = match words {
         [] => (false, false),
