@@ -330,7 +330,10 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}: {} tokens, {} layers", self.policy.name(), self.prompt_tokens, self.layers.len())?;
         if let Some(Restart { layer, count, pooling }) = self.restart {
-            writeln!(f, "  first pass: layers 0-{layer} pick {count} tokens ({pooling}), which are read anew")?;
+            writeln!(
+                f,
+                "  first pass: layers 0-{layer} pick {count} tokens ({pooling}), which are read anew"
+            )?;
         }
         if let Some(steering) = &self.steering {
             writeln!(f, "  {steering}")?;
