@@ -1,5 +1,7 @@
 //! The engine on tiny models, held to the oracle.
 
+// Steering takes a list of ranges, often of one.
+#![allow(clippy::single_range_in_vec_init)]
 #![cfg(feature = "pipeline")]
 
 mod oracle;

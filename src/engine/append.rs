@@ -11,6 +11,9 @@ pub(super) const EVERY_QUERY: Columns = Columns { weight: 1.0, step: 0.0, band: 
 /// Looks at the queries of a chunk of one layer and the entries they attend to.
 type Watch<'a, B> = dyn FnMut(&<B as Backend>::Tensor, &<B as Backend>::Kv) -> Result<(), EngineError> + 'a;
 
+/// Attention of one layer by query head and entry.
+pub type HeadScores = Vec<Vec<f32>>;
+
 impl<B: Backend> Engine<B> {
     /// Reads more tokens behind a filled cache: a second turn, or the question behind a compressed
     /// context. The cache keeps all of them, unless its policy evicts in decoding: then what is over
@@ -39,7 +42,7 @@ impl<B: Backend> Engine<B> {
         cache: &mut Cache<B>,
         id: u32,
         control: &Control<'_>,
-    ) -> Result<(Vec<f32>, Vec<Vec<Vec<f32>>>), EngineError> {
+    ) -> Result<(Vec<f32>, Vec<HeadScores>), EngineError> {
         let mut attention = Vec::new();
         let mut watch = |query: &B::Tensor, kv: &B::Kv| {
             let scores = self.backend.window_scores(query, kv)?;

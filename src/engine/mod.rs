@@ -16,6 +16,7 @@ use crate::backend::Backend;
 use crate::model::{LlamaConfig, ModelDir};
 use crate::policy::ModelShape;
 
+pub use append::HeadScores;
 pub use control::{Cancel, Control, Progress};
 pub use error::EngineError;
 pub use generate::{FinishReason, Generation, GenerationOptions};

@@ -449,12 +449,14 @@ mod tests {
             kept: kept.into(),
             mass: vec![0.25, 0.75],
             propagated,
+            sets: None,
         };
         Trace {
             layers: vec![
                 layer(2000, [vec![0, 1, 1999], vec![5]], Some(vec![0, 1, 2, 1999])),
                 layer(4, [vec![0, 1999], vec![2]], None),
             ],
+            restarted: None,
         }
     }
 

@@ -257,6 +257,9 @@ pub(crate) fn recovered(layers: usize, n: usize, shares: (f64, f64, f64)) -> Opt
     Some(vec![Layer { rows: n, keep, hands_on: None, recent: None }; layers])
 }
 
+/// A first pass as (layer, count), where there is one, and the layers.
+pub(crate) type Planned = (Option<(usize, usize)>, Vec<Layer>);
+
 /// GemFilter: the layer that ranks and how many tokens are read anew, where not all are.
 pub(crate) fn gemfilter(
     layers: usize,
@@ -264,7 +267,7 @@ pub(crate) fn gemfilter(
     filter_layer: Option<usize>,
     retention: Budget,
     kernel: usize,
-) -> Option<(Option<(usize, usize)>, Vec<Layer>)> {
+) -> Option<Planned> {
     // round(13 · layers / 32), a half up, and no layer beyond the last.
     let layer = filter_layer.unwrap_or(((26 * layers + 32) / 64).min(layers - 1));
     if n == 0 || layer >= layers || !is_observation(1, kernel) {
@@ -283,7 +286,7 @@ pub(crate) fn pyramid_infer(layers: usize, n: usize, recent: f64, rho: f64) -> O
     let mut plan = Vec::new();
     let mut rows = n;
     for l in 0..layers {
-        let c = if rows > r { rows - r } else { 0 };
+        let c = rows.saturating_sub(r);
         let decay = (1.0 - rho) * ((std::f64::consts::PI * l as f64 / layers as f64).cos() + 1.0) / 2.0 + rho;
         let kept = int(c, decay);
         let goes_on = c > 64 && kept > 64 && kept < c && l + 1 < layers;
