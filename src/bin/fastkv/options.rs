@@ -263,8 +263,8 @@ impl PolicyOptions {
                 Policy::FastGen(options)
             }
             PolicyName::Gemfilter => {
-                let mut options = GemFilter::default();
-                options.filter_layer = left.filter_layer.take();
+                let mut options =
+                    GemFilter { filter_layer: left.filter_layer.take(), ..GemFilter::default() };
                 take(&mut left.retention, &mut options.retention);
                 left.take_pooling(&mut options.pooling);
                 Policy::GemFilter(options)

@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Heads(Heads),
-    Fastgen(FastGen),
+    Fastgen(Box<FastGen>),
     Tsp(Tsp),
 }
 

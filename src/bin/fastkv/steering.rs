@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn texts_are_found_with_all_the_tokens_they_reach_into() {
         let pieces = ["<s>", "the", " num", "ber", " is", " the", " num"].map(String::from);
-        assert_eq!(spans_of("number", &pieces).expect("there"), [2..4]);
+        assert_eq!(spans_of("number", &pieces).expect("there"), vec![Range { start: 2, end: 4 }]);
         assert_eq!(spans_of("the num", &pieces).expect("twice"), [1..3, 5..7]);
         assert_eq!(spans_of("e n", &pieces).expect("twice"), [1..3, 5..7]);
         assert!(spans_of("numbers", &pieces).is_err());
