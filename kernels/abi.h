@@ -173,7 +173,7 @@ typedef struct fastkv_pooling {
  * Parameters of `fastkv_prefill_attention_*`: causal attention of every (sequence, query head), and the
  * softmax probabilities of each sequence's last queries summed per key.
  *
- * Query i of a sequence sees keys 0..=positions[i] of it. Lengths and positions are clipped to what is
+ * Query i of a sequence sees keys `0..=positions[i]` of it. Lengths and positions are clipped to what is
  * described here. A query that sees no key has output 0 and LSE -inf.
  */
 typedef struct fastkv_prefill_attention_params {
@@ -649,7 +649,7 @@ typedef struct fastkv_silu_mul_params {
  * summed per key. Where there is no LSE, `fastkv_window_partials_*` and `fastkv_window_lse`, which take
  * the same parameters, make one of the window before.
  *
- * Query i of a sequence sees keys 0..=positions[i] of it. Lengths are clipped to what is described here.
+ * Query i of a sequence sees keys `0..=positions[i]` of it. Lengths are clipped to what is described here.
  */
 typedef struct fastkv_window_scores_params {
     /** Queries, `[sequence][query head][token][d]`. */

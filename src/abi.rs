@@ -253,7 +253,7 @@ const _: () = {
 /** Parameters of `fastkv_prefill_attention_*`: causal attention of every (sequence, query head), and the
  softmax probabilities of each sequence's last queries summed per key.
 
- Query i of a sequence sees keys 0..=positions[i] of it. Lengths and positions are clipped to what is
+ Query i of a sequence sees keys `0..=positions[i]` of it. Lengths and positions are clipped to what is
  described here. A query that sees no key has output 0 and LSE -inf.*/
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -1378,7 +1378,7 @@ const _: () = {
  summed per key. Where there is no LSE, `fastkv_window_partials_*` and `fastkv_window_lse`, which take
  the same parameters, make one of the window before.
 
- Query i of a sequence sees keys 0..=positions[i] of it. Lengths are clipped to what is described here.*/
+ Query i of a sequence sees keys `0..=positions[i]` of it. Lengths are clipped to what is described here.*/
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct WindowScoresParams {
