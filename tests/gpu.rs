@@ -30,10 +30,18 @@ const TESTS: &[(&str, Test)] = &[
     ("column_scores_llama", column_scores_llama),
 ];
 
-/// Draws of shapes and contents for each check.
-const SEEDS: std::ops::Range<u64> = 0..4;
+/// Draws of shapes and contents for each check, unless `FASTKV_GPU_SEEDS` says how many.
+const SEEDS: u64 = 4;
 
 fn main() -> ExitCode {
+    let seeds = match std::env::var("FASTKV_GPU_SEEDS").map(|seeds| seeds.parse()) {
+        Ok(Ok(seeds)) => seeds,
+        Ok(Err(_)) => {
+            eprintln!("FASTKV_GPU_SEEDS: a number of draws for each check, such as 1");
+            return ExitCode::FAILURE;
+        }
+        Err(_) => SEEDS,
+    };
     let mut arguments = Arguments::from_args();
     // One device: tests that share it would only disturb each other.
     arguments.test_threads = Some(1);
@@ -47,7 +55,7 @@ fn main() -> ExitCode {
         Trial::test(name, move || run(&*device?)).with_ignored_flag(ignored)
     };
     let checks = support::checks().into_iter().map(|check| {
-        let run = move |device: &_| SEEDS.into_iter().try_for_each(|seed| Ok((check.run)(device, seed)?));
+        let run = move |device: &_| (0..seeds).try_for_each(|seed| Ok((check.run)(device, seed)?));
         trial(check.name, Box::new(run))
     });
     let trials = checks.chain(TESTS.iter().map(|(name, test)| trial(name, Box::new(test)))).collect();
