@@ -35,7 +35,7 @@ pub struct Matmul {
     pub x: Rows,
     /// `[columns, inner]` of `dtype`, as Hugging Face stores a linear layer.
     pub weight: Rows,
-    /// Address of `[columns]` of `dtype`. 0: none.
+    /// Address of `[columns]` of `out_dtype`, which is what cuBLASLt adds to sums. 0: none.
     pub bias: u64,
     /// `[rows, columns]` of `out_dtype`; does not overlap the rest.
     pub out: Rows,
@@ -47,9 +47,9 @@ pub struct Matmul {
     pub columns: u32,
     /// Columns of `x` and of the weight, a multiple of 8.
     pub inner: u32,
-    /// Element type of `x`, of the weight and of the bias, of 16 bits.
+    /// Element type of `x` and of the weight, of 16 bits.
     pub dtype: DType,
-    /// `dtype`, or F32.
+    /// Element type of `out` and of the bias: `dtype`, or F32.
     pub out_dtype: DType,
     /// Address of scratch memory, aligned to 256 bytes. 0: none.
     pub workspace: u64,
@@ -78,7 +78,7 @@ impl Matmul {
             return Ok(false);
         }
         let out = matrix("out", &self.out, [rows, columns], out_dtype)?;
-        let bias = range("bias", self.bias, columns.into(), dtype.bytes(), Presence::Optional)?;
+        let bias = range("bias", self.bias, columns.into(), out_dtype.bytes(), Presence::Optional)?;
         let bytes = self.workspace_bytes as i128;
         let workspace = range("workspace", self.workspace, bytes, 1, Presence::Optional)?;
         if !self.workspace.is_multiple_of(256) {

@@ -443,7 +443,7 @@ fn products_are_checked() {
     refuses(|w| w.out_dtype = DType::F16, "out_dtype is F16; it must be BF16 or F32");
     refuses(|w| w.rows = u32::MAX, "rows is 4294967295; it must be at most 2147483647");
     refuses(|w| w.x.base = 1, "x is 0x1; it must be a device address, a multiple of 16");
-    refuses(|w| w.bias = 1, "bias is 0x1; it must be a device address, a multiple of 2");
+    refuses(|w| w.bias = 1, "bias is 0x1; it must be a device address, a multiple of 4");
     refuses(|w| w.workspace = 128, "workspace is 0x80; it must be a multiple of 256");
     refuses(|w| w.out = w.x, "out.token_stride is 4096; it must be 14336 or more: rows must not overlap");
     refuses(

@@ -135,7 +135,7 @@ impl MatrixProduct for Emulator {
         let weight = weight.collect::<Result<Vec<_>, Error>>()?;
         let bias = match work.bias {
             0 => vec![0.0; columns as usize],
-            address => read(address, columns, dtype)?,
+            address => read(address, columns, out_dtype)?,
         };
         for row in 0..rows {
             let x = read(row_of(&work.x, row, dtype), inner, dtype)?;

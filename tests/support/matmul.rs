@@ -58,13 +58,13 @@ fn check<D: MatrixProduct>(device: &D, case: &Case) -> Result<(), String> {
     let inner_stride = inner + 8;
     let stride = columns + gap;
     let (x, weight) = (numbers(dtype, rows * inner_stride), numbers(dtype, columns * inner_stride));
-    let (bias, before) = (numbers(dtype, columns), numbers(out_dtype, rows * stride));
+    let (bias, before) = (numbers(out_dtype, columns), numbers(out_dtype, rows * stride));
     let mut put = |dtype, numbers: &[f64]| memory.put(&encode(dtype, numbers.iter().copied()));
     let matrix = |base, stride: usize| Rows { base, token_stride: stride as i64, ..Rows::default() };
     let mut work = Matmul {
         x: matrix(put(dtype, &x), inner_stride),
         weight: matrix(put(dtype, &weight), inner_stride),
-        bias: if case.bias { put(dtype, &bias) } else { 0 },
+        bias: if case.bias { put(out_dtype, &bias) } else { 0 },
         out: matrix(put(out_dtype, &before), stride),
         accumulate: case.accumulate,
         rows: rows as u32,

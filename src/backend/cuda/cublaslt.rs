@@ -98,7 +98,7 @@ impl CublasLt {
         if work.bias != 0 {
             set(f.set_product, product.descriptor, EPILOGUE, &EPILOGUE_BIAS)?;
             set(f.set_product, product.descriptor, BIAS_POINTER, &work.bias)?;
-            set(f.set_product, product.descriptor, BIAS_TYPE, &number(work.dtype))?;
+            set(f.set_product, product.descriptor, BIAS_TYPE, &number(work.out_dtype))?;
         }
         let (rows, columns, inner) = (work.rows, work.columns, work.inner);
         // A matrix of one row may have any stride, and the library wants one that holds a column.

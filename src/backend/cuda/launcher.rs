@@ -146,14 +146,6 @@ impl Device for CudaLauncher {
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
         let function = self.loaded.functions[launch.kernel as usize];
         let function = function.ok_or(Error::Missing(launch.kernel.entry()))?;
-        if launch.shared_bytes > SHARED_BYTES_UNASKED {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let bytes = launch.shared_bytes as i32;
-            // SAFETY: a function of a loaded module.
-            self.call("cuFuncSetAttribute", || unsafe {
-                sys::cuFuncSetAttribute(function.0, attribute, bytes)
-            })?;
-        }
         let mut attributes = [cluster_attribute(launch.cluster)];
         let config = sys::CUlaunchConfig {
             gridDimX: launch.grid[0],
@@ -248,8 +240,6 @@ impl Drop for CudaEvent {
 
 /// Below it some driver functions that cudarc calls are missing, and it panics.
 const OLDEST_DRIVER: (u32, u32) = (12, 8);
-/// Dynamic shared memory that a kernel may have without asking.
-const SHARED_BYTES_UNASKED: u32 = 48 << 10;
 
 #[derive(Debug)]
 struct Loaded {
@@ -282,6 +272,12 @@ impl Loaded {
         // SAFETY: `stream` outlives the call.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut self.stream, non_blocking) })?;
         self.functions = vec![None; Kernel::ALL.len()];
+        let mut shared_bytes = 0;
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        // SAFETY: `shared_bytes` outlives the call.
+        check("cuDeviceGetAttribute", unsafe {
+            sys::cuDeviceGetAttribute(&mut shared_bytes, attribute, self.device)
+        })?;
         for image in images::images() {
             let mut module = ptr::null_mut();
             // SAFETY: a complete fatbin, in static memory.
@@ -301,6 +297,7 @@ impl Loaded {
                 // SAFETY: a module just loaded and a C string; both outlive the call.
                 let found = unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) };
                 check("cuModuleGetFunction", found)?;
+                allow_all_shared_memory(function, shared_bytes)?;
                 self.functions[*kernel as usize] = Some(Function(function));
             }
         }
@@ -388,6 +385,20 @@ fn check(operation: &'static str, result: sys::CUresult) -> Result<(), Failure> 
         0 => Ok(()),
         code => Err(Failure { operation, code }),
     }
+}
+
+/// Lets a kernel have dynamic shared memory up to what a block can have on this chip. Without asking, static
+/// and dynamic together stop at 48 KiB. How much a launch gets is still its own choice.
+fn allow_all_shared_memory(function: sys::CUfunction, of_block: i32) -> Result<(), Failure> {
+    use sys::CUfunction_attribute::{
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC,
+        CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as STATIC,
+    };
+    let mut fixed = 0;
+    // SAFETY: a function of a loaded module, and a place that outlives the call.
+    check("cuFuncGetAttribute", unsafe { sys::cuFuncGetAttribute(&mut fixed, STATIC, function) })?;
+    // SAFETY: a function of a loaded module.
+    check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(function, DYNAMIC, of_block - fixed) })
 }
 
 fn cluster_attribute([x, y, z]: [u32; 3]) -> sys::CUlaunchAttribute {
