@@ -15,6 +15,7 @@
 #include "primitives/global.cuh"
 #include "primitives/ldmatrix.cuh"
 #include "primitives/mma.cuh"
+#include "primitives/signal.cuh"
 
 static_assert(sizeof(fastkv_cache) == 144, "src/abi.rs was generated for another layout");
 static_assert(sizeof(fastkv_decode_params) == 376, "src/abi.rs was generated for another layout");
@@ -382,9 +383,7 @@ __device__ __forceinline__ bool is_last(uint64_t counter, int32_t count) {
     __shared__ int32_t before;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        before = atomicAdd(reinterpret_cast<int32_t*>(counter), 1);
-        __threadfence();
+        before = add_acquire_release(counter, 1);
     }
     __syncthreads();
     return before == count - 1;

@@ -6,6 +6,7 @@
 // a histogram reads it.
 
 #include "abi.h"
+#include "primitives/signal.cuh"
 #include "select/radix.cuh"
 #include "select/row.cuh"
 
@@ -68,10 +69,8 @@ __device__ __forceinline__ void share_digit(const fastkv_select_params& p, const
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        const uint32_t blocks = (row.items + p.chunk - 1) / p.chunk;
-        last = atomicAdd(&chunk.state->blocks_done[digit], 1) == blocks - 1;
-        __threadfence();
+        const int32_t blocks = (row.items + p.chunk - 1) / p.chunk;
+        last = add_acquire_release(reinterpret_cast<uint64_t>(&chunk.state->blocks_done[digit]), 1) == blocks - 1;
     }
     __syncthreads();
     if (last) {

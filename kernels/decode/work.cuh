@@ -11,9 +11,14 @@ __device__ __forceinline__ int32_t keys_of(const fastkv_decode_params& p, const 
     return l.length + (p.k_new.base ? p.tokens : 0);
 }
 
+// To end a chunk costs about as much time as to read a block of keys: chunks are up to 4 blocks where that
+// leaves 16 of them, and longer only where there would be too many.
 __device__ __forceinline__ int32_t chunk_keys(const fastkv_decode_params& p, const List& l) {
-    constexpr int32_t most = FASTKV_DECODE_BLOCK_KEYS * FASTKV_DECODE_CHUNKS;
-    return (keys_of(p, l) + most - 1) / most * FASTKV_DECODE_BLOCK_KEYS;
+    const auto blocks = [&](int32_t chunks) {
+        const int32_t keys = FASTKV_DECODE_BLOCK_KEYS * chunks;
+        return (keys_of(p, l) + keys - 1) / keys;
+    };
+    return max(min(blocks(16), 4), blocks(FASTKV_DECODE_CHUNKS)) * FASTKV_DECODE_BLOCK_KEYS;
 }
 
 // At least one, so that a list without keys has somebody to write its output.
@@ -106,8 +111,10 @@ __device__ __forceinline__ Cursor first_item(const fastkv_decode_params& p) {
         before += warp < threadIdx.x / 32 ? warp_sums[warp] : 0;
         total += warp_sums[warp];
     }
-    const int32_t begin = int32_t(int64_t(total) * blockIdx.x / gridDim.x);
-    const int32_t end = int32_t(int64_t(total) * (blockIdx.x + 1) / gridDim.x);
+    // As many for each block, and none for the last blocks, rather than one more for some.
+    const int32_t each = (total - 1) / int32_t(gridDim.x) + 1;
+    const int32_t begin = int32_t(min(int64_t(total), int64_t(each) * blockIdx.x));
+    const int32_t end = int32_t(min(int64_t(total), int64_t(begin) + each));
     if (before <= begin && begin < before + own) {
         int32_t list = first;
         int32_t item = begin - before;

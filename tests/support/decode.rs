@@ -657,8 +657,9 @@ fn lengths() -> Vec<Case> {
         unequal.clone(),
         Case { dtype: DType::F16, steps: 3, slack: 2, ..unequal.clone() },
         Case { appends: false, ..unequal },
-        // 64 blocks and the new key: chunks of two blocks, the last with one key.
+        // 64 blocks and the new key: chunks of four blocks, the last with one key; chunks of three, and of five.
         Case::new(64, 1, &[&[4096], &[4095]]),
+        Case::new(64, 1, &[&[2100], &[64 * 256]]),
         Case { slack: 0, ..Case::new(64, 2, &[&[0, 64], &[100, 3]]) },
     ]
 }
