@@ -83,55 +83,82 @@ __device__ __forceinline__ FourScores pool_edge(const fastkv_pooling& pooling, c
     return pooled;
 }
 
-// Pooled scores of keys key..key+4 of one head; `key` is a multiple of 4, and what lies behind the last
-// key means nothing. Stride 1, padded by half the kernel on either side: max pads with -inf and passes
-// over NaN, average counts the zeros of the padding. A kernel of 1 leaves scores as they are, NaN
-// included; 7 is what FastKV and SnapKV use.
-__device__ __forceinline__ FourScores pool(const fastkv_pooling& pooling, const float* head, int32_t keys,
-                                           int32_t key) {
-    const int32_t vectors = (pooling.kernel / 2 + 3) / 4;
-    const bool aligned = reinterpret_cast<uintptr_t>(head) % FASTKV_VECTOR_BYTES == 0;
-    FourScores pooled;
-    if (pooling.kernel == 1) {
-        if (aligned && keys - key >= 4) {
-            return load_vector(head + key);
-        }
-#pragma unroll
-        for (int32_t i = 0; i < 4; ++i) {
-            pooled.of[i] = key + i < keys ? __ldg(head + key + i) : 0.0f;
-        }
-        return pooled;
-    }
-    if (!aligned || key < 4 * vectors || keys - key < 4 * (vectors + POOL_BATCH)) {
-        pooled = pool_edge(pooling, head, keys, key);
-    } else if (pooling.kind == FASTKV_POOLING_MAX) {
-        pooled = pooling.kernel == 7 ? pool_inside<FASTKV_POOLING_MAX, 3>(head, key, 7)
-                                     : pool_inside<FASTKV_POOLING_MAX, -1>(head, key, pooling.kernel);
-    } else {
-        pooled = pooling.kernel == 7 ? pool_inside<FASTKV_POOLING_AVERAGE, 3>(head, key, 7)
-                                     : pool_inside<FASTKV_POOLING_AVERAGE, -1>(head, key, pooling.kernel);
-    }
+// Pooled scores of keys key..key+4 of one head, from what is in their reach.
+__device__ __forceinline__ FourScores pooled_of(const fastkv_pooling& pooling, FourScores taken) {
     if (pooling.kind == FASTKV_POOLING_AVERAGE) {
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
-            pooled.of[i] = __fdiv_rn(pooled.of[i], float(pooling.kernel));
+            taken.of[i] = __fdiv_rn(taken.of[i], float(pooling.kernel));
         }
     }
-    return pooled;
+    return taken;
 }
 
-// Scores of keys key..key+4 for a group of heads: pooled for each head, then summed. Pooling comes first,
-// since a maximum and a sum do not commute.
-__device__ __forceinline__ FourScores pool_group(const ScoreGroup& group, const fastkv_pooling& pooling,
-                                                 int32_t key) {
+__device__ __forceinline__ FourScores load_scores(const ScoreGroup& group, const float* head, int32_t key,
+                                                  bool whole) {
+    if (whole) {
+        return load_vector(head + key);
+    }
+    FourScores scores;
+#pragma unroll
+    for (int32_t i = 0; i < 4; ++i) {
+        scores.of[i] = key + i < group.keys ? __ldg(head + key + i) : 0.0f;
+    }
+    return scores;
+}
+
+// The sum over the heads of a group, in their order, of what `of_head` makes of each. `TOGETHER` heads are
+// asked for at once.
+template <int32_t TOGETHER, typename OfHead>
+__device__ __forceinline__ FourScores sum_heads(const ScoreGroup& group, OfHead of_head) {
     FourScores sums = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
+#pragma unroll TOGETHER
     for (int32_t head = 0; head < group.heads; ++head) {
-        const FourScores one = pool(pooling, group.first + head * group.head_stride, group.keys, key);
+        const FourScores one = of_head(group.first + head * group.head_stride);
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
             sums.of[i] += one.of[i];
         }
     }
     return sums;
+}
+
+template <int32_t TOGETHER, int32_t KIND, int32_t REACH>
+__device__ __forceinline__ FourScores sum_inside(const ScoreGroup& group, const fastkv_pooling& pooling,
+                                                 int32_t key) {
+    return sum_heads<TOGETHER>(group, [&](const float* head) {
+        return pooled_of(pooling, pool_inside<KIND, REACH>(head, key, pooling.kernel));
+    });
+}
+
+// Whether rows begin at whole vectors.
+__device__ __forceinline__ bool is_aligned(const ScoreGroup& group) {
+    return reinterpret_cast<uintptr_t>(group.first) % FASTKV_VECTOR_BYTES == 0 && group.head_stride % 4 == 0;
+}
+
+// Scores of keys key..key+4 for a group of heads: pooled for each head, then summed, since a maximum and a
+// sum do not commute. `key` is a multiple of 4, and what lies behind the last key means nothing. Stride 1,
+// padded by half the kernel on either side: max pads with -inf and passes over NaN, average counts the
+// zeros of the padding. A kernel of 1 leaves scores as they are, NaN included; 7 is what FastKV and SnapKV
+// use.
+__device__ __forceinline__ FourScores pool_group(const ScoreGroup& group, const fastkv_pooling& pooling,
+                                                 int32_t key) {
+    const int32_t vectors = (pooling.kernel / 2 + 3) / 4;
+    const int32_t left = group.keys - key;
+    const bool aligned = is_aligned(group);
+    if (pooling.kernel == 1) {
+        const bool whole = aligned && left >= 4;
+        return sum_heads<4>(group, [&](const float* head) { return load_scores(group, head, key, whole); });
+    }
+    if (!aligned || key < 4 * vectors || left < 4 * (vectors + POOL_BATCH)) {
+        return sum_heads<1>(group, [&](const float* head) {
+            return pooled_of(pooling, pool_edge(pooling, head, group.keys, key));
+        });
+    }
+    if (pooling.kind == FASTKV_POOLING_MAX) {
+        return pooling.kernel == 7 ? sum_inside<2, FASTKV_POOLING_MAX, 3>(group, pooling, key)
+                                   : sum_inside<1, FASTKV_POOLING_MAX, -1>(group, pooling, key);
+    }
+    return pooling.kernel == 7 ? sum_inside<2, FASTKV_POOLING_AVERAGE, 3>(group, pooling, key)
+                               : sum_inside<1, FASTKV_POOLING_AVERAGE, -1>(group, pooling, key);
 }

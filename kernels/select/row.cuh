@@ -72,10 +72,10 @@ __device__ __forceinline__ FourScores row_scores(const fastkv_select_params& p, 
     return scores;
 }
 
-// Ranks of keys key..key+4; `key` is a multiple of 4. Behind the last key they mean nothing.
-__device__ __forceinline__ uint4 key_ranks(const fastkv_select_params& p, const Row& row, int32_t key) {
+// Ranks of keys key..key+4 by their scores; `key` is a multiple of 4. Behind the last key they mean nothing.
+__device__ __forceinline__ uint4 key_ranks(const fastkv_select_params& p, const Row& row, int32_t key,
+                                           const FourScores& scores) {
     uint32_t ranks[4];
-    const FourScores scores = row_scores(p, row, key);
 #pragma unroll
     for (int32_t i = 0; i < 4; ++i) {
         const bool forced = key + i < p.sinks || key + i >= row.group.keys;
@@ -108,6 +108,11 @@ __device__ __forceinline__ void raise_pages(uint32_t* ranks, int32_t page_keys, 
     atomicMax(ranks + page - first, best);
 }
 
+// Whether a row's scores are taken as they lie, in whole vectors.
+__device__ __forceinline__ bool is_plain(const fastkv_select_params& p, const Row& row) {
+    return p.page == 1 && p.groups * p.heads == 1 && p.pooling.kernel == 1 && is_aligned(row.group);
+}
+
 // The whole block writes the ranks of items first..first+count to shared memory, which has room for a
 // multiple of four; `first` is such a multiple. A page has the rank of its best key: a sum would favour
 // full pages, a mean would hide one key that matters among many that do not.
@@ -122,8 +127,26 @@ __device__ __forceinline__ void load_ranks(const fastkv_select_params& p, const 
     }
     const int32_t begin = first * p.page;
     const int32_t end = min(int64_t(row.keys), (int64_t(first) + count) * p.page);
-    for (int32_t key = begin + 4 * threadIdx.x; key < end; key += 4 * FASTKV_SELECT_THREADS) {
-        const uint4 four = key_ranks(p, row, key);
+    int32_t key = begin + 4 * threadIdx.x;
+    if (is_plain(p, row)) {
+        // Vectors that a thread asks for at once.
+        constexpr int32_t BATCH = 4;
+        constexpr int32_t STEP = 4 * FASTKV_SELECT_THREADS;
+        const int32_t whole = min(end, row.group.keys) - (BATCH - 1) * STEP - 4;
+        for (; key <= whole; key += BATCH * STEP) {
+            FourScores scores[BATCH];
+#pragma unroll
+            for (int32_t i = 0; i < BATCH; ++i) {
+                scores[i] = load_vector(row.group.first + key + i * STEP);
+            }
+#pragma unroll
+            for (int32_t i = 0; i < BATCH; ++i) {
+                vectors[(key - begin + i * STEP) / 4] = key_ranks(p, row, key + i * STEP, scores[i]);
+            }
+        }
+    }
+    for (; key < end; key += 4 * FASTKV_SELECT_THREADS) {
+        const uint4 four = key_ranks(p, row, key, row_scores(p, row, key));
         if (p.page > 1) {
             raise_pages(ranks, p.page, first, key, end, four);
         } else {
