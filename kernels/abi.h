@@ -17,6 +17,11 @@ static const int32_t FASTKV_VECTOR_BYTES = 16;
 /** Threads of a block of `fastkv_prefill_attention_*`. */
 static const int32_t FASTKV_ATTENTION_THREADS = 128;
 
+/** Threads of a block of `fastkv_sm90_attention_*`. */
+static const int32_t FASTKV_SM90_ATTENTION_THREADS = 384;
+
+/** Queries, and keys, of a tile of `fastkv_sm90_attention_*`. */
+static const int32_t FASTKV_SM90_ATTENTION_ROWS = 128;
 
 /** Keys of a decode block, the unit in which lists are split. */
 static const int32_t FASTKV_DECODE_BLOCK_KEYS = 64;
@@ -241,6 +246,30 @@ typedef struct fastkv_prefill_attention_params {
     /** Room for queries in shared memory, in slots of 64, while keys are scored; two or more. */
     int32_t score_slots;
 } fastkv_prefill_attention_params;
+
+/** A `CUtensorMap`, which the copy engine of Hopper reads. */
+typedef struct fastkv_tensor_map {
+    /** What `cuTensorMapEncodeTiled` wrote. */
+    uint64_t words[16];
+} fastkv_tensor_map;
+
+/**
+ * Parameters of `fastkv_sm90_attention_*`: what the portable form takes, and maps of the tensors that come
+ * by the copy engine, as {64 elements, token, d / 64, head, sequence} in boxes of 128 tokens of a head.
+ * Aligned to 64 bytes; there is no bias.
+ */
+typedef struct fastkv_sm90_attention_params {
+    /** Queries. */
+    fastkv_tensor_map q;
+    /** Keys. */
+    fastkv_tensor_map k;
+    /** Values. */
+    fastkv_tensor_map v;
+    /** The rest. */
+    fastkv_prefill_attention_params attention;
+    /** Zeros. */
+    uint64_t reserved[5];
+} fastkv_sm90_attention_params;
 
 /**
  * Pages that sequences are spread over: token i of a sequence is slot `i % page_size` of page

@@ -12,6 +12,7 @@
 
 #include "abi.h"
 #include "attention/mask.cuh"
+#include "attention/score.cuh"
 #include "attention/softmax.cuh"
 #include "attention/work.cuh"
 #include "batch.cuh"
@@ -21,7 +22,6 @@
 #include "primitives/ldmatrix.cuh"
 #include "primitives/mma.cuh"
 #include "primitives/shared.cuh"
-#include "scoring/window.cuh"
 
 static_assert(sizeof(fastkv_prefill_attention_params) == 280, "src/abi.rs was generated for another layout");
 
@@ -82,11 +82,6 @@ __device__ __forceinline__ void copy_rows(uint32_t shared, uint64_t base, int64_
     }
 }
 
-template <typename T>
-__device__ __forceinline__ bool finite(uint32_t element) {
-    return (element & EXPONENT<T>) != EXPONENT<T>;
-}
-
 // Whether the values that a thread has copied itself are finite.
 template <typename T, int d>
 __device__ __forceinline__ bool own_values_finite(uint32_t values) {
@@ -108,9 +103,7 @@ __device__ __forceinline__ void clean(uint32_t values) {
 #pragma unroll 1
     for (int word = threadIdx.x; word < KEYS * d / 2; word += THREADS) {
         const uint32_t address = values + 4 * word;
-        const uint32_t pair = load_shared(address);
-        const uint32_t kept = (finite<T>(pair) ? 0xFFFF : 0) | (finite<T>(pair >> 16) ? 0xFFFF0000 : 0);
-        store_shared(address, pair & kept);
+        store_shared(address, finite_part<T>(load_shared(address)));
     }
 }
 
@@ -447,21 +440,6 @@ __device__ __forceinline__ void find(const fastkv_prefill_attention_params& p, c
     }
 }
 
-// Scores of one stretch of keys, once the LSE of the window is known.
-template <typename T, int d>
-__device__ __forceinline__ void score(const fastkv_prefill_attention_params& p, const ScoreItem& item,
-                                      uint32_t shared) {
-    const int32_t sequence = item.keys.sequence;
-    if (threadIdx.x == 0) {
-        wait_for_window(p, item, query_axis(p).span(sequence).tokens, QUERIES<d>);
-    }
-    __syncthreads();
-    const Window window = window_of(p, sequence, item.kv_head);
-    const ScoreRows out = score_rows_of(p, sequence, item.kv_head);
-    const int32_t first = item.keys.index * p.score_keys;
-    WindowScores<T, d, WARPS>::run(window, out, first, first + p.score_keys, shared, p.score_slots);
-}
-
 // The grid's blocks take items from the queue until it is empty: tiles of queries, then score items.
 template <typename T, int d>
 __device__ __forceinline__ void prefill_attention(const fastkv_prefill_attention_params& p) {
@@ -473,7 +451,7 @@ __device__ __forceinline__ void prefill_attention(const fastkv_prefill_attention
     if (threadIdx.x < 32) {
         work.count(p, QUERIES<d>);
     }
-    int32_t next = take_item(p);
+    int32_t next = threadIdx.x == 0 ? take_item(p) : 0;
     while (true) {
         if (threadIdx.x < 32) {
             find<d>(p, work, __shfl_sync(~0u, next, 0), present);
@@ -485,7 +463,7 @@ __device__ __forceinline__ void prefill_attention(const fastkv_prefill_attention
         Walk<T, d> walk{p, present, shared};
         attend(p, present, walk);
         // Asked for now, the next item is known once the output is stored.
-        next = take_item(p);
+        next = threadIdx.x == 0 ? take_item(p) : 0;
         store_rows(p, present, walk);
         // Everybody has written its LSE, and is done with shared memory.
         __syncthreads();
@@ -494,10 +472,11 @@ __device__ __forceinline__ void prefill_attention(const fastkv_prefill_attention
         }
     }
     while (present.number < work.items) {
-        score<T, d>(p, present.score, shared);
+        score<T, d, WARPS, QUERIES<d>, 1>(p, present.score, shared);
         __syncthreads();
+        next = threadIdx.x == 0 ? take_item(p) : 0;
         if (threadIdx.x < 32) {
-            find<d>(p, work, __shfl_sync(~0u, take_item(p), 0), present);
+            find<d>(p, work, __shfl_sync(~0u, next, 0), present);
         }
         __syncthreads();
     }

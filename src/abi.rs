@@ -4,6 +4,10 @@
 pub const VECTOR_BYTES: i32 = 16;
 /// Threads of a block of `fastkv_prefill_attention_*`.
 pub const ATTENTION_THREADS: i32 = 128;
+/// Threads of a block of `fastkv_sm90_attention_*`.
+pub const SM90_ATTENTION_THREADS: i32 = 384;
+/// Queries, and keys, of a tile of `fastkv_sm90_attention_*`.
+pub const SM90_ATTENTION_ROWS: i32 = 128;
 /// Keys of a decode block, the unit in which lists are split.
 pub const DECODE_BLOCK_KEYS: i32 = 64;
 /// Chunks that `fastkv_decode_*` splits a list into, at most.
@@ -418,6 +422,72 @@ const _: () = {
     [
         "Offset of field: PrefillAttentionParams::score_slots",
     ][::core::mem::offset_of!(PrefillAttentionParams, score_slots) - 276usize];
+};
+/// A `CUtensorMap`, which the copy engine of Hopper reads.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct TensorMap {
+    /// What `cuTensorMapEncodeTiled` wrote.
+    pub words: [u64; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of TensorMap"][::core::mem::size_of::<TensorMap>() - 128usize];
+    ["Alignment of TensorMap"][::core::mem::align_of::<TensorMap>() - 8usize];
+    [
+        "Offset of field: TensorMap::words",
+    ][::core::mem::offset_of!(TensorMap, words) - 0usize];
+};
+/** Parameters of `fastkv_sm90_attention_*`: what the portable form takes, and maps of the tensors that come
+ by the copy engine, as {64 elements, token, d / 64, head, sequence} in boxes of 128 tokens of a head.
+ Aligned to 64 bytes; there is no bias.*/
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Sm90AttentionParams {
+    /// Queries.
+    pub q: TensorMap,
+    /// Keys.
+    pub k: TensorMap,
+    /// Values.
+    pub v: TensorMap,
+    /// The rest.
+    pub attention: PrefillAttentionParams,
+    /// Zeros.
+    pub reserved: [u64; 5usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of Sm90AttentionParams",
+    ][::core::mem::size_of::<Sm90AttentionParams>() - 704usize];
+    [
+        "Alignment of Sm90AttentionParams",
+    ][::core::mem::align_of::<Sm90AttentionParams>() - 8usize];
+    [
+        "Offset of field: Sm90AttentionParams::q",
+    ][::core::mem::offset_of!(Sm90AttentionParams, q) - 0usize];
+    [
+        "Offset of field: Sm90AttentionParams::k",
+    ][::core::mem::offset_of!(Sm90AttentionParams, k) - 128usize];
+    [
+        "Offset of field: Sm90AttentionParams::v",
+    ][::core::mem::offset_of!(Sm90AttentionParams, v) - 256usize];
+    [
+        "Offset of field: Sm90AttentionParams::attention",
+    ][::core::mem::offset_of!(Sm90AttentionParams, attention) - 384usize];
+    [
+        "Offset of field: Sm90AttentionParams::reserved",
+    ][::core::mem::offset_of!(Sm90AttentionParams, reserved) - 664usize];
 };
 /** Pages that sequences are spread over: token i of a sequence is slot `i % page_size` of page
  `table[sequence][i / page_size]`. What is not in `[0, pages)`, -1 by convention, is no page: nobody

@@ -82,6 +82,7 @@ fn prefill(device: &CudaLauncher, tokens: u32, window: Option<Window>) -> Result
         scores: window.map(|window| scores(&memory, tokens, window)).transpose()?,
         workspace: 0,
         workspace_bytes: 0,
+        form: None,
     };
     work.workspace_bytes = attention::prefill_attention_workspace(&work)?;
     work.workspace = memory.filled(work.workspace_bytes, 0)?;

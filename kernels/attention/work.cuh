@@ -97,9 +97,9 @@ __device__ __forceinline__ Tile tile_at(const Axis& axis, int32_t size, int32_t 
     }
 }
 
-// The next item of the queue, in the block's first thread.
+// The next item of the queue. For one thread.
 __device__ __forceinline__ int32_t take_item(const fastkv_prefill_attention_params& p) {
-    return threadIdx.x == 0 ? atomicAdd(reinterpret_cast<int32_t*>(p.queue), 1) : 0;
+    return atomicAdd(reinterpret_cast<int32_t*>(p.queue), 1);
 }
 
 // How many items there are of each kind.
@@ -161,8 +161,8 @@ __device__ __forceinline__ uint64_t finished_tiles(const fastkv_prefill_attentio
     return p.queue + 4 * (1 + int64_t(sequence) * p.kv_heads + kv_head);
 }
 
-// Tells that a tile of queries is done. For one thread, once the whole block has written its LSE and
-// met at a barrier.
+// Tells that a tile of queries, or one of its `signals` parts, is done. For one thread, once all that work on
+// it have written its LSE and met at a barrier.
 __device__ __forceinline__ void signal_tile(const fastkv_prefill_attention_params& p, const QueryTile& item,
                                             int32_t queries, int32_t tile_rows) {
     if (p.scores && item.tile.index >= first_window_tile(p, queries, tile_rows)) {
@@ -172,8 +172,9 @@ __device__ __forceinline__ void signal_tile(const fastkv_prefill_attention_param
 }
 
 // Waits for the LSE of a window of every head of a GQA group. For one thread; a barrier has to follow.
+template <int32_t signals>
 __device__ __forceinline__ void wait_for_window(const fastkv_prefill_attention_params& p,
                                                 const ScoreItem& item, int32_t queries, int32_t tile_rows) {
     const int32_t tiles = (queries + tile_rows - 1) / tile_rows - first_window_tile(p, queries, tile_rows);
-    wait_acquire(finished_tiles(p, item.keys.sequence, item.kv_head), tiles * (p.query_heads / p.kv_heads));
+    wait_acquire(finished_tiles(p, item.keys.sequence, item.kv_head), tiles * (p.query_heads / p.kv_heads) * signals);
 }

@@ -41,3 +41,14 @@ template <typename T>
 constexpr uint16_t EXPONENT = 0x7C00;
 template <>
 constexpr uint16_t EXPONENT<BF16> = 0x7F80;
+
+template <typename T>
+__device__ __forceinline__ bool finite(uint32_t element) {
+    return (element & EXPONENT<T>) != EXPONENT<T>;
+}
+
+// A pair of elements, with zeros in the place of those that are not finite.
+template <typename T>
+__device__ __forceinline__ uint32_t finite_part(uint32_t pair) {
+    return pair & ((finite<T>(pair) ? 0xFFFF : 0) | (finite<T>(pair >> 16) ? 0xFFFF0000 : 0));
+}

@@ -1,4 +1,4 @@
-// Fragments of `mma` from shared memory.
+// Fragments of `mma` from shared memory, and back.
 #pragma once
 
 #include <stdint.h>
@@ -16,5 +16,12 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&fragment)[4], uin
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                  : "r"(address)
+                 : "memory");
+}
+
+// Four 8 x 8 matrices to shared memory, from Hopper on; addresses as for `ldmatrix`.
+__device__ __forceinline__ void stmatrix(uint32_t address, const uint32_t (&fragment)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
                  : "memory");
 }

@@ -9,11 +9,12 @@
 use std::ops::Range;
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Device, Error, Kernel, Launch, TensorMap,
     batch::{self, Bias, Lengths, Lse, Scores, Window},
     check::{self, Presence, Shape, range},
+    images,
 };
-use crate::abi::{self, PrefillAttentionParams, Rows};
+use crate::abi::{self, PrefillAttentionParams, Rows, Sm90AttentionParams};
 
 /// Causal attention of `sequences` x `query_heads`: query i of a sequence attends to its keys
 /// `0..=positions[i]`. A query that sees no key has output 0 and LSE -inf.
@@ -59,6 +60,18 @@ pub struct PrefillAttention {
     pub workspace: u64,
     /// Bytes there.
     pub workspace_bytes: usize,
+    /// Which form of the kernel computes it; `None`: the fastest that can.
+    pub form: Option<Form>,
+}
+
+/// The kernels that compute [`PrefillAttention`]. Their results agree up to rounding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// On every chip from Ampere on.
+    Portable,
+    /// On compute capability 9.0: `head_dim` 64 or 128, no bias, and tensors that its copy engine can read,
+    /// whose rows lie apart.
+    Hopper,
 }
 
 /// Bytes of workspace that [`prefill_attention`] needs for a description.
@@ -94,11 +107,15 @@ pub unsafe fn prefill_attention<D: Device + ?Sized>(
         return Ok(());
     }
     check_tensors(work, needed)?;
-    let form = form(work);
+    let form = form(device, work)?;
+    let traits = match form {
+        Form::Portable => portable(work),
+        Form::Hopper => hopper(work),
+    };
     let Workspace { queue, lse } = workspace(work);
     let own_lse =
         Lse { base: work.workspace + queue as u64, stride: (lse / 4) as i64 / i64::from(work.query_heads) };
-    let items = items(work, form.tile_queries);
+    let items = items(work, &traits);
     let lse = work.lse.or((lse > 0).then_some(own_lse)).unwrap_or(Lse { base: 0, stride: 0 });
     let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
     let scores = work.scores;
@@ -131,45 +148,61 @@ pub unsafe fn prefill_attention<D: Device + ?Sized>(
         window: scores.map_or(0, |scores| scores.window.queries(work.queries.longest)) as i32,
         score_heads: scores.map_or(0, |scores| scores.count(work.query_heads, work.kv_heads)) as i32,
         section_heads: section_heads(work) as i32,
-        score_keys: score_keys(work) as i32,
-        score_slots: SCORE_SLOTS as i32,
+        score_keys: traits.score_keys as i32,
+        score_slots: traits.score_slots as i32,
+    };
+    let mapped;
+    let params = match form {
+        Form::Portable => bytemuck::bytes_of(&params),
+        Form::Hopper => {
+            let [q, k, v] = tensor_maps(work);
+            mapped = Sm90AttentionParams {
+                q: device.tensor_map(&q)?,
+                k: device.tensor_map(&k)?,
+                v: device.tensor_map(&v)?,
+                attention: params,
+                reserved: [0; 5],
+            };
+            bytemuck::bytes_of(&mapped)
+        }
     };
     // SAFETY: the workspace has that many bytes, and the caller vouches for it.
     unsafe { device.fill(work.workspace, 0, queue as usize) }?;
     // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
     unsafe {
         device.launch(&Launch {
-            kernel: form.kernel,
+            kernel: traits.kernel,
             // Blocks that find no room wait their turn; none waits for one that comes after it.
-            grid: [items.min(device.multiprocessors().saturating_mul(BLOCKS_PER_MULTIPROCESSOR)), 1, 1],
+            grid: [items.min(device.multiprocessors().saturating_mul(traits.blocks)), 1, 1],
             cluster: [1, 1, 1],
-            block: [abi::ATTENTION_THREADS as u32, 1, 1],
-            shared_bytes: form.shared_bytes,
-            params: bytemuck::bytes_of(&params),
+            block: [traits.threads, 1, 1],
+            shared_bytes: traits.shared_bytes,
+            params,
         })
     }
 }
 
-/// Registers allow as many of every form.
-const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
-
 /// Bytes of keys and values that are to stay in L2 while the queries of their heads pass.
 const SECTION_BYTES: u64 = 32 << 20;
 
-/// Slots of 64 queries, as few as scoring can do with: more would leave room for one block of
-/// [`BLOCKS_PER_MULTIPROCESSOR`]. They hold 32 queries of 4 heads; more stream past the keys.
-const SCORE_SLOTS: u32 = 2;
-
-/// What decides between the forms of the kernel.
-struct Form {
+/// What a launch depends on besides the work.
+struct Traits {
     kernel: Kernel,
+    threads: u32,
+    /// Blocks of a multiprocessor.
+    blocks: u32,
     /// Queries of a tile.
     tile_queries: u32,
+    /// Keys of a score item: few enough to even out the end of a launch, enough that reading the queries is
+    /// little beside reading the keys. Scores of all queries cost more for each key.
+    score_keys: u32,
+    /// Slots of 64 queries while keys are scored; more queries stream past the keys.
+    score_slots: u32,
     shared_bytes: u32,
 }
 
-/// The form for an element type and a head size, which [`check_shape`] has found to exist.
-fn form(work: &PrefillAttention) -> Form {
+/// Of the portable form, for an element type and a head size that [`check_shape`] has found to exist.
+fn portable(work: &PrefillAttention) -> Traits {
     use Kernel::*;
     let kernels = match work.dtype {
         DType::BF16 => [
@@ -188,40 +221,128 @@ fn form(work: &PrefillAttention) -> Form {
         128 => (kernels[2], 128),
         _ => (kernels[3], 64),
     };
-    let row_bytes = 2 * work.head_dim;
+    // As few slots as scoring can do with, 32 queries of 4 heads: more would leave room for one block.
+    let score_slots = 2;
     // One tile of queries, one block of keys, one of values.
     const KEYS: u32 = 64;
-    let attention = (tile_queries + 2 * KEYS) * row_bytes;
-    // The keys of a step; queries, LSE, and the last key that each sees.
+    let attention = (tile_queries + 2 * KEYS) * 2 * work.head_dim;
     let step_keys = if work.head_dim == 256 { 64 } else { 128 };
-    let scores = step_keys * row_bytes + SCORE_SLOTS * 64 * (row_bytes + 8);
-    let shared_bytes = if work.scores.is_some() { attention.max(scores) } else { attention };
-    Form { kernel, tile_queries, shared_bytes }
+    Traits {
+        kernel,
+        threads: abi::ATTENTION_THREADS as u32,
+        // Registers allow as many.
+        blocks: 2,
+        tile_queries,
+        score_keys: if scores_all(work) { 128 } else { 512 },
+        score_slots,
+        shared_bytes: attention.max(score_bytes(work, step_keys, score_slots)),
+    }
+}
+
+fn hopper(work: &PrefillAttention) -> Traits {
+    use Kernel::*;
+    let kernel = match (work.dtype, work.head_dim) {
+        (DType::BF16, 64) => Sm90AttentionBf16D64,
+        (DType::BF16, _) => Sm90AttentionBf16D128,
+        (_, 64) => Sm90AttentionF16D64,
+        _ => Sm90AttentionF16D128,
+    };
+    let tile_queries = abi::SM90_ATTENTION_ROWS as u32;
+    let score_slots = 4;
+    // A tile of queries, two of keys, of values, and of values that are made finite; 1 KiB to align them.
+    let attention = 7 * tile_queries * 2 * work.head_dim + 1024;
+    Traits {
+        kernel,
+        threads: abi::SM90_ATTENTION_THREADS as u32,
+        blocks: 1,
+        tile_queries,
+        score_keys: if scores_all(work) { 256 } else { 512 },
+        score_slots,
+        shared_bytes: attention.max(score_bytes(work, 256, score_slots) + 1024),
+    }
+}
+
+fn scores_all(work: &PrefillAttention) -> bool {
+    matches!(work.scores, Some(Scores { window: Window::All, .. }))
+}
+
+/// Shared memory to score with: the keys of a step; queries, LSE, and the last key that each sees.
+fn score_bytes(work: &PrefillAttention, step_keys: u32, slots: u32) -> u32 {
+    let row_bytes = 2 * work.head_dim;
+    if work.scores.is_some() { step_keys * row_bytes + slots * 64 * (row_bytes + 8) } else { 0 }
+}
+
+/// The form that was asked for, if it can do the work, or the fastest that can.
+fn form<D: Device + ?Sized>(device: &D, work: &PrefillAttention) -> Result<Form, Error> {
+    let why_not = why_not_hopper(device, work);
+    match (work.form, why_not) {
+        (Some(Form::Hopper), Some(why)) => {
+            Err(Error::argument("form", "Hopper", format!("Portable: Hopper's {why}")))
+        }
+        (Some(form), _) => Ok(form),
+        (None, Some(_)) => Ok(Form::Portable),
+        (None, None) => Ok(Form::Hopper),
+    }
+}
+
+fn why_not_hopper<D: Device + ?Sized>(device: &D, work: &PrefillAttention) -> Option<&'static str> {
+    let image = Kernel::Sm90AttentionBf16D128.image();
+    if device.compute_capability() != (9, 0) || !images::images().iter().any(|other| other.name == image) {
+        return Some("kernel is for compute capability 9.0, and built for it");
+    }
+    if !matches!(work.head_dim, 64 | 128) {
+        return Some("head_dim is 64 or 128");
+    }
+    if work.bias.is_some() {
+        return Some("kernel knows no bias");
+    }
+    let strides_fit = |map: &TensorMap| {
+        let mut dimensions = map.sizes[1..].iter().zip(&map.strides);
+        map.sizes.iter().all(|size| *size > 0) && dimensions.all(|(_, stride)| (1..1 << 40).contains(stride))
+    };
+    if !tensor_maps(work).iter().all(strides_fit) {
+        return Some("copy engine takes tensors with keys whose strides are neither 0 nor 2^40 bytes");
+    }
+    None
+}
+
+/// Queries, keys and values as {64 elements, token, d / 64, head, sequence}, in boxes of a tile.
+fn tensor_maps(work: &PrefillAttention) -> [TensorMap; 3] {
+    let map = |rows: &Rows, heads: u32, lengths: Lengths| {
+        let sequences = if lengths.cu_seqlens == 0 { work.sequences } else { 1 };
+        let halves = work.head_dim / 64;
+        // Along a dimension of one element no stride is used, and none may be 0.
+        let stride = |elements: i64, size: u32| if size == 1 { 16 } else { 2 * elements as u64 };
+        TensorMap {
+            base: rows.base,
+            sizes: [64, lengths.tokens, halves, heads, sequences].map(u64::from),
+            strides: [
+                stride(rows.token_stride, lengths.tokens),
+                stride(64, halves),
+                stride(rows.head_stride, heads),
+                stride(rows.sequence_stride, sequences),
+            ],
+            box_sizes: [64, abi::SM90_ATTENTION_ROWS as u32, halves, 1, 1],
+            dtype: work.dtype,
+        }
+    };
+    [
+        map(&work.q, work.query_heads, work.queries),
+        map(&work.k, work.kv_heads, work.keys),
+        map(&work.v, work.kv_heads, work.keys),
+    ]
 }
 
 /// An upper bound of the items of work; at least 1.
-fn items(work: &PrefillAttention, tile_queries: u32) -> u32 {
-    let tiles = tiles(work.sequences, work.queries, tile_queries) * u64::from(work.query_heads);
-    let score_items = tiles_of_keys(work) * u64::from(work.kv_heads);
-    u32::try_from(tiles + if work.scores.is_some() { score_items } else { 0 }).unwrap_or(u32::MAX)
+fn items(work: &PrefillAttention, traits: &Traits) -> u32 {
+    let query_tiles = tiles(work.sequences, work.queries, traits.tile_queries) * u64::from(work.query_heads);
+    let score_items = tiles(work.sequences, work.keys, traits.score_keys) * u64::from(work.kv_heads);
+    u32::try_from(query_tiles + if work.scores.is_some() { score_items } else { 0 }).unwrap_or(u32::MAX)
 }
 
 /// The most tiles of `size` that sequences can have.
 fn tiles(sequences: u32, lengths: Lengths, size: u32) -> u64 {
     u64::from(sequences) * u64::from(lengths.longest.div_ceil(size))
-}
-
-fn tiles_of_keys(work: &PrefillAttention) -> u64 {
-    tiles(work.sequences, work.keys, score_keys(work))
-}
-
-/// Keys of a score item: few enough to even out the end of a launch, enough that reading the queries is
-/// little beside reading the keys. Scores of all queries cost more for each key.
-fn score_keys(work: &PrefillAttention) -> u32 {
-    match work.scores {
-        Some(Scores { window: Window::All, .. }) => 128,
-        _ => 512,
-    }
 }
 
 /// kv heads of a sequence whose keys and values fit a section.
@@ -262,7 +383,10 @@ fn check_shape(work: &PrefillAttention) -> Result<(), Error> {
     if let Some(scores) = work.scores {
         scores.window.check()?;
     }
-    let tiles = tiles(work.sequences, work.queries, form(work).tile_queries).max(tiles_of_keys(work));
+    // The portable form has tiles as small as any.
+    let Traits { tile_queries, score_keys, .. } = portable(work);
+    let of_keys = tiles(work.sequences, work.keys, score_keys);
+    let tiles = tiles(work.sequences, work.queries, tile_queries).max(of_keys);
     if tiles * u64::from(work.query_heads) >= 1 << 30 {
         return Err(Error::argument(
             "sequences",

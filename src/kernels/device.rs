@@ -1,6 +1,7 @@
 //! What a driver needs of a device, and nothing more.
 
-use super::{Error, Kernel};
+use super::{DType, Error, Kernel};
+use crate::abi;
 
 /// One stream of one device. Everything called on it runs in the order of the calls, after the call
 /// has returned; only [`download`](Self::download) and [`synchronize`](Self::synchronize) wait.
@@ -54,6 +55,12 @@ pub trait Device {
     /// what the struct's comments say until the kernel is done.
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error>;
 
+    /// Describes a tensor to the copy engine that chips from Hopper on have.
+    ///
+    /// # Errors
+    /// What the device says of a tensor that it cannot describe, or where it describes none.
+    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error>;
+
     /// Waits for the work queued so far.
     ///
     /// # Errors
@@ -77,6 +84,22 @@ pub trait Device {
 
     /// Streaming multiprocessors: what a persistent grid is sized by.
     fn multiprocessors(&self) -> u32;
+}
+
+/// A tensor of 16-bit elements in five dimensions, innermost first, and the box of it that one copy moves to
+/// shared memory: rows of 128 bytes, with a swizzle of 128 bytes. What lies outside the tensor reads as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMap {
+    /// Device address, a multiple of 16.
+    pub base: u64,
+    /// Elements along each dimension, at least 1.
+    pub sizes: [u64; 5],
+    /// Bytes from one to the next along each dimension but the innermost, multiples of 16 below 2^40.
+    pub strides: [u64; 4],
+    /// Elements of the box along each dimension: 64, then 1 to 256.
+    pub box_sizes: [u32; 5],
+    /// F16 or BF16, which move alike.
+    pub dtype: DType,
 }
 
 /// A kernel and how to start it.

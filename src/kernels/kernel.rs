@@ -115,6 +115,12 @@ kernels! {
         SelectSplit = "fastkv_select_split", SelectParams;
         SelectWrite = "fastkv_select_write", SelectParams;
     }
+    "sm90_attention" {
+        Sm90AttentionF16D64 = "fastkv_sm90_attention_f16_64", Sm90AttentionParams;
+        Sm90AttentionF16D128 = "fastkv_sm90_attention_f16_128", Sm90AttentionParams;
+        Sm90AttentionBf16D64 = "fastkv_sm90_attention_bf16_64", Sm90AttentionParams;
+        Sm90AttentionBf16D128 = "fastkv_sm90_attention_bf16_128", Sm90AttentionParams;
+    }
     "sm90_select" {
         SelectCluster = "fastkv_select_cluster", SelectParams;
     }

@@ -350,6 +350,7 @@ fn plain() -> PrefillAttention {
         scores: None,
         workspace: 0,
         workspace_bytes: 0,
+        form: None,
     }
 }
 

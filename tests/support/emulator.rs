@@ -3,10 +3,10 @@
 use std::cell::RefCell;
 
 use fastkv::{
-    abi::Rows,
-    kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, images},
+    abi::{self, Rows},
+    kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, TensorMap, images},
 };
-use ptx_emulator::{Counters, Schedule};
+use ptx_emulator::{Counters, Schedule, Swizzle};
 
 use super::number::{decode, encode};
 
@@ -90,6 +90,19 @@ impl Device for Emulator {
             ptx_emulator::Launch { kernel: kernel.entry(), grid, cluster, block, shared_bytes, params };
         *self.counters.borrow_mut() = self.device.borrow_mut().launch(&launch).map_err(failed("launch"))?;
         Ok(())
+    }
+
+    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
+        let map = ptx_emulator::TensorMap {
+            address: tensor.base,
+            element_bytes: tensor.dtype.bytes(),
+            sizes: &tensor.sizes,
+            strides: &tensor.strides,
+            box_sizes: &tensor.box_sizes,
+            swizzle: Swizzle::Bytes128,
+        };
+        let words = bytemuck::cast(map.encode().map_err(failed("tensor_map"))?);
+        Ok(abi::TensorMap { words })
     }
 
     fn synchronize(&self) -> Result<(), Error> {

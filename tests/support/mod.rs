@@ -22,19 +22,19 @@ use fastkv::kernels::MatrixProduct;
 pub(crate) struct Check<D> {
     /// Family and what is checked, as `gather_kv_edges`.
     pub(crate) name: &'static str,
-    /// Whether compute capability 9.0 has a kernel of its own for it.
+    /// Whether it is of a kernel that compute capability 9.0 alone has.
     pub(crate) hopper: bool,
     /// Takes a seed, for checks that draw shapes and contents.
     pub(crate) run: fn(&D, u64) -> Result<(), String>,
 }
 
 impl<D> Check<D> {
-    /// A check of a kernel that is the same on every chip.
+    /// A check of a kernel that every chip has.
     pub(crate) fn portable(name: &'static str, run: fn(&D, u64) -> Result<(), String>) -> Self {
         Self { name, hopper: false, run }
     }
 
-    /// A check of something that Hopper does in its own way.
+    /// A check of a kernel that Hopper alone has.
     pub(crate) fn hopper(name: &'static str, run: fn(&D, u64) -> Result<(), String>) -> Self {
         Self { name, hopper: true, run }
     }

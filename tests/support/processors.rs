@@ -1,6 +1,9 @@
 //! A device that says it has another number of multiprocessors: results must not depend on it.
 
-use fastkv::kernels::{Device, Error, Launch};
+use fastkv::{
+    abi,
+    kernels::{Device, Error, Launch, TensorMap},
+};
 
 pub(crate) struct Processors<'a, D> {
     pub(crate) device: &'a D,
@@ -42,6 +45,10 @@ impl<D: Device> Device for Processors<'_, D> {
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
         // SAFETY: the caller's promise.
         unsafe { self.device.launch(launch) }
+    }
+
+    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
+        self.device.tensor_map(tensor)
     }
 
     fn synchronize(&self) -> Result<(), Error> {

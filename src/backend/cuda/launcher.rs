@@ -13,7 +13,10 @@ use super::{
     cublaslt::{self, CublasLt},
     probe::{self, Unavailable},
 };
-use crate::kernels::{Device, Error, Kernel, Launch, Matmul, MatrixProduct, images};
+use crate::{
+    abi,
+    kernels::{Device, Error, Kernel, Launch, Matmul, MatrixProduct, TensorMap, images},
+};
 
 /// One stream of one GPU, with every kernel loaded.
 ///
@@ -167,6 +170,29 @@ impl Device for CudaLauncher {
         })
     }
 
+    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
+        let mut map = CuTensorMap([0; 16]);
+        let ones = [1_u32; 5];
+        // SAFETY: arrays of as many numbers as there are dimensions, less one for strides, and room for a map.
+        self.call("cuTensorMapEncodeTiled", || unsafe {
+            sys::cuTensorMapEncodeTiled(
+                (&raw mut map).cast(),
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                tensor.sizes.len() as u32,
+                tensor.base as *mut c_void,
+                tensor.sizes.as_ptr(),
+                tensor.strides.as_ptr(),
+                tensor.box_sizes.as_ptr(),
+                ones.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        })?;
+        Ok(abi::TensorMap { words: map.0 })
+    }
+
     fn synchronize(&self) -> Result<(), Error> {
         // SAFETY: the stream is alive: ours, or the caller's by the promise of `on_stream`.
         self.call("cuStreamSynchronize", || unsafe { sys::cuStreamSynchronize(self.stream) })
@@ -240,6 +266,10 @@ impl Drop for CudaEvent {
 
 /// Below it some driver functions that cudarc calls are missing, and it panics.
 const OLDEST_DRIVER: (u32, u32) = (12, 8);
+
+/// A `CUtensorMap`, aligned as the driver wants it.
+#[repr(C, align(128))]
+struct CuTensorMap([u64; 16]);
 
 #[derive(Debug)]
 struct Loaded {

@@ -1,0 +1,548 @@
+// Causal prefill attention on Hopper: FlashAttention-3 (Shah et al., arXiv 2407.08608) over ragged batches,
+// with queries at explicit positions and scores in the same launch. What it computes is what the portable
+// form in attention.cu computes.
+//
+// Two warpgroups have 64 queries each and multiply; one warp fills rings of two tiles of keys and two of
+// values by the copy engine. A warpgroup asks for the products of its next keys, then for those of its last
+// probabilities with their values, and does the softmax of the first while the second go on; meanwhile the
+// other warpgroup has the tensor cores, since the two take turns.
+//
+// Keys go by from the last that a row sees down to the first; those that every row of a warpgroup sees
+// come without a mask.
+
+#include "abi.h"
+#include "attention/mask.cuh"
+#include "attention/score.cuh"
+#include "attention/softmax.cuh"
+#include "attention/work.cuh"
+#include "batch.cuh"
+#include "primitives/convert.cuh"
+#include "primitives/global.cuh"
+#include "primitives/ldmatrix.cuh"
+#include "primitives/registers.cuh"
+#include "primitives/shared.cuh"
+#include "primitives/tma.cuh"
+#include "primitives/wgmma.cuh"
+
+static_assert(sizeof(fastkv_sm90_attention_params) == 704, "src/abi.rs was generated for another layout");
+
+namespace {
+
+// Queries of a tile, and keys of one.
+constexpr int32_t ROWS = FASTKV_SM90_ATTENTION_ROWS;
+constexpr int32_t GROUP_ROWS = 64; // of a warpgroup
+constexpr int32_t GROUPS = ROWS / GROUP_ROWS;
+constexpr int32_t GROUP_THREADS = 128;
+constexpr int32_t CONSUMERS = GROUPS * GROUP_THREADS;
+constexpr int32_t THREADS = CONSUMERS + GROUP_THREADS;
+static_assert(THREADS == FASTKV_SM90_ATTENTION_THREADS, "the driver starts as many");
+constexpr int32_t STAGES = 2;
+
+// Tiles as they lie in shared memory: 64 columns of all rows, then the next 64.
+constexpr uint32_t HALF_BYTES = ROWS * 128;
+template <int d>
+constexpr uint32_t TILE_BYTES = d / 64 * HALF_BYTES;
+
+// Where a chunk of 16 bytes of a row lies in a tile.
+__device__ __forceinline__ uint32_t chunk_offset(int32_t row, int32_t chunk) {
+    return chunk / 8 * HALF_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
+}
+
+// The kernel's parameters, where the copy engine can read the maps.
+struct alignas(64) Params {
+    fastkv_sm90_attention_params of;
+};
+
+// What consumers have to know of an item.
+struct Item {
+    int32_t number;
+    QueryTile tile; // and what belongs to it, where it is one:
+    Span queries;
+    Span keys;
+    int32_t blocks;         // tiles of keys that any row sees
+    int32_t all_see[GROUPS]; // of these, the first so many are seen by every row of a warpgroup
+};
+
+struct Shared {
+    uint64_t full_q, empty_q;
+    uint64_t full_k[STAGES], empty_k[STAGES];
+    uint64_t full_v[STAGES], empty_v[STAGES];
+    Item item;
+    Work work;
+    int32_t next; // score item
+    // The last tile of values in which a warpgroup found some that are not finite, by its turn.
+    uint32_t not_finite[GROUPS];
+};
+
+// The parts of dynamic shared memory.
+template <int d>
+struct Tiles {
+    uint32_t q; // the others follow
+
+    __device__ __forceinline__ uint32_t k(uint32_t turn) const { return q + (1 + turn % STAGES) * TILE_BYTES<d>; }
+
+    __device__ __forceinline__ uint32_t v(uint32_t turn) const {
+        return q + (1 + STAGES + turn % STAGES) * TILE_BYTES<d>;
+    }
+
+    // Of a warpgroup: values without those that are not finite.
+    __device__ __forceinline__ uint32_t cleaned(int32_t group) const {
+        return q + (1 + 2 * STAGES + group) * TILE_BYTES<d>;
+    }
+};
+
+// The same number in all lanes, known to be so.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
+// -- The producer: one warp, whose first lane fills the rings.
+
+template <int d>
+struct Producer {
+    const Params& params;
+    Shared& shared;
+    Tiles<d> tiles;
+    // Tiles of keys so far: where the rings stand.
+    uint32_t turn;
+
+    __device__ __forceinline__ const fastkv_prefill_attention_params& p() const { return params.of.attention; }
+
+    // Finds out what an item is. For the whole warp.
+    __device__ __forceinline__ Item find(int32_t number) const {
+        Item item = {number};
+        if (number >= shared.work.tile_items) {
+            return item;
+        }
+        item.tile = query_tile(p(), shared.work, ROWS, number);
+        item.queries = query_axis(p()).span(item.tile.tile.sequence);
+        item.keys = key_axis(p()).span(item.tile.tile.sequence);
+        int32_t most = -1;
+#pragma unroll
+        for (int32_t group = 0; group < GROUPS; ++group) {
+            int32_t least = INT32_MAX;
+            for (int32_t i = 0; i < GROUP_ROWS; i += 32) {
+                const int32_t row = item.tile.tile.index * ROWS + group * GROUP_ROWS + i + threadIdx.x % 32;
+                if (row < item.queries.tokens) {
+                    const int32_t last = last_key(p(), item.queries, item.keys, row);
+                    least = min(least, last);
+                    most = max(most, last);
+                }
+            }
+            // Rows past the last query see everything.
+            item.all_see[group] = (min(__reduce_min_sync(~0u, least), INT32_MAX - 1) + 1) / ROWS;
+        }
+        item.blocks = (__reduce_max_sync(~0u, most) + ROWS) / ROWS;
+        return item;
+    }
+
+    // A tile of a tensor whose sequences lie apart, or are packed along the token axis.
+    __device__ __forceinline__ void load(uint32_t to, const fastkv_tensor_map& map, uint64_t cu_seqlens,
+                                         const Item& item, int32_t token, int32_t head, uint64_t& full) const {
+        mbarrier_arrive_expecting(full, TILE_BYTES<d>);
+        copy_tile(to, &map, {0, token, 0, head, cu_seqlens ? 0 : item.tile.tile.sequence}, full);
+    }
+
+    __device__ __forceinline__ void load_keys(const Item& item, uint32_t turn, int32_t block, int32_t head) const {
+        const uint32_t stage = turn % STAGES;
+        mbarrier_wait(shared.empty_k[stage], ~turn / STAGES % 2);
+        load(tiles.k(turn), params.of.k, p().cu_seqlens_k, item, item.keys.first + block * ROWS, head,
+             shared.full_k[stage]);
+    }
+
+    __device__ __forceinline__ void load_values(const Item& item, uint32_t turn, int32_t block, int32_t head) const {
+        const uint32_t stage = turn % STAGES;
+        mbarrier_wait(shared.empty_v[stage], ~turn / STAGES % 2);
+        load(tiles.v(turn), params.of.v, p().cu_seqlens_k, item, item.keys.first + block * ROWS, head,
+             shared.full_v[stage]);
+    }
+
+    // All tiles of an item, in the order of their use: values come one behind their keys.
+    __device__ __forceinline__ void feed(const Item& item, uint32_t round, int32_t& next) {
+        const int32_t kv_head = item.tile.head / (p().query_heads / p().kv_heads);
+        int32_t block = item.blocks - 1;
+        if (block >= 0) {
+            load_keys(item, turn, block, kv_head);
+        }
+        mbarrier_wait(shared.empty_q, ~round % 2);
+        shared.item = item;
+        if (block >= 0) {
+            load(tiles.q, params.of.q, p().cu_seqlens_q, item,
+                 item.queries.first + item.tile.tile.index * ROWS, item.tile.head, shared.full_q);
+        } else {
+            mbarrier_arrive(shared.full_q);
+        }
+        // Asked for now, the next item is known once this one is fed.
+        next = take_item(p());
+#pragma unroll 1
+        for (; block > 0; --block, ++turn) {
+            load_keys(item, turn + 1, block - 1, kv_head);
+            load_values(item, turn, block, kv_head);
+        }
+        if (block == 0) {
+            load_values(item, turn++, 0, kv_head);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        const bool leads = threadIdx.x % 32 == 0;
+        int32_t next = leads ? take_item(p()) : 0;
+        turn = 0;
+#pragma unroll 1
+        for (uint32_t round = 0;; ++round) {
+            const Item item = find(__shfl_sync(~0u, next, 0));
+            if (item.number >= shared.work.tile_items) {
+                if (leads) {
+                    mbarrier_wait(shared.empty_q, ~round % 2);
+                    shared.item.number = item.number;
+                    mbarrier_arrive(shared.full_q);
+                }
+                return;
+            }
+            if (leads) {
+                feed(item, round, next);
+            }
+            __syncwarp();
+        }
+    }
+};
+
+// -- A consumer: a warpgroup with half of the queries.
+
+template <typename T, int d>
+struct Consumer {
+    // Column blocks of the logits and of the output.
+    static constexpr int S = ROWS / 8;
+    static constexpr int O = d / 8;
+
+    const fastkv_prefill_attention_params& p;
+    Shared& shared;
+    Tiles<d> tiles;
+    int32_t group;
+    uint32_t turn; // tiles of keys so far
+
+    Softmax softmax;
+    float s[S][4];
+    float out[O][4];
+    uint32_t weights[S / 2][4]; // probabilities of the last tile of keys
+    uint32_t values;            // and where its values are
+    int32_t last[2];            // keys that this thread's two rows see
+    float shrink[2];
+
+    // The thread's first row of a tile; the other is 8 further down.
+    __device__ __forceinline__ int32_t row() const {
+        return group * GROUP_ROWS + threadIdx.x % GROUP_THREADS / 32 * 16 + threadIdx.x % 32 / 4;
+    }
+
+    __device__ __forceinline__ void meet() const { barrier_sync<GROUP_THREADS>(1 + GROUPS + group); }
+
+    // This warp is done with a tile.
+    __device__ __forceinline__ void release(uint64_t& empty) const {
+        if (threadIdx.x % 32 == 0) {
+            mbarrier_arrive(empty);
+        }
+    }
+
+    __device__ __forceinline__ void multiply_keys() {
+        const Matrix queries(uniform(tiles.q + group * GROUP_ROWS * 128));
+        const Matrix keys(uniform(tiles.k(turn)));
+        products_fence();
+#pragma unroll
+        for (int step = 0; step < d / 16; ++step) {
+            const uint32_t at = step / 4 * HALF_BYTES + step % 4 * 32;
+            multiply_rows<T>(s, queries.plus(at), keys.plus(at), step > 0);
+        }
+        products_commit();
+    }
+
+    __device__ __forceinline__ void multiply_values() {
+        const Matrix matrix(uniform(values), HALF_BYTES);
+        products_fence();
+#pragma unroll
+        for (int step = 0; step < ROWS / 16; ++step) {
+            multiply_columns<T>(out, weights[step], matrix.plus(step * 16 * 128));
+        }
+        products_commit();
+    }
+
+    __device__ __forceinline__ void pack_weights() {
+#pragma unroll
+        for (int step = 0; step < S / 2; ++step) {
+            const float(&left)[4] = s[2 * step];
+            const float(&right)[4] = s[2 * step + 1];
+            weights[step][0] = pack<T>(left[0], left[1]);
+            weights[step][1] = pack<T>(left[2], left[3]);
+            weights[step][2] = pack<T>(right[0], right[1]);
+            weights[step][3] = pack<T>(right[2], right[3]);
+        }
+    }
+
+    // The softmax of the logits of a tile.
+    template <bool masked>
+    __device__ __forceinline__ void update(int32_t block) {
+        if (masked) {
+            hide(s, last[0] - block * ROWS, last[1] - block * ROWS);
+        }
+        softmax.template update<masked>(s, p.scale * LOG2_E, shrink);
+    }
+
+    // Whether a share of the present tile of values holds one that is not finite. In a pair of elements
+    // the bits of the exponents are all set where they and their lowest carry into the bit above.
+    __device__ __forceinline__ bool own_values_finite() const {
+        constexpr uint32_t BITS = EXPONENT<T> * 0x10001u;
+        constexpr uint32_t LOWEST = BITS & ~(BITS << 1);
+        uint32_t carries = 0;
+#pragma unroll 4
+        for (uint32_t at = threadIdx.x % GROUP_THREADS * 16; at < TILE_BYTES<d>; at += GROUP_THREADS * 16) {
+            const uint4 four = load_shared_vector(tiles.v(turn) + at);
+            carries |= ((four.x & BITS) + LOWEST) | ((four.y & BITS) + LOWEST) | ((four.z & BITS) + LOWEST) |
+                       ((four.w & BITS) + LOWEST);
+        }
+        return (carries & 0x80008000) == 0;
+    }
+
+    // Adds values that are not finite to the rows that see their key, and has the product take a copy of
+    // the tile with zeros in their place, so that rows that do not see it can multiply it by their
+    // probability of 0.
+    __device__ __forceinline__ void take_out_not_finite(int32_t block) {
+        const uint32_t from = tiles.v(turn);
+#pragma unroll 1
+        for (int32_t key = 0; key < ROWS; ++key) {
+#pragma unroll
+            for (int j = 0; j < O; ++j) {
+                const uint32_t pair = load_shared(from + chunk_offset(key, j) + threadIdx.x % 4 * 4);
+                if (!finite<T>(pair) || !finite<T>(pair >> 16)) {
+                    const float first = finite<T>(pair) ? 0.0f : widen<T>(pair);
+                    const float second = finite<T>(pair >> 16) ? 0.0f : widen<T>(pair >> 16);
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        if (key <= last[half] - block * ROWS) {
+                            out[j][2 * half] += first;
+                            out[j][2 * half + 1] += second;
+                        }
+                    }
+                }
+            }
+        }
+        values = tiles.cleaned(group);
+#pragma unroll 1
+        for (uint32_t at = threadIdx.x % GROUP_THREADS * 4; at < TILE_BYTES<d>; at += GROUP_THREADS * 4) {
+            store_shared(values + at, finite_part<T>(load_shared(from + at)));
+        }
+        fence_proxy();
+        meet();
+    }
+
+    // After the softmax of a tile: its probabilities, and where its values are.
+    template <bool masked>
+    __device__ __forceinline__ void finish_tile(int32_t block) {
+        pack_weights();
+#pragma unroll
+        for (int j = 0; j < O; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                out[j][i] *= shrink[i / 2];
+            }
+        }
+        values = tiles.v(turn);
+        if (masked) {
+            mbarrier_wait(shared.full_v[turn % STAGES], turn / STAGES % 2);
+            if (!own_values_finite()) {
+                atomicExch(&shared.not_finite[group], turn + 1);
+            }
+            meet();
+            const bool all_finite = *static_cast<volatile uint32_t*>(&shared.not_finite[group]) != turn + 1;
+            if (!all_finite) {
+                take_out_not_finite(block);
+            }
+        }
+    }
+
+    // Logits of one tile of keys while the values of the tile before are multiplied.
+    template <bool masked>
+    __device__ __forceinline__ void step(int32_t block) {
+        const uint32_t before = turn++;
+        mbarrier_wait(shared.full_k[turn % STAGES], turn / STAGES % 2);
+        barrier_sync<CONSUMERS>(1 + group);
+        multiply_keys();
+        mbarrier_wait(shared.full_v[before % STAGES], before / STAGES % 2);
+        multiply_values();
+        barrier_arrive<CONSUMERS>(1 + (group ^ 1));
+        products_wait<1>(s);
+        release(shared.empty_k[turn % STAGES]);
+        update<masked>(block);
+        products_wait<0>(out);
+        release(shared.empty_v[before % STAGES]);
+        finish_tile<masked>(block);
+    }
+
+    __device__ __forceinline__ void attend(const Item& item) {
+        int32_t block = int32_t(uniform(item.blocks)) - 1;
+        const int32_t all_see = uniform(item.all_see[group]);
+        mbarrier_wait(shared.full_k[turn % STAGES], turn / STAGES % 2);
+        multiply_keys();
+        products_wait<0>(s);
+        release(shared.empty_k[turn % STAGES]);
+        update<true>(block);
+        finish_tile<true>(block);
+#pragma unroll 1
+        while (--block >= all_see) {
+            step<true>(block);
+        }
+#pragma unroll 1
+        for (; block >= 0; --block) {
+            step<false>(block);
+        }
+        mbarrier_wait(shared.full_v[turn % STAGES], turn / STAGES % 2);
+        multiply_values();
+        products_wait<0>(out);
+        release(shared.empty_v[turn % STAGES]);
+        ++turn;
+    }
+
+    // Output and LSE. The output goes by way of the warp's own queries in shared memory, so that it leaves
+    // in whole rows.
+    __device__ __forceinline__ void store_rows(const Item& item) {
+        const int32_t lane = threadIdx.x % 32;
+        const int32_t left = item.queries.tokens - item.tile.tile.index * ROWS; // rows of the tile
+        float normalize[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float lse;
+            softmax.finish(half, p.scale, normalize[half], lse);
+            const int32_t own = row() + 8 * half;
+            if (p.lse && lane % 4 == 0 && own < left) {
+                const int64_t place = item.queries.row + item.tile.tile.index * ROWS + own;
+                reinterpret_cast<float*>(p.lse)[item.tile.head * p.lse_stride + place] = lse;
+            }
+        }
+        const int32_t first = row() - lane / 4;
+#pragma unroll
+        for (int j = 0; j < O; j += 2) {
+            const uint32_t words[4] = {
+                pack<T>(out[j][0] * normalize[0], out[j][1] * normalize[0]),
+                pack<T>(out[j][2] * normalize[1], out[j][3] * normalize[1]),
+                pack<T>(out[j + 1][0] * normalize[0], out[j + 1][1] * normalize[0]),
+                pack<T>(out[j + 1][2] * normalize[1], out[j + 1][3] * normalize[1]),
+            };
+            stmatrix(tiles.q + chunk_offset(first + lane % 16, j + lane / 16), words);
+        }
+        __syncwarp();
+        const uint64_t to = row_address(p.out, item.tile.tile.sequence, item.tile.head,
+                                        item.queries.first + item.tile.tile.index * ROWS);
+#pragma unroll
+        for (int32_t index = lane; index < 16 * O; index += 32) {
+            const int32_t own = first + index / O;
+            if (own < left) {
+                store(to + 2 * own * p.out.token_stride + index % O * 16,
+                      load_shared_vector(tiles.q + chunk_offset(own, index % O)));
+            }
+        }
+        // The next queries are copied to where these rows were.
+        fence_proxy();
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void run() {
+        turn = 0;
+        // The second lets the first begin.
+        if (group == 1) {
+            barrier_arrive<CONSUMERS>(1);
+        }
+#pragma unroll 1
+        for (uint32_t round = 0;; ++round) {
+            mbarrier_wait(shared.full_q, round % 2);
+            const Item& item = shared.item;
+            if (item.number >= shared.work.tile_items) {
+                return;
+            }
+            softmax = {};
+#pragma unroll
+            for (int j = 0; j < O; ++j) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    out[j][i] = 0.0f;
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int32_t own = item.tile.tile.index * ROWS + row() + 8 * half;
+                last[half] = own < item.queries.tokens ? last_key(p, item.queries, item.keys, own) : INT32_MAX;
+            }
+            if (uniform(item.blocks) > 0) {
+                attend(item);
+            }
+            // Read before the producer may write the next item, which it may once all warps are done here.
+            const QueryTile tile = item.tile;
+            const int32_t queries = item.queries.tokens;
+            store_rows(item);
+            release(shared.empty_q);
+            if (p.scores) {
+                meet();
+                if (threadIdx.x % GROUP_THREADS == 0) {
+                    signal_tile(p, tile, queries, ROWS);
+                }
+            }
+        }
+    }
+};
+
+template <typename T, int d>
+__device__ __forceinline__ void prefill_attention(const Params& params) {
+    extern __shared__ uint8_t dynamic[];
+    __shared__ Shared shared;
+    const fastkv_prefill_attention_params& p = params.of.attention;
+    const Tiles<d> tiles = {(shared_address(dynamic) + 1023) / 1024 * 1024};
+    if (threadIdx.x == 0) {
+        mbarrier_init(shared.full_q, 1);
+        mbarrier_init(shared.empty_q, CONSUMERS / 32);
+        for (int32_t stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(shared.full_k[stage], 1);
+            mbarrier_init(shared.empty_k[stage], CONSUMERS / 32);
+            mbarrier_init(shared.full_v[stage], 1);
+            mbarrier_init(shared.empty_v[stage], CONSUMERS / 32);
+        }
+        mbarrier_init_fence();
+        for (int32_t group = 0; group < GROUPS; ++group) {
+            shared.not_finite[group] = 0;
+        }
+    }
+    if (threadIdx.x < 32) {
+        shared.work.count(p, ROWS);
+    }
+    __syncthreads();
+    if (threadIdx.x >= CONSUMERS) {
+        give_registers<40>();
+        if (threadIdx.x < CONSUMERS + 32) {
+            Producer<d>{params, shared, tiles}.run();
+        }
+        return;
+    }
+    take_registers<232>();
+    Consumer<T, d>{p, shared, tiles, int32_t(uniform(threadIdx.x / GROUP_THREADS))}.run();
+    // The producer is gone; what is left of the block scores keys.
+    int32_t number = shared.item.number;
+    while (number < shared.work.items) {
+        const ScoreItem item = score_item(p, number - shared.work.tile_items);
+        score<T, d, CONSUMERS / 32, ROWS, GROUPS>(p, item, tiles.q);
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            shared.next = take_item(p);
+        }
+        __syncthreads();
+        number = shared.next;
+    }
+}
+
+} // namespace
+
+// Grid: as many blocks as SMs, or fewer. Dynamic shared memory: a tile of queries, two of keys, two of
+// values, two of cleaned values, and 1 KB to align them.
+#define FASTKV_SM90_ATTENTION(name, type, d)                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                               \
+        fastkv_sm90_attention_##name##_##d(__grid_constant__ const Params params) {                         \
+        prefill_attention<type, d>(params);                                                                 \
+    }
+
+FASTKV_SM90_ATTENTION(f16, F16, 64)
+FASTKV_SM90_ATTENTION(f16, F16, 128)
+FASTKV_SM90_ATTENTION(bf16, BF16, 64)
+FASTKV_SM90_ATTENTION(bf16, BF16, 128)
