@@ -61,6 +61,11 @@ pub trait Backend: Debug {
         bias: Option<&Self::Weight>,
     ) -> Result<Self::Tensor, BackendError>;
 
+    /// Logits: `x · headᵀ`, in f32 also where activations are narrower.
+    fn logits(&self, x: &Self::Tensor, head: &Self::Weight) -> Result<Self::Tensor, BackendError> {
+        self.linear(x, head, None)
+    }
+
     /// `silu(gate) · up`, element by element.
     fn swiglu(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor, BackendError>;
 

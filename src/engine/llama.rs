@@ -85,7 +85,7 @@ impl<B: Backend> Llama<B> {
         row: usize,
     ) -> Result<Vec<f32>, EngineError> {
         let normed = backend.rms_norm(hidden, row..row + 1, &self.norm, self.config.rms_norm_eps)?;
-        let logits = backend.read(&backend.linear(&normed, &self.lm_head, None)?)?;
+        let logits = backend.read(&backend.logits(&normed, &self.lm_head)?)?;
         self.check_logits(&logits)?;
         Ok(logits)
     }
