@@ -27,7 +27,7 @@ use crate::kernels::norm::{RmsNorm, rms_norm};
 use crate::kernels::rope::{Append, Rope, rope};
 use crate::kernels::{DType, Device, Matmul, MatrixProduct};
 use crate::model::{Dtype, StoredTensor};
-use crate::policy::Pooling;
+use crate::policy::{MAX_WINDOW, Pooling};
 
 /// A GPU, or what stands for one in tests. Products, attention and the cache are in the model's 16-bit
 /// type with sums in f32; the residual stream is f32 (see [`RmsNorm`] for why), and so are scores and the
@@ -37,6 +37,7 @@ pub struct CudaBackend<D: Device = CudaLauncher> {
     machine: Arc<Machine<D>>,
     name: String,
     dtype: DType,
+    chunk_rows: usize,
     /// Scratch memory of matrix products, which run one after the other.
     workspace: Block<D>,
     workspace_bytes: usize,
@@ -64,7 +65,16 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
         let machine = Arc::new(Machine::new(device));
         let workspace = machine.block("the scratch memory of matrix products", workspace_bytes)?;
         let name = format!("{}, {}", name.into(), if dtype == DType::F16 { "f16" } else { "bf16" });
-        Ok(Self { machine, name, dtype, workspace, workspace_bytes, frequencies: Mutex::default() })
+        let chunk_rows = CHUNK_ROWS;
+        let frequencies = Mutex::default();
+        Ok(Self { machine, name, dtype, chunk_rows, workspace, workspace_bytes, frequencies })
+    }
+
+    /// Passes of another number of rows through a layer; at least [`MAX_WINDOW`].
+    #[must_use]
+    pub fn with_chunk_rows(mut self, rows: usize) -> Self {
+        self.chunk_rows = rows.max(MAX_WINDOW);
+        self
     }
 
     /// The device it runs on.
@@ -265,7 +275,7 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
     }
 
     fn chunk_rows(&self) -> usize {
-        CHUNK_ROWS
+        self.chunk_rows
     }
 
     fn weight(&self, stored: &StoredTensor) -> Result<Weight<D>, BackendError> {
