@@ -102,6 +102,11 @@ impl<D: Device> Tensor<D> {
 }
 
 impl<D: Device> Weight<D> {
+    /// Where its elements lie.
+    pub fn address(&self) -> u64 {
+        self.block.address()
+    }
+
     /// Rows and columns of a matrix.
     pub(super) fn matrix(&self, operation: &'static str) -> Result<(usize, usize), BackendError> {
         match self.shape[..] {
