@@ -38,6 +38,11 @@ pub trait Backend: Debug {
     /// has to hold the window.
     fn chunk_rows(&self) -> usize;
 
+    /// Bytes that are free in a memory of its own; `None` where it shares the machine's.
+    fn free_memory(&self) -> Option<u64> {
+        None
+    }
+
     /// Makes a stored tensor usable.
     fn weight(&self, stored: &StoredTensor) -> Result<Self::Weight, BackendError>;
 

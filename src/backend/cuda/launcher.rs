@@ -110,6 +110,13 @@ impl Device for CudaLauncher {
         Ok(address)
     }
 
+    fn free_memory(&self) -> Option<u64> {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both outlive the call.
+        self.call("cuMemGetInfo", || unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }).ok()?;
+        Some(free as u64)
+    }
+
     unsafe fn free(&self, address: u64) -> Result<(), Error> {
         // SAFETY: the caller's promise.
         self.call("cuMemFreeAsync", || unsafe { sys::cuMemFreeAsync(address, self.stream) })

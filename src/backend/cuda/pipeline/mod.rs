@@ -278,6 +278,10 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         self.chunk_rows
     }
 
+    fn free_memory(&self) -> Option<u64> {
+        self.device().free_memory()
+    }
+
     fn weight(&self, stored: &StoredTensor) -> Result<Weight<D>, BackendError> {
         let same = match stored.dtype() {
             Dtype::Bf16 => self.dtype == DType::BF16,
