@@ -21,6 +21,9 @@ pub enum BackendError {
     /// An operation that this backend does not have.
     #[error("this backend has no {0} yet: run this policy on the cpu")]
     Unsupported(&'static str),
+    /// A kernel or a device that failed.
+    #[error(transparent)]
+    Device(#[from] crate::kernels::Error),
     /// The thread pool could not be made.
     #[error("{threads} worker threads could not be started: {reason}")]
     Threads {

@@ -38,6 +38,11 @@ pub trait Backend: Debug {
     /// has to hold the window.
     fn chunk_rows(&self) -> usize;
 
+    /// Bytes that are free in a memory of its own; `None` where it shares the machine's.
+    fn free_memory(&self) -> Option<u64> {
+        None
+    }
+
     /// Makes a stored tensor usable.
     fn weight(&self, stored: &StoredTensor) -> Result<Self::Weight, BackendError>;
 
@@ -60,6 +65,11 @@ pub trait Backend: Debug {
         weight: &Self::Weight,
         bias: Option<&Self::Weight>,
     ) -> Result<Self::Tensor, BackendError>;
+
+    /// Logits: `x · headᵀ`, in f32 also where activations are narrower.
+    fn logits(&self, x: &Self::Tensor, head: &Self::Weight) -> Result<Self::Tensor, BackendError> {
+        self.linear(x, head, None)
+    }
 
     /// `silu(gate) · up`, element by element.
     fn swiglu(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor, BackendError>;

@@ -1,10 +1,11 @@
 //! A Llama decoder on a backend: the steps of a layer, for any rows of the residual stream.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use super::EngineError;
-use crate::backend::Backend;
-use crate::model::{self, LlamaConfig, ModelDir};
+use crate::backend::{Backend, BackendError};
+use crate::model::{LlamaConfig, ModelDir};
 use crate::policy::ModelShape;
 
 /// The weights of a model.
@@ -49,16 +50,27 @@ struct Linear<B: Backend> {
 impl<B: Backend> Llama<B> {
     pub(super) fn load(backend: &B, model: &ModelDir) -> Result<Self, EngineError> {
         let weights = &model.weights;
+        let stored: HashMap<_, _> = weights.tensors().map(|tensor| (tensor.name(), tensor)).collect();
+        // Only the output projection can be missing, where it is the embedding.
+        Self::new(model.config.clone(), |name, _| {
+            backend.weight(stored.get(name).copied().unwrap_or(&weights.lm_head))
+        })
+    }
+
+    /// Weights by the names that Hugging Face gives them, each of the shape that is told.
+    pub(super) fn new(
+        config: LlamaConfig,
+        mut weight: impl FnMut(&str, &[usize]) -> Result<B::Weight, BackendError>,
+    ) -> Result<Self, EngineError> {
+        let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
         Ok(Self {
-            config: model.config.clone(),
-            embedding: backend.weight(&weights.embedding)?,
-            layers: weights
-                .layers
-                .iter()
-                .map(|layer| Layer::load(backend, layer))
+            embedding: weight("model.embed_tokens.weight", &[vocabulary, hidden])?,
+            layers: (0..config.num_layers)
+                .map(|layer| Layer::new(&config, layer, &mut weight))
                 .collect::<Result<_, _>>()?,
-            norm: backend.weight(&weights.norm)?,
-            lm_head: backend.weight(&weights.lm_head)?,
+            norm: weight("model.norm.weight", &[hidden])?,
+            lm_head: weight("lm_head.weight", &[vocabulary, hidden])?,
+            config,
         })
     }
 
@@ -85,7 +97,7 @@ impl<B: Backend> Llama<B> {
         row: usize,
     ) -> Result<Vec<f32>, EngineError> {
         let normed = backend.rms_norm(hidden, row..row + 1, &self.norm, self.config.rms_norm_eps)?;
-        let logits = backend.read(&backend.linear(&normed, &self.lm_head, None)?)?;
+        let logits = backend.read(&backend.logits(&normed, &self.lm_head)?)?;
         self.check_logits(&logits)?;
         Ok(logits)
     }
@@ -104,21 +116,31 @@ impl<B: Backend> Llama<B> {
 }
 
 impl<B: Backend> Layer<B> {
-    fn load(backend: &B, weights: &model::LayerWeights) -> Result<Self, EngineError> {
-        let linear = |linear: &model::Linear| -> Result<Linear<B>, EngineError> {
-            let bias = linear.bias.as_ref().map(|bias| backend.weight(bias)).transpose()?;
-            Ok(Linear { weight: backend.weight(&linear.weight)?, bias })
+    fn new(
+        config: &LlamaConfig,
+        layer: usize,
+        weight: &mut impl FnMut(&str, &[usize]) -> Result<B::Weight, BackendError>,
+    ) -> Result<Self, EngineError> {
+        let &LlamaConfig { hidden_size: hidden, intermediate_size: inner, .. } = config;
+        let (queries, keys) = (config.query_heads * config.head_dim, config.kv_heads * config.head_dim);
+        let of_layer = |name: &str| format!("model.layers.{layer}.{name}");
+        let mut linear = |name: &str, shape: [usize; 2], bias: bool| -> Result<Linear<B>, EngineError> {
+            Ok(Linear {
+                weight: weight(&of_layer(&format!("{name}.weight")), &shape)?,
+                bias: bias.then(|| weight(&of_layer(&format!("{name}.bias")), &shape[..1])).transpose()?,
+            })
         };
+        let (attention, mlp) = (config.attention_bias, config.mlp_bias);
         Ok(Self {
-            input_norm: backend.weight(&weights.input_norm)?,
-            q: linear(&weights.q)?,
-            k: linear(&weights.k)?,
-            v: linear(&weights.v)?,
-            o: linear(&weights.o)?,
-            post_attention_norm: backend.weight(&weights.post_attention_norm)?,
-            gate: linear(&weights.gate)?,
-            up: linear(&weights.up)?,
-            down: linear(&weights.down)?,
+            q: linear("self_attn.q_proj", [queries, hidden], attention)?,
+            k: linear("self_attn.k_proj", [keys, hidden], attention)?,
+            v: linear("self_attn.v_proj", [keys, hidden], attention)?,
+            o: linear("self_attn.o_proj", [hidden, queries], attention)?,
+            gate: linear("mlp.gate_proj", [inner, hidden], mlp)?,
+            up: linear("mlp.up_proj", [inner, hidden], mlp)?,
+            down: linear("mlp.down_proj", [hidden, inner], mlp)?,
+            input_norm: weight(&of_layer("input_layernorm.weight"), &[hidden])?,
+            post_attention_norm: weight(&of_layer("post_attention_layernorm.weight"), &[hidden])?,
         })
     }
 

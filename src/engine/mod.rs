@@ -12,7 +12,7 @@ mod prefill;
 mod sampler;
 mod trace;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, BackendError};
 use crate::model::{LlamaConfig, ModelDir};
 use crate::policy::ModelShape;
 
@@ -42,6 +42,20 @@ impl<B: Backend> Engine<B> {
     /// Where the backend has no room for them.
     pub fn load(backend: B, model: &ModelDir) -> Result<Self, EngineError> {
         let llama = Llama::load(&backend, model)?;
+        Ok(Self { backend, llama })
+    }
+
+    /// A model whose weights are no file's: `weight` makes each, given the name that Hugging Face has for it and
+    /// its shape.
+    ///
+    /// # Errors
+    /// What `weight` says.
+    pub fn with_weights(
+        backend: B,
+        config: LlamaConfig,
+        mut weight: impl FnMut(&B, &str, &[usize]) -> Result<B::Weight, BackendError>,
+    ) -> Result<Self, EngineError> {
+        let llama = Llama::new(config, |name, shape| weight(&backend, name, shape))?;
         Ok(Self { backend, llama })
     }
 

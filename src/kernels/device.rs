@@ -18,6 +18,11 @@ pub trait Device {
     /// [`Error::Device`] where the device has no room.
     fn alloc(&self, bytes: usize) -> Result<u64, Error>;
 
+    /// Bytes that [`alloc`](Self::alloc) could still give; `None` where the device does not say.
+    fn free_memory(&self) -> Option<u64> {
+        None
+    }
+
     /// Gives memory back once the work queued so far is done with it.
     ///
     /// # Safety

@@ -1,6 +1,6 @@
 //! The PTX emulator as a device: drivers run the kernels that ship, without a GPU.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, fmt, rc::Rc};
 
 use fastkv::{
     abi::{self, Rows},
@@ -10,13 +10,21 @@ use ptx_emulator::{Counters, Schedule, Swizzle};
 
 use super::number::{decode, encode};
 
+/// Clones are the same device.
+#[derive(Clone)]
 pub(crate) struct Emulator {
-    device: RefCell<ptx_emulator::Device>,
+    device: Rc<RefCell<ptx_emulator::Device>>,
     compute_capability: (u32, u32),
     /// Images that were loaded, each before its first launch.
-    loaded: RefCell<Vec<&'static str>>,
+    loaded: Rc<RefCell<Vec<&'static str>>>,
     /// Of the last launch.
-    counters: RefCell<Counters>,
+    counters: Rc<RefCell<Counters>>,
+}
+
+impl fmt::Debug for Emulator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "an emulator of {:?}", self.compute_capability)
+    }
 }
 
 impl Emulator {
@@ -27,10 +35,10 @@ impl Emulator {
         // Tests run side by side.
         device.set_cores(1);
         Self {
-            device: RefCell::new(device),
+            device: Rc::new(RefCell::new(device)),
             compute_capability,
-            loaded: RefCell::default(),
-            counters: RefCell::default(),
+            loaded: Rc::default(),
+            counters: Rc::default(),
         }
     }
 

@@ -3,6 +3,8 @@
 #![allow(dead_code)]
 
 pub(crate) mod attention;
+#[cfg(feature = "pipeline")]
+pub(crate) mod backend;
 pub(crate) mod decode;
 pub(crate) mod emulator;
 pub(crate) mod gather;
@@ -15,6 +17,9 @@ pub(crate) mod random;
 pub(crate) mod recorder;
 pub(crate) mod scores;
 pub(crate) mod select;
+#[cfg(feature = "pipeline")]
+#[path = "../tiny/mod.rs"]
+pub(crate) mod tiny;
 
 use fastkv::kernels::MatrixProduct;
 
@@ -41,8 +46,10 @@ impl<D> Check<D> {
 }
 
 /// Every check that is small enough for the emulator.
-pub(crate) fn checks<D: MatrixProduct>() -> Vec<Check<D>> {
+pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<D>> {
     [
+        #[cfg(feature = "pipeline")]
+        backend::checks(),
         attention::checks(),
         decode::checks(),
         gather::checks(),

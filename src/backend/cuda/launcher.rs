@@ -1,7 +1,7 @@
 //! [`Device`] on the CUDA driver.
 
 use std::{
-    ffi::{CString, c_void},
+    ffi::{CString, c_uint, c_void},
     mem::MaybeUninit,
     ptr,
     sync::{Arc, OnceLock},
@@ -83,6 +83,17 @@ impl CudaLauncher {
         self.stream.cast()
     }
 
+    /// Whether the driver knows of this host memory, as it does of pinned memory.
+    fn is_known(&self, host: *const c_void) -> Result<bool, Error> {
+        let _current = self.loaded.enter()?;
+        let mut kind: c_uint = 0;
+        let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        // SAFETY: `kind` outlives the call, which reads nothing at the address. It fails for ordinary memory.
+        let asked =
+            unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), attribute, host.addr() as u64) };
+        Ok(asked == sys::CUresult::CUDA_SUCCESS && kind != 0)
+    }
+
     /// Calls the driver with the device's context current.
     fn call(&self, operation: &'static str, f: impl FnOnce() -> sys::CUresult) -> Result<(), Error> {
         let _current = self.loaded.enter()?;
@@ -102,6 +113,13 @@ impl Device for CudaLauncher {
         Ok(address)
     }
 
+    fn free_memory(&self) -> Option<u64> {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both outlive the call.
+        self.call("cuMemGetInfo", || unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }).ok()?;
+        Some(free as u64)
+    }
+
     unsafe fn free(&self, address: u64) -> Result<(), Error> {
         // SAFETY: the caller's promise.
         self.call("cuMemFreeAsync", || unsafe { sys::cuMemFreeAsync(address, self.stream) })
@@ -111,12 +129,12 @@ impl Device for CudaLauncher {
         if from.is_empty() {
             return Ok(());
         }
-        // SAFETY: `from` is readable for its length, the caller vouches for `to`, and the wait below ends
-        // the driver's use of `from` even where that memory is pinned.
+        // SAFETY: `from` is readable for its length, the caller vouches for `to`, and the driver is done with
+        // `from` when we return: it stages memory of the ordinary kind, and for other kinds we wait.
         self.call("cuMemcpyHtoDAsync", || unsafe {
             sys::cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.stream)
         })?;
-        self.synchronize()
+        if self.is_known(from.as_ptr().cast())? { self.synchronize() } else { Ok(()) }
     }
 
     unsafe fn download(&self, to: &mut [u8], from: u64) -> Result<(), Error> {
@@ -301,6 +319,7 @@ impl Loaded {
         let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: `stream` outlives the call.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut self.stream, non_blocking) })?;
+        self.keep_freed_memory()?;
         self.functions = vec![None; Kernel::ALL.len()];
         let mut shared_bytes = 0;
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
@@ -331,6 +350,23 @@ impl Loaded {
                 self.functions[*kernel as usize] = Some(Function(function));
             }
         }
+        Ok(())
+    }
+
+    /// Freed memory stays in the device's pool: to give it back at every wait and map it anew costs far more
+    /// than it frees. The context is current.
+    fn keep_freed_memory(&self) -> Result<(), Unavailable> {
+        let mut pool = ptr::null_mut();
+        // SAFETY: `pool` outlives the call.
+        check("cuDeviceGetDefaultMemPool", unsafe {
+            sys::cuDeviceGetDefaultMemPool(&mut pool, self.device)
+        })?;
+        let mut threshold = u64::MAX;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: a pool that lives as long as the device, and a value of the attribute's type.
+        check("cuMemPoolSetAttribute", unsafe {
+            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast())
+        })?;
         Ok(())
     }
 

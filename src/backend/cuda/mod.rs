@@ -2,11 +2,15 @@
 //! there is none.
 //!
 //! [`probe::devices`] says what there is, without ever panicking; [`CudaLauncher`] runs kernels on one
-//! device.
+//! device, and [`CudaBackend`] models on it.
 
 mod cublaslt;
 mod launcher;
+#[cfg(feature = "pipeline")]
+pub mod pipeline;
 pub mod probe;
 
 pub use launcher::{CudaEvent, CudaLauncher};
+#[cfg(feature = "pipeline")]
+pub use pipeline::CudaBackend;
 pub use probe::Unavailable;

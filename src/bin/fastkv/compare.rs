@@ -15,6 +15,7 @@ use fastkv::policy::{ModelShape, Plan, Policy};
 use serde::Serialize;
 
 use crate::answer::{Answer, Task};
+use crate::device::on;
 use crate::exit::Usage;
 use crate::input::PromptOptions;
 use crate::loading::{self, ModelOptions};
@@ -121,15 +122,17 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let exact_shortcuts = arguments.policy_options.exact_shortcuts();
     let task = Task::new(&model, &prompt, &arguments.answer, exact_shortcuts, cancel)?;
     let more_tokens = prompt.question.len() + arguments.answer.max_tokens;
-    let (backend, device_reason) = arguments.model.machine.backend()?;
-    let device = backend.name();
-    let kv_full_bytes = loading::estimate(&model, &plans[0], 0, &backend).kv_full;
-
-    let engine = arguments.model.load(&model, backend, &plans, more_tokens, arguments.json, cancel);
-    let runs = match engine.and_then(|engine| measure(&task, &engine, names, &plans, arguments)) {
-        Err(error) if exit::is_cancelled(&error) => vec![Vec::new(); plans.len()],
-        runs => runs?,
-    };
+    let (backend, device_reason) = arguments.model.backend(&model)?;
+    let (device, kv_full_bytes, runs) = on!(backend, backend => {
+        let device = backend.name();
+        let kv_full_bytes = loading::estimate(&model, &plans[0], 0, &backend).kv_full;
+        let engine = arguments.model.load(&model, backend, &plans, more_tokens, arguments.json, cancel);
+        let runs = match engine.and_then(|engine| measure(&task, &engine, names, &plans, arguments)) {
+            Err(error) if exit::is_cancelled(&error) => vec![Vec::new(); plans.len()],
+            runs => runs?,
+        };
+        (device, kv_full_bytes, runs)
+    });
     let report = Report {
         model: &model.path,
         device: &device,

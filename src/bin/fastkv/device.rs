@@ -1,8 +1,11 @@
 //! Where to compute.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::ValueEnum;
 use fastkv::backend::cpu::CpuBackend;
+#[cfg(feature = "cuda")]
+use fastkv::backend::cuda::CudaBackend;
+use fastkv::model::ModelDir;
 use serde::Serialize;
 
 /// The devices that can be asked for.
@@ -19,8 +22,8 @@ pub(crate) enum Device {
 /// What there is of CUDA.
 #[derive(Debug, Serialize)]
 pub(crate) struct Cuda {
-    /// Why it is not used.
-    pub(crate) reason: String,
+    /// Why it cannot be used, where it cannot.
+    pub(crate) reason: Option<String>,
     /// CUDA version of the driver.
     pub(crate) driver: Option<(u32, u32)>,
     pub(crate) devices: Vec<Gpu>,
@@ -43,30 +46,87 @@ pub(crate) struct Kernels {
     pub(crate) architectures: &'static [&'static str],
 }
 
-/// The backend to use, and why that one.
-pub(crate) fn backend(device: Device, threads: Option<usize>) -> Result<(CpuBackend, String)> {
+/// A backend of either kind; [`on`](crate::device::on) makes it one of its own type.
+pub(crate) enum Chosen {
+    Cpu(CpuBackend),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaBackend),
+}
+
+/// An expression with the backend that was chosen.
+macro_rules! on {
+    ($chosen:expr, $backend:ident => $body:expr) => {
+        match $chosen {
+            $crate::device::Chosen::Cpu($backend) => $body,
+            #[cfg(feature = "cuda")]
+            $crate::device::Chosen::Cuda($backend) => $body,
+        }
+    };
+}
+pub(crate) use on;
+
+/// The backend to run a model on, and why that one.
+pub(crate) fn backend(
+    device: Device,
+    threads: Option<usize>,
+    model: Option<&ModelDir>,
+) -> Result<(Chosen, String)> {
     let reason = match device {
         Device::Cpu => "asked for".to_owned(),
-        Device::Auto => format!("no CUDA: {}", cuda().reason),
-        Device::Cuda => bail!("--device cuda: {}", cuda().reason),
+        Device::Auto => match cuda_backend(model) {
+            Ok(backend) => return Ok((backend, "a GPU is there".to_owned())),
+            Err(error) => format!("no CUDA: {error:#}"),
+        },
+        Device::Cuda => {
+            let backend = cuda_backend(model).map_err(|error| anyhow::anyhow!("--device cuda: {error:#}"))?;
+            return Ok((backend, "asked for".to_owned()));
+        }
     };
-    Ok((CpuBackend::new(threads)?, reason))
+    Ok((Chosen::Cpu(CpuBackend::new(threads)?), reason))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_backend(model: Option<&ModelDir>) -> Result<Chosen> {
+    use fastkv::backend::cuda::{CudaLauncher, pipeline::HEAD_DIMS, probe};
+    use fastkv::kernels::DType;
+    use fastkv::model::Dtype;
+
+    let (mut dtype, mut head_dim) = (DType::BF16, HEAD_DIMS[0]);
+    if let Some(model) = model {
+        head_dim = model.config.head_dim;
+        if model.weights.embedding.dtype() == Dtype::F16 {
+            dtype = DType::F16;
+        }
+    }
+    anyhow::ensure!(
+        HEAD_DIMS.contains(&head_dim),
+        "the model's heads have a size of {head_dim}; there are kernels for {HEAD_DIMS:?}"
+    );
+    let device = CudaLauncher::new(0)?;
+    let name = probe::devices()?.devices.swap_remove(0).name;
+    Ok(Chosen::Cuda(CudaBackend::new(device, name, dtype)?))
+}
+
+/// There is none in a build without the feature.
+#[cfg(not(feature = "cuda"))]
+fn cuda_backend(_: Option<&ModelDir>) -> Result<Chosen> {
+    anyhow::bail!(NOT_BUILT)
 }
 
 /// Looks for GPUs and kernels.
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda() -> Cuda {
-    use fastkv::backend::cuda::{Unavailable, probe};
+    use fastkv::backend::cuda::{CudaLauncher, probe};
     use fastkv::kernels::images;
 
     let compiled = images::images().iter();
     let kernels = compiled.map(|image| Kernels { name: image.name, architectures: image.archs }).collect();
     match probe::devices() {
         Err(unavailable) => {
-            Cuda { reason: unavailable.to_string(), driver: None, devices: Vec::new(), kernels }
+            Cuda { reason: Some(unavailable.to_string()), driver: None, devices: Vec::new(), kernels }
         }
         Ok(driver) => Cuda {
-            reason: if images::built() { NO_PIPELINE.to_owned() } else { Unavailable::NoKernels.to_string() },
+            reason: CudaLauncher::new(0).err().map(|unavailable| unavailable.to_string()),
             driver: Some(driver.cuda_version),
             devices: driver
                 .devices
@@ -85,9 +145,8 @@ pub(crate) fn cuda() -> Cuda {
 /// There is none in a build without the feature.
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn cuda() -> Cuda {
-    let reason = "this program was built without the feature `cuda`".to_owned();
-    Cuda { reason, driver: None, devices: Vec::new(), kernels: Vec::new() }
+    Cuda { reason: Some(NOT_BUILT.to_owned()), driver: None, devices: Vec::new(), kernels: Vec::new() }
 }
 
-#[cfg(feature = "cuda")]
-const NO_PIPELINE: &str = "this version has kernels, but runs models on the CPU only";
+#[cfg(not(feature = "cuda"))]
+const NOT_BUILT: &str = "this program was built without the feature `cuda`";

@@ -13,6 +13,7 @@ use fastkv::model::{ModelDir, Tokenizer};
 use fastkv::policy::{ModelShape, Policy};
 use serde::Serialize;
 
+use crate::device::on;
 use crate::loading::ModelOptions;
 use crate::options::{PolicyName, PolicyOptions};
 use crate::{output, progress};
@@ -167,36 +168,38 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let shape = ModelShape::from(&model.config);
     arguments.policy_options.complete(&mut policies, &model)?;
     let plans = policies.iter().map(|policy| policy.plan(shape, tokens)).collect::<Result<Vec<_>, _>>()?;
-    let (backend, _) = arguments.model.machine.backend()?;
-    let device = backend.name();
-    let engine = arguments.model.load(&model, backend, &plans, ANSWER_TOKENS, arguments.json, cancel)?;
+    let (backend, _) = arguments.model.backend(&model)?;
+    on!(backend, backend => {
+        let device = backend.name();
+        let engine = arguments.model.load(&model, backend, &plans, ANSWER_TOKENS, arguments.json, cancel)?;
 
-    let examinee = Examinee {
-        engine: &engine,
-        tokenizer: model.tokenizer()?,
-        generation: GenerationOptions {
-            max_tokens: ANSWER_TOKENS,
-            stop_tokens: model.generation.stop_tokens.clone(),
-            ..Default::default()
-        },
-        prefill: PrefillOptions {
-            exact_shortcuts: arguments.policy_options.exact_shortcuts(),
-            slack: ANSWER_TOKENS,
-            ..Default::default()
-        },
-        query_agnostic: arguments.query_agnostic,
-        cancel,
-    };
-    let report = Report {
-        model: &model.path,
-        device: &device,
-        tokens,
-        prompt_seed: arguments.prompt_seed,
-        query_agnostic: arguments.query_agnostic,
-        policies: examine(&examinee, &dialect, &tasks, &policies, arguments)?,
-        cancelled: cancel.is_cancelled(),
-    };
-    output::print(&if arguments.json { output::json(&report)? } else { readable(&report).into_bytes() })
+        let examinee = Examinee {
+            engine: &engine,
+            tokenizer: model.tokenizer()?,
+            generation: GenerationOptions {
+                max_tokens: ANSWER_TOKENS,
+                stop_tokens: model.generation.stop_tokens.clone(),
+                ..Default::default()
+            },
+            prefill: PrefillOptions {
+                exact_shortcuts: arguments.policy_options.exact_shortcuts(),
+                slack: ANSWER_TOKENS,
+                ..Default::default()
+            },
+            query_agnostic: arguments.query_agnostic,
+            cancel,
+        };
+        let report = Report {
+            model: &model.path,
+            device: &device,
+            tokens,
+            prompt_seed: arguments.prompt_seed,
+            query_agnostic: arguments.query_agnostic,
+            policies: examine(&examinee, &dialect, &tasks, &policies, arguments)?,
+            cancelled: cancel.is_cancelled(),
+        };
+        output::print(&if arguments.json { output::json(&report)? } else { readable(&report).into_bytes() })
+    })
 }
 
 fn examine<B: Backend>(

@@ -11,6 +11,7 @@ use fastkv::policy::{ModelShape, Plan};
 use serde::Serialize;
 
 use crate::answer::{Answer, Task};
+use crate::device::on;
 use crate::input::PromptOptions;
 use crate::loading::{self, ModelOptions};
 use crate::options::{AnswerOptions, PolicyName, PolicyOptions};
@@ -66,15 +67,17 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let task =
         Task::new(&model, &prompt, &arguments.answer, arguments.policy_options.exact_shortcuts(), cancel)?;
     let more_tokens = prompt.question.len() + arguments.answer.max_tokens;
-    let (backend, device_reason) = arguments.model.machine.backend()?;
-    let device = backend.name();
-    let kv_full_bytes = loading::estimate(&model, &plan, 0, &backend).kv_full;
-
-    let engine = arguments.model.load(&model, backend, [&plan], more_tokens, arguments.json, cancel);
-    let answer = match engine {
-        Err(error) if exit::is_cancelled(&error) => task.cancelled(),
-        engine => answer(&task, &engine?, &plan, arguments.json)?,
-    };
+    let (backend, device_reason) = arguments.model.backend(&model)?;
+    let (device, kv_full_bytes, answer) = on!(backend, backend => {
+        let device = backend.name();
+        let kv_full_bytes = loading::estimate(&model, &plan, 0, &backend).kv_full;
+        let engine = arguments.model.load(&model, backend, [&plan], more_tokens, arguments.json, cancel);
+        let answer = match engine {
+            Err(error) if exit::is_cancelled(&error) => task.cancelled(),
+            engine => answer(&task, &engine?, &plan, arguments.json)?,
+        };
+        (device, kv_full_bytes, answer)
+    });
     if arguments.json {
         output::print(&output::json(&Report {
             model: &model.path,

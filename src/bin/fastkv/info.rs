@@ -14,7 +14,7 @@ use fastkv::model::{LlamaConfig, ModelDir, ModelError};
 use fastkv::policy::ModelShape;
 use serde::Serialize;
 
-use crate::device::{self, Cuda};
+use crate::device::{self, Cuda, on};
 use crate::exit::Usage;
 use crate::loading::{self, MachineOptions};
 use crate::options::{PolicyName, PolicyOptions};
@@ -79,18 +79,22 @@ struct Memory {
 const DEFAULT_TOKENS: usize = 4096;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let (backend, device_reason) = arguments.machine.backend()?;
-    let available = arguments.machine.available_memory();
     let model = arguments.model.as_ref().map(ModelDir::open).transpose()?;
-    let memory = match &model {
-        Some(model) => memory(arguments, model, &backend, available)?,
-        None => Vec::new(),
-    };
+    let (backend, device_reason) = arguments.machine.backend(model.as_ref())?;
+    let cpu_threads = arguments.machine.threads()?;
+    let (device, available, memory) = on!(backend, backend => {
+        let available = arguments.machine.available_memory(&backend);
+        let memory = match &model {
+            Some(model) => memory(arguments, model, &backend, available)?,
+            None => Vec::new(),
+        };
+        (backend.name(), available, memory)
+    });
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
-        device: backend.name(),
+        device,
         device_reason,
-        cpu_threads: backend.threads(),
+        cpu_threads,
         cuda: device::cuda(),
         memory_available_bytes: available,
         model: model.as_ref().map(Model::of),
@@ -164,7 +168,9 @@ fn readable(report: &Report<'_>) -> Result<String> {
         let memory = Bytes(gpu.memory_bytes);
         writeln!(text, "cuda {index}     {}, compute capability {major}.{minor}, {memory}", gpu.name)?;
     }
-    writeln!(text, "cuda       not used: {}", report.cuda.reason)?;
+    if let Some(reason) = &report.cuda.reason {
+        writeln!(text, "cuda       not used: {reason}")?;
+    }
     let kernels = report.cuda.kernels.iter();
     let kernels: Vec<String> =
         kernels.map(|image| format!("{} ({})", image.name, image.architectures.join(", "))).collect();

@@ -16,6 +16,7 @@ use fastkv::policy::{ModelShape, Plan, Policy};
 use fastkv::report::{KeptPicture, describe};
 use serde::Serialize;
 
+use crate::device::on;
 use crate::exit::Usage;
 use crate::input::{Prompt, PromptOptions};
 use crate::loading::{self, ModelOptions};
@@ -101,59 +102,61 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let plan = arguments.steering.apply(plan, &prompt)?;
     let hide_progress = out.is_none() || arguments.json;
     let more_tokens = arguments.continuation.unwrap_or(0);
-    let (backend, device_reason) = arguments.model.machine.backend()?;
-    let device = backend.name();
-    let kv_full_bytes = loading::estimate(&model, &plan, 0, &backend).kv_full;
-    let engine = arguments.model.load(&model, backend, [&plan], more_tokens, hide_progress, cancel)?;
+    let (backend, device_reason) = arguments.model.backend(&model)?;
+    on!(backend, backend => {
+        let device = backend.name();
+        let kv_full_bytes = loading::estimate(&model, &plan, 0, &backend).kv_full;
+        let engine = arguments.model.load(&model, backend, [&plan], more_tokens, hide_progress, cancel)?;
 
-    let bar = progress::bar(hide_progress, 1, "reading the prompt");
-    let report = |progress: Progress| {
-        bar.set_length(progress.total as u64);
-        bar.set_position(progress.done as u64);
-    };
-    let control = Control { cancel: Some(cancel), progress: Some(&report) };
-    let options = PrefillOptions {
-        exact_shortcuts: arguments.policy_options.exact_shortcuts(),
-        trace: true,
-        slack: more_tokens.min(model.config.context_limit().tokens),
-    };
-    let mut prefill = engine.prefill(&prompt.ids, &plan, &options, &control)?;
-    bar.finish_and_clear();
-    let kv_kept_bytes = prefill.cache.bytes(engine.backend());
-    let logits = prefill.logits.clone();
-    let continuation = match arguments.continuation {
-        Some(count) => {
-            Some(Continuation::generate(count, &engine, &mut prefill.cache, prefill.logits, &prompt, cancel)?)
+        let bar = progress::bar(hide_progress, 1, "reading the prompt");
+        let report = |progress: Progress| {
+            bar.set_length(progress.total as u64);
+            bar.set_position(progress.done as u64);
+        };
+        let control = Control { cancel: Some(cancel), progress: Some(&report) };
+        let options = PrefillOptions {
+            exact_shortcuts: arguments.policy_options.exact_shortcuts(),
+            trace: true,
+            slack: more_tokens.min(model.config.context_limit().tokens),
+        };
+        let mut prefill = engine.prefill(&prompt.ids, &plan, &options, &control)?;
+        bar.finish_and_clear();
+        let kv_kept_bytes = prefill.cache.bytes(engine.backend());
+        let logits = prefill.logits.clone();
+        let continuation = match arguments.continuation {
+            Some(count) => {
+                Some(Continuation::generate(count, &engine, &mut prefill.cache, prefill.logits, &prompt, cancel)?)
+            }
+            None => None,
+        };
+        let trace = prefill.trace.unwrap_or_default();
+        let report = Report {
+            model: &model.path,
+            device: &device,
+            device_reason: &device_reason,
+            policy: arguments.policy.text(),
+            prompt_tokens: prompt.ids.len(),
+            tokens: &prompt.ids,
+            kv_full_bytes,
+            kv_kept_bytes,
+            kv_peak_bytes: prefill.peak_kv_bytes,
+            rows: trace.layers.iter().map(|layer| layer.rows).collect(),
+            kept: trace.layers.iter().map(|layer| layer.kept.as_slice()).collect(),
+            propagated: trace.layers.iter().map(|layer| layer.propagated.as_deref()).collect(),
+            mass: trace.layers.iter().map(|layer| layer.mass.as_slice()).collect(),
+            logits: &logits,
+            continuation,
+            plan: &plan,
+        };
+        if let Some(picture) = picture {
+            picture.write(&report, &policy, &trace, &prompt)?;
         }
-        None => None,
-    };
-    let trace = prefill.trace.unwrap_or_default();
-    let report = Report {
-        model: &model.path,
-        device: &device,
-        device_reason: &device_reason,
-        policy: arguments.policy.text(),
-        prompt_tokens: prompt.ids.len(),
-        tokens: &prompt.ids,
-        kv_full_bytes,
-        kv_kept_bytes,
-        kv_peak_bytes: prefill.peak_kv_bytes,
-        rows: trace.layers.iter().map(|layer| layer.rows).collect(),
-        kept: trace.layers.iter().map(|layer| layer.kept.as_slice()).collect(),
-        propagated: trace.layers.iter().map(|layer| layer.propagated.as_deref()).collect(),
-        mass: trace.layers.iter().map(|layer| layer.mass.as_slice()).collect(),
-        logits: &logits,
-        continuation,
-        plan: &plan,
-    };
-    if let Some(picture) = picture {
-        picture.write(&report, &policy, &trace, &prompt)?;
-    }
-    let json = output::json(&report)?;
-    if let Some(out) = &out {
-        out.write(&json)?;
-    }
-    output::print(&if out.is_none() || arguments.json { json } else { table(&report).into_bytes() })
+        let json = output::json(&report)?;
+        if let Some(out) = &out {
+            out.write(&json)?;
+        }
+        output::print(&if out.is_none() || arguments.json { json } else { table(&report).into_bytes() })
+    })
 }
 
 impl Continuation {

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use fastkv::backend::Backend;
 use fastkv::backend::cpu::CpuBackend;
@@ -11,7 +11,7 @@ use fastkv::engine::{Cancel, Engine, MemoryEstimate, MemoryOptions};
 use fastkv::model::ModelDir;
 use fastkv::policy::Plan;
 
-use crate::device::{self, Device};
+use crate::device::{self, Chosen, Device};
 use crate::progress;
 
 /// The model and the machine.
@@ -41,6 +41,11 @@ pub(crate) struct MachineOptions {
 }
 
 impl ModelOptions {
+    /// The backend for the model, and why that one.
+    pub(crate) fn backend(&self, model: &ModelDir) -> Result<(Chosen, String)> {
+        self.machine.backend(Some(model))
+    }
+
     /// Loads the model, once it is clear that the plans fit into memory with as many tokens behind
     /// the prompt, and that the weights are numbers.
     pub(crate) fn load<'a, B: Backend>(
@@ -53,7 +58,7 @@ impl ModelOptions {
         cancel: &Cancel,
     ) -> Result<Engine<B>> {
         for plan in plans {
-            estimate(model, plan, more_tokens, &backend).check(self.machine.available_memory())?;
+            estimate(model, plan, more_tokens, &backend).check(self.machine.available_memory(&backend))?;
         }
         check_weights(model, self.machine.threads.map_or(0, usize::from), hide_progress, cancel)?;
         Ok(Engine::load(backend, model)?)
@@ -62,14 +67,28 @@ impl ModelOptions {
 
 impl MachineOptions {
     /// The backend, and why that one.
-    pub(crate) fn backend(&self) -> Result<(CpuBackend, String)> {
-        device::backend(self.device, self.threads.map(usize::from))
+    pub(crate) fn backend(&self, model: Option<&ModelDir>) -> Result<(Chosen, String)> {
+        device::backend(self.device, self.threads.map(usize::from), model)
     }
 
-    /// Bytes of memory that a run may take: what is free, within the limits of a container.
-    pub(crate) fn available_memory(&self) -> u64 {
-        if let Some(limit) = self.memory_limit {
-            return limit;
+    /// The CPU, for what a GPU has no kernels for yet.
+    pub(crate) fn cpu(&self) -> Result<CpuBackend> {
+        if self.device == Device::Cuda {
+            bail!("--device cuda: this runs on the cpu only");
+        }
+        Ok(CpuBackend::new(self.threads.map(usize::from))?)
+    }
+
+    /// Worker threads of the CPU.
+    pub(crate) fn threads(&self) -> Result<usize> {
+        Ok(CpuBackend::new(self.threads.map(usize::from))?.threads())
+    }
+
+    /// Bytes of memory that a run may take: what is free on the device, or here within the limits of a
+    /// container.
+    pub(crate) fn available_memory(&self, backend: &impl Backend) -> u64 {
+        if let Some(bytes) = self.memory_limit.or_else(|| backend.free_memory()) {
+            return bytes;
         }
         // A machine that does not say is not held to be full.
         let Ok(mut system) = sysinfo::System::new() else { return u64::MAX };

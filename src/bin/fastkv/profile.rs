@@ -131,7 +131,7 @@ impl Prompts {
         let dialect = Dialect::from_directory(&model.path)?;
         let task = dialect.task(&self.task)?;
         let plan = Policy::Full.plan(ModelShape::from(&model.config), self.tokens)?;
-        let (backend, _) = self.model.machine.backend()?;
+        let backend = self.model.machine.cpu()?;
         let engine = self.model.load(&model, backend, [&plan], ANSWER_TOKENS, false, cancel)?;
         Ok(Bench { tokenizer: model.tokenizer()?, model, engine, dialect, task })
     }
@@ -238,7 +238,7 @@ fn fastgen(arguments: &FastGen, cancel: &Cancel) -> Result<()> {
     let prompt = arguments.prompt.read(&model, None)?;
     arguments.policy_options.complete(&mut policies, &model)?;
     let plan = policies[0].plan(ModelShape::from(&model.config), prompt.ids.len())?;
-    let (backend, _) = arguments.model.machine.backend()?;
+    let backend = arguments.model.machine.cpu()?;
     let engine = arguments.model.load(&model, backend, [&plan], 0, arguments.json, cancel)?;
     let control = Control { cancel: Some(cancel), progress: None };
     let options = PrefillOptions { trace: true, ..Default::default() };

@@ -1,14 +1,10 @@
-//! Time to first token by policy and prompt length, on the shipped model and the backend at hand.
-//! Every policy is measured against the full context at the same length, in the same run.
-//!
-//! Floor: the products of the layers that a policy leaves. A causal attention layer takes
-//! `2 · n² · query heads · head_dim` FLOP, a matrix `2 · n · elements`.
+//! The shipped model on the CPU, by criterion.
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use fastkv::backend::cpu::CpuBackend;
 use fastkv::engine::{Control, Engine, PrefillOptions};
 use fastkv::model::ModelDir;
@@ -16,7 +12,7 @@ use fastkv::policy::{Budget, FastKv, Policy, SnapKv, StreamingLlm};
 
 const LENGTHS: [usize; 4] = [1024, 2048, 4096, 8192];
 
-fn ttft(criterion: &mut Criterion) {
+pub(crate) fn measure(criterion: &mut Criterion) {
     let engine = shipped_model().expect("the shipped model loads");
     let vocabulary = engine.config().vocab_size as u32;
     let fastkv = FastKv {
@@ -60,6 +56,3 @@ fn shipped_model() -> anyhow::Result<Engine<CpuBackend>> {
     let model = ModelDir::open(&directory).with_context(|| format!("{}", directory.display()))?;
     Ok(Engine::load(CpuBackend::new(None)?, &model)?)
 }
-
-criterion_group!(benches, ttft);
-criterion_main!(benches);

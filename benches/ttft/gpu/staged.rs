@@ -1,0 +1,118 @@
+//! A device that takes the time of what is queued on it, by stage.
+
+use std::cell::RefCell;
+
+use fastkv::backend::cuda::{CudaEvent, CudaLauncher};
+use fastkv::kernels::{Device, Error, Launch, Matmul, MatrixProduct};
+
+pub(crate) const STAGES: [&str; 4] = ["attention", "products", "selection", "rest"];
+
+/// Passes everything on; where it was [`start`](Self::start)ed with stages, an event follows every launch.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    device: CudaLauncher,
+    events: RefCell<Option<Vec<(usize, CudaEvent)>>>,
+}
+
+impl Staged {
+    pub(crate) fn new(device: CudaLauncher) -> Self {
+        Self { device, events: RefCell::default() }
+    }
+
+    pub(crate) fn start(&self, stages: bool) {
+        *self.events.borrow_mut() = stages.then(Vec::new);
+    }
+
+    /// Milliseconds of each stage since the first launch. What stands between two launches, such as a copy,
+    /// counts with the second.
+    pub(crate) fn stop(&self) -> Result<Option<[f64; STAGES.len()]>, Error> {
+        let Some(events) = self.events.take() else { return Ok(None) };
+        let mut sums = [0.0; STAGES.len()];
+        for pair in events.windows(2) {
+            sums[pair[1].0] += f64::from(self.device.elapsed_ms(&pair[0].1, &pair[1].1)?);
+        }
+        Ok(Some(sums))
+    }
+
+    fn mark(&self, stage: usize) -> Result<(), Error> {
+        if let Some(events) = &mut *self.events.borrow_mut() {
+            events.push((stage, self.device.record()?));
+        }
+        Ok(())
+    }
+}
+
+impl Device for Staged {
+    type Event = CudaEvent;
+
+    fn alloc(&self, bytes: usize) -> Result<u64, Error> {
+        self.device.alloc(bytes)
+    }
+
+    unsafe fn free(&self, address: u64) -> Result<(), Error> {
+        // SAFETY: the caller's promise, here and below.
+        unsafe { self.device.free(address) }
+    }
+
+    unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.device.upload(to, from) }
+    }
+
+    unsafe fn download(&self, to: &mut [u8], from: u64) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.device.download(to, from) }
+    }
+
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.device.copy(to, from, bytes) }
+    }
+
+    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.device.fill(to, value, bytes) }
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        // SAFETY: as above.
+        unsafe { self.device.launch(launch) }?;
+        self.mark(match launch.kernel.image().trim_start_matches("sm90_") {
+            "attention" => 0,
+            "scores" | "select" | "gather" => 2,
+            _ => 3,
+        })
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        self.device.synchronize()
+    }
+
+    fn record(&self) -> Result<CudaEvent, Error> {
+        self.device.record()
+    }
+
+    fn elapsed_ms(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f32, Error> {
+        self.device.elapsed_ms(from, to)
+    }
+
+    fn compute_capability(&self) -> (u32, u32) {
+        self.device.compute_capability()
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        self.device.multiprocessors()
+    }
+}
+
+impl MatrixProduct for Staged {
+    fn matmul_workspace(&self) -> Result<usize, Error> {
+        self.device.matmul_workspace()
+    }
+
+    unsafe fn matmul(&self, work: &Matmul) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        unsafe { self.device.matmul(work) }?;
+        self.mark(1)
+    }
+}

@@ -1,0 +1,23 @@
+//! Time to first token by policy and prompt length, every policy against the full context at the same length in the
+//! same run: a Llama 3.1 8B on a GPU; where there is none, the shipped model on the CPU.
+//!
+//! Floor: the products of the layers that a policy leaves. A causal attention layer takes
+//! `2 · n² · query heads · head_dim` FLOP, a matrix `2 · n · elements`.
+
+#[cfg(feature = "cuda")]
+mod gpu;
+mod shipped;
+
+use criterion::Criterion;
+
+fn main() -> anyhow::Result<()> {
+    #[cfg(feature = "cuda")]
+    match fastkv::backend::cuda::CudaLauncher::new(0) {
+        Ok(device) => return gpu::measure(device),
+        Err(unavailable) => println!("no GPU is measured: {unavailable}"),
+    }
+    let mut criterion = Criterion::default().configure_from_args();
+    shipped::measure(&mut criterion);
+    criterion.final_summary();
+    Ok(())
+}

@@ -1,0 +1,732 @@
+//! The CUDA backend: the drivers of the kernels behind [`Backend`], on any [`Device`].
+//!
+//! Nothing but `read*` and `kv_positions` waits for the device: what the host has to know, it knows from the
+//! counts of a plan. The exception is [`Backend::select_shared`], whose counts are data.
+
+mod attention;
+mod handles;
+mod memory;
+mod selection;
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::{bf16, f16};
+
+pub use self::handles::{Indices, Kv, Rotary, Scores, Tensor, Weight};
+use self::handles::{List, Span};
+use self::memory::{Block, Machine};
+use super::CudaLauncher;
+use crate::abi::{Kept, Pages, Rows, Slots};
+use crate::backend::{Backend, BackendError, Select, Share, Visible};
+use crate::kernels::activation::{Add, Convert, SiluMul, add, convert, silu_mul};
+use crate::kernels::embed::{Embed, embed};
+use crate::kernels::gather::{GatherIndices, GatherKv, GatherRows, gather_indices, gather_kv, gather_rows};
+use crate::kernels::norm::{RmsNorm, rms_norm};
+use crate::kernels::rope::{Append, Rope, rope};
+use crate::kernels::{DType, Device, Matmul, MatrixProduct};
+use crate::model::{Dtype, StoredTensor};
+use crate::policy::{MAX_WINDOW, Pooling};
+
+/// A GPU, or what stands for one in tests. Products, attention and the cache are in the model's 16-bit
+/// type with sums in f32; the residual stream is f32 (see [`RmsNorm`] for why), and so are scores and the
+/// logits.
+#[derive(Debug)]
+pub struct CudaBackend<D: Device = CudaLauncher> {
+    machine: Arc<Machine<D>>,
+    name: String,
+    dtype: DType,
+    chunk_rows: usize,
+    /// Scratch memory of matrix products, which run one after the other.
+    workspace: Block<D>,
+    workspace_bytes: usize,
+    /// The inverse frequencies used last: a prompt asks for the same ones again and again.
+    frequencies: Mutex<Option<(Vec<f32>, Arc<Block<D>>)>>,
+}
+
+/// Rows of a pass through a layer: enough to keep a GPU busy, and little memory beside a long prompt.
+const CHUNK_ROWS: usize = 8192;
+
+/// Head sizes that the kernels of attention exist for.
+pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+
+impl<D: MatrixProduct + Debug> CudaBackend<D> {
+    /// A backend for models of a 16-bit type. Weights that are stored in another are converted to it, so
+    /// BF16 is what an f32 checkpoint gets.
+    ///
+    /// # Errors
+    /// A library for matrix products that is missing, a type of 32 bits, or a device without room.
+    pub fn new(device: D, name: impl Into<String>, dtype: DType) -> Result<Self, BackendError> {
+        if dtype == DType::F32 {
+            return Err(shape("a CUDA backend", "an element type of F32, where it takes F16 or BF16".into()));
+        }
+        let workspace_bytes = device.matmul_workspace()?;
+        let machine = Arc::new(Machine::new(device));
+        let workspace = machine.block("the scratch memory of matrix products", workspace_bytes)?;
+        let name = format!("{}, {}", name.into(), if dtype == DType::F16 { "f16" } else { "bf16" });
+        let chunk_rows = CHUNK_ROWS;
+        let frequencies = Mutex::default();
+        Ok(Self { machine, name, dtype, chunk_rows, workspace, workspace_bytes, frequencies })
+    }
+
+    /// Passes of another number of rows through a layer; at least [`MAX_WINDOW`].
+    #[must_use]
+    pub fn with_chunk_rows(mut self, rows: usize) -> Self {
+        self.chunk_rows = rows.max(MAX_WINDOW);
+        self
+    }
+
+    /// The device it runs on.
+    pub fn device(&self) -> &D {
+        &self.machine.device
+    }
+
+    /// Bytes of device memory in use, and the most at once since [`forget_peak`](Self::forget_peak).
+    pub fn memory(&self) -> (usize, usize) {
+        self.machine.used()
+    }
+
+    /// Begins to look for the peak anew.
+    pub fn forget_peak(&self) {
+        self.machine.forget_peak();
+    }
+
+    /// A weight whose elements the caller writes, given their address: for those that are no file's.
+    ///
+    /// # Errors
+    /// A device without room, and what `write` says.
+    pub fn weight_with(
+        &self,
+        shape: &[usize],
+        write: impl FnOnce(&D, u64) -> Result<(), crate::kernels::Error>,
+    ) -> Result<Weight<D>, BackendError> {
+        let block = self.machine.array("a weight", shape.iter().product(), 2)?;
+        write(&self.machine.device, block.address())?;
+        Ok(Weight { block, shape: shape.to_vec() })
+    }
+
+    fn tensor(
+        &self,
+        what: &'static str,
+        rows: usize,
+        width: usize,
+        dtype: DType,
+    ) -> Result<Tensor<D>, BackendError> {
+        let elements = rows.saturating_mul(width);
+        Ok(Tensor { block: self.machine.array(what, elements, dtype.bytes() as usize)?, rows, width, dtype })
+    }
+
+    /// `x` in the model's type, converted to `scratch` where it is not.
+    fn narrow<'a>(
+        &self,
+        x: &'a Tensor<D>,
+        scratch: &'a mut Option<Tensor<D>>,
+    ) -> Result<&'a Tensor<D>, BackendError> {
+        if x.dtype == self.dtype {
+            return Ok(x);
+        }
+        let out = self.tensor("narrowed activations", x.rows, x.width, self.dtype)?;
+        let work = Convert {
+            x: x.matrix(0),
+            out: out.matrix(0),
+            rows: x.rows as u32,
+            width: x.width as u32,
+            x_dtype: x.dtype,
+            out_dtype: out.dtype,
+        };
+        // SAFETY: two live tensors of the size stated, in stream order.
+        unsafe { convert(self.device(), &work) }?;
+        Ok(scratch.insert(out))
+    }
+
+    /// `x · weightᵀ + bias` in a type of choice.
+    fn product(
+        &self,
+        what: &'static str,
+        x: &Tensor<D>,
+        weight: &Weight<D>,
+        bias: Option<&Weight<D>>,
+        dtype: DType,
+    ) -> Result<Tensor<D>, BackendError> {
+        let (columns, inner) = weight.matrix("linear")?;
+        if x.width != inner {
+            return Err(shape("linear", format!("rows of {} for a weight of {inner} columns", x.width)));
+        }
+        let bias = bias.map_or(Ok(0), |bias| bias.vector("linear", columns))?;
+        let mut scratch = None;
+        let x = self.narrow(x, &mut scratch)?;
+        let out = self.tensor(what, x.rows, columns, dtype)?;
+        let weight = Rows { base: weight.block.address(), token_stride: inner as i64, ..Rows::default() };
+        self.multiply(x.matrix(0), x.rows, weight, [columns, inner], bias, (out.matrix(0), dtype))?;
+        Ok(out)
+    }
+
+    fn multiply(
+        &self,
+        x: Rows,
+        rows: usize,
+        weight: Rows,
+        [columns, inner]: [usize; 2],
+        bias: u64,
+        (out, out_dtype): (Rows, DType),
+    ) -> Result<(), BackendError> {
+        let work = Matmul {
+            x,
+            weight,
+            bias,
+            out,
+            accumulate: false,
+            rows: rows as u32,
+            columns: columns as u32,
+            inner: inner as u32,
+            dtype: self.dtype,
+            out_dtype,
+            workspace: self.workspace.address(),
+            workspace_bytes: self.workspace_bytes,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        Ok(unsafe { self.device().matmul(&work) }?)
+    }
+
+    fn frequencies(&self, values: &[f32]) -> Result<Arc<Block<D>>, BackendError> {
+        let mut last = self.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some((known, block)) if known == values => Ok(Arc::clone(block)),
+            _ => {
+                let block = Arc::new(self.machine.upload("rotary frequencies", values)?);
+                *last = Some((values.to_vec(), Arc::clone(&block)));
+                Ok(block)
+            }
+        }
+    }
+
+    /// A store with lists of these lengths and so many rows more in each.
+    fn store(
+        &self,
+        head_dim: usize,
+        lengths: &[usize],
+        room: usize,
+        shared: bool,
+    ) -> Result<Kv<D>, BackendError> {
+        let mut start = 0_usize;
+        let lists: Vec<List> = lengths
+            .iter()
+            .map(|&length| {
+                let list = List { start, length, capacity: length.saturating_add(room) };
+                start = start.saturating_add(list.capacity);
+                list
+            })
+            .collect();
+        let starts: Vec<i64> = lists.iter().map(|list| list.start as i64).collect();
+        let kv = Kv {
+            keys: self.machine.array("keys", start.saturating_mul(head_dim), 2)?,
+            values: self.machine.array("values", start.saturating_mul(head_dim), 2)?,
+            positions: self.machine.array("positions of keys", start, 4)?,
+            starts: self.machine.upload("starts of lists", &starts)?,
+            lengths: self.machine.array("lengths of lists", 2 * lists.len(), 4)?,
+            second_half: false,
+            head_dim,
+            lists,
+            shared,
+        };
+        self.write_lengths(&kv)?;
+        Ok(kv)
+    }
+
+    fn write_lengths(&self, kv: &Kv<D>) -> Result<(), BackendError> {
+        let lengths: Vec<i32> = kv.lists.iter().map(|list| list.length as i32).collect();
+        let offset = if kv.second_half { 4 * lengths.len() } else { 0 };
+        kv.lengths.write(offset, bytemuck::cast_slice(&lengths))
+    }
+
+    /// The same entries with room for more in every list.
+    fn grown(&self, kv: &Kv<D>, room: usize) -> Result<Kv<D>, BackendError> {
+        let lengths: Vec<usize> = kv.lists.iter().map(|list| list.length).collect();
+        let grown = self.store(kv.head_dim, &lengths, room, kv.shared)?;
+        for (from, to) in kv.lists.iter().zip(&grown.lists) {
+            for (to_block, from_block, row_bytes) in [
+                (&grown.keys, &kv.keys, 2 * kv.head_dim),
+                (&grown.values, &kv.values, 2 * kv.head_dim),
+                (&grown.positions, &kv.positions, 4),
+            ] {
+                let (to, from_at) = (to.start * row_bytes, from.start * row_bytes);
+                to_block.copy(to, from_block, from_at, from.length * row_bytes)?;
+            }
+        }
+        Ok(grown)
+    }
+}
+
+impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
+    type Tensor = Tensor<D>;
+    type Weight = Weight<D>;
+    type Rotary = Rotary<D>;
+    type Scores = Scores<D>;
+    type Indices = Indices<D>;
+    type Kv = Kv<D>;
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn kv_element_bytes(&self) -> usize {
+        self.dtype.bytes() as usize
+    }
+
+    fn chunk_rows(&self) -> usize {
+        self.chunk_rows
+    }
+
+    fn free_memory(&self) -> Option<u64> {
+        self.device().free_memory()
+    }
+
+    fn weight(&self, stored: &StoredTensor) -> Result<Weight<D>, BackendError> {
+        let same = match stored.dtype() {
+            Dtype::Bf16 => self.dtype == DType::BF16,
+            Dtype::F16 => self.dtype == DType::F16,
+            Dtype::F32 => false,
+        };
+        let block = self.machine.array("a weight", stored.len(), 2)?;
+        if same && cfg!(target_endian = "little") {
+            block.write(0, stored.bytes())?;
+        } else {
+            // Panel by panel, so that a large tensor is not in host memory twice over.
+            let mut wide = vec![0.0; stored.len().min(CONVERTED)];
+            for first in (0..stored.len()).step_by(CONVERTED) {
+                let wide = &mut wide[..CONVERTED.min(stored.len() - first)];
+                stored.read_f32(first, wide);
+                let narrow: Vec<u16> = match self.dtype {
+                    DType::F16 => wide.iter().map(|value| f16::from_f32(*value).to_bits()).collect(),
+                    _ => wide.iter().map(|value| bf16::from_f32(*value).to_bits()).collect(),
+                };
+                block.write(2 * first, bytemuck::cast_slice(&narrow))?;
+            }
+        }
+        Ok(Weight { block, shape: stored.shape().to_vec() })
+    }
+
+    fn embed(&self, table: &Weight<D>, ids: &[u32]) -> Result<Tensor<D>, BackendError> {
+        let (vocabulary, width) = table.matrix("embed")?;
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
+            return Err(shape("embed", format!("token {id} in a vocabulary of {vocabulary}")));
+        }
+        let out = self.tensor("the residual stream", ids.len(), width, DType::F32)?;
+        let ids = self.machine.upload("token ids", ids)?;
+        let work = Embed {
+            table: table.block.address(),
+            ids: ids.address(),
+            out: out.block.address(),
+            fault: 0,
+            rows: out.rows as u32,
+            vocabulary: vocabulary as u32,
+            width: width as u32,
+            table_dtype: self.dtype,
+            out_dtype: out.dtype,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        unsafe { embed(self.device(), &work) }?;
+        Ok(out)
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Tensor<D>,
+        rows: Range<usize>,
+        weight: &Weight<D>,
+        epsilon: f32,
+    ) -> Result<Tensor<D>, BackendError> {
+        if rows.start > rows.end || rows.end > x.rows {
+            return Err(shape("rms_norm", format!("rows {rows:?} of {}", x.rows)));
+        }
+        let weight = weight.vector("rms_norm", x.width)?;
+        let out = self.tensor("normed activations", rows.len(), x.width, self.dtype)?;
+        let work = RmsNorm {
+            x: x.matrix(rows.start),
+            added: None,
+            out: out.matrix(0),
+            weight,
+            rows: rows.len() as u32,
+            width: x.width as u32,
+            x_dtype: x.dtype,
+            dtype: out.dtype,
+            epsilon,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        unsafe { rms_norm(self.device(), &work) }?;
+        Ok(out)
+    }
+
+    fn linear(
+        &self,
+        x: &Tensor<D>,
+        weight: &Weight<D>,
+        bias: Option<&Weight<D>>,
+    ) -> Result<Tensor<D>, BackendError> {
+        self.product("projected activations", x, weight, bias, self.dtype)
+    }
+
+    fn logits(&self, x: &Tensor<D>, head: &Weight<D>) -> Result<Tensor<D>, BackendError> {
+        self.product("logits", x, head, None, DType::F32)
+    }
+
+    fn swiglu(&self, gate: Tensor<D>, up: &Tensor<D>) -> Result<Tensor<D>, BackendError> {
+        if (gate.rows, gate.width) != (up.rows, up.width) {
+            let problem = format!("{}×{} beside {}×{}", gate.rows, gate.width, up.rows, up.width);
+            return Err(shape("swiglu", problem));
+        }
+        let (mut narrow_gate, mut narrow_up) = (None, None);
+        self.narrow(&gate, &mut narrow_gate)?;
+        let up = self.narrow(up, &mut narrow_up)?;
+        let out = narrow_gate.unwrap_or(gate);
+        let work = SiluMul {
+            gate: out.matrix(0),
+            up: up.matrix(0),
+            out: out.matrix(0),
+            rows: out.rows as u32,
+            width: out.width as u32,
+            dtype: out.dtype,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        unsafe { silu_mul(self.device(), &work) }?;
+        Ok(out)
+    }
+
+    fn add(&self, x: &mut Tensor<D>, first_row: usize, y: &Tensor<D>) -> Result<(), BackendError> {
+        if y.width != x.width || first_row.saturating_add(y.rows) > x.rows {
+            let problem = format!("{}×{} at row {first_row} of {}×{}", y.rows, y.width, x.rows, x.width);
+            return Err(shape("add", problem));
+        }
+        let work = Add {
+            x: x.matrix(first_row),
+            y: y.matrix(0),
+            rows: y.rows as u32,
+            width: y.width as u32,
+            x_dtype: x.dtype,
+            y_dtype: y.dtype,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        Ok(unsafe { add(self.device(), &work) }?)
+    }
+
+    fn rotary(&self, inverse_frequencies: &[f32], positions: &Indices<D>) -> Result<Rotary<D>, BackendError> {
+        if inverse_frequencies.is_empty() {
+            return Err(shape("rotary", "0 frequencies, where a head needs at least 1".to_owned()));
+        }
+        Ok(Rotary {
+            frequencies: self.frequencies(inverse_frequencies)?,
+            half: inverse_frequencies.len(),
+            positions: Arc::clone(&positions.block),
+            rows: positions.single("rotary")?,
+        })
+    }
+
+    fn rotate(&self, x: &mut Tensor<D>, angles: &Rotary<D>, first_row: usize) -> Result<(), BackendError> {
+        let head_dim = 2 * angles.half;
+        if !x.width.is_multiple_of(head_dim) || first_row.saturating_add(x.rows) > angles.rows {
+            let problem = format!(
+                "{} rows of {} from row {first_row}, with {} angles of {}",
+                x.rows, x.width, angles.rows, angles.half
+            );
+            return Err(shape("rotate", problem));
+        }
+        let heads = x.heads(0, head_dim);
+        let work = Rope {
+            q: heads,
+            q_out: heads,
+            query_heads: (x.width / head_dim) as u32,
+            append: None,
+            positions: angles.positions.address() + 4 * first_row as u64,
+            inverse_frequencies: angles.frequencies.address(),
+            cu_seqlens: 0,
+            sequences: 1,
+            tokens: x.rows as u32,
+            total_tokens: x.rows as u32,
+            head_dim: head_dim as u32,
+            dtype: x.dtype,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        Ok(unsafe { rope(self.device(), &work) }?)
+    }
+
+    fn new_kv(&self, kv_heads: usize, head_dim: usize, capacity: usize) -> Result<Kv<D>, BackendError> {
+        if kv_heads == 0 || head_dim == 0 {
+            return Err(shape("new_kv", format!("{kv_heads} kv heads of {head_dim}")));
+        }
+        self.store(head_dim, &vec![0; kv_heads], capacity, true)
+    }
+
+    fn append_kv(
+        &self,
+        kv: &mut Kv<D>,
+        keys: &Tensor<D>,
+        values: &Tensor<D>,
+        positions: &Indices<D>,
+        first_row: usize,
+    ) -> Result<(), BackendError> {
+        let width = kv.lists.len() * kv.head_dim;
+        if keys.width != width || (values.rows, values.width) != (keys.rows, width) {
+            let problem = format!(
+                "keys of {}×{} and values of {}×{} for {} kv heads of {}",
+                keys.rows,
+                keys.width,
+                values.rows,
+                values.width,
+                kv.lists.len(),
+                kv.head_dim
+            );
+            return Err(shape("append_kv", problem));
+        }
+        let positions = positions.from("append_kv", first_row, keys.rows)?;
+        if keys.rows == 0 {
+            return Ok(());
+        }
+        if kv.lists.iter().any(|list| list.length + keys.rows > list.capacity) {
+            let longest = kv.lists.iter().map(|list| list.length).max().unwrap_or(0);
+            *kv = self.grown(kv, keys.rows + (longest / 2).max(64))?;
+        }
+        let (mut narrow_keys, mut narrow_values) = (None, None);
+        let keys = self.narrow(keys, &mut narrow_keys)?;
+        let values = self.narrow(values, &mut narrow_values)?;
+        let work = Rope {
+            q: Rows::default(),
+            q_out: Rows::default(),
+            query_heads: 0,
+            append: Some(Append {
+                k: keys.heads(0, kv.head_dim),
+                v: values.heads(0, kv.head_dim),
+                k_out: kv.keys.address(),
+                v_out: kv.values.address(),
+                starts: kv.starts.address(),
+                lengths: kv.lengths_address(kv.second_half),
+                lengths_out: kv.lengths_address(!kv.second_half),
+                positions_out: kv.positions.address(),
+                out_rows: kv.rows() as u64,
+                kv_heads: kv.lists.len() as u32,
+            }),
+            positions,
+            inverse_frequencies: 0,
+            cu_seqlens: 0,
+            sequences: 1,
+            tokens: keys.rows as u32,
+            total_tokens: keys.rows as u32,
+            head_dim: kv.head_dim as u32,
+            dtype: self.dtype,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order; every list has room for the rows.
+        unsafe { rope(self.device(), &work) }?;
+        kv.second_half = !kv.second_half;
+        kv.lists.iter_mut().for_each(|list| list.length += keys.rows);
+        Ok(())
+    }
+
+    fn truncate_kv(&self, kv: &mut Kv<D>, lengths: &[usize]) -> Result<(), BackendError> {
+        if lengths.len() != kv.lists.len() {
+            let problem = format!("{} lengths for {} kv heads", lengths.len(), kv.lists.len());
+            return Err(shape("truncate_kv", problem));
+        }
+        for (list, length) in kv.lists.iter_mut().zip(lengths) {
+            list.length = list.length.min(*length);
+        }
+        kv.shared &= kv.lists.windows(2).all(|pair| pair[0].length == pair[1].length);
+        self.write_lengths(kv)
+    }
+
+    fn kv_lengths(&self, kv: &Kv<D>) -> Vec<usize> {
+        kv.lists.iter().map(|list| list.length).collect()
+    }
+
+    fn kv_positions(&self, kv: &Kv<D>) -> Result<Vec<Vec<u32>>, BackendError> {
+        kv.lists.iter().map(|list| kv.positions.read(4 * list.start, list.length)).collect()
+    }
+
+    fn attention(
+        &self,
+        queries: &Tensor<D>,
+        kv: &Kv<D>,
+        visible: Visible<'_, Indices<D>>,
+    ) -> Result<Tensor<D>, BackendError> {
+        attention::attention(self, queries, kv, visible)
+    }
+
+    fn window_scores(&self, queries: &Tensor<D>, kv: &Kv<D>) -> Result<Scores<D>, BackendError> {
+        attention::window_scores(self, queries, kv)
+    }
+
+    fn attention_with_scores(
+        &self,
+        queries: &Tensor<D>,
+        kv: &Kv<D>,
+        window: usize,
+    ) -> Result<(Tensor<D>, Scores<D>), BackendError> {
+        attention::attention_with_scores(self, queries, kv, window)
+    }
+
+    fn query_key_products(&self, query: &Tensor<D>, kv: &Kv<D>) -> Result<Scores<D>, BackendError> {
+        attention::query_key_products(self, query, kv)
+    }
+
+    fn rows(&self, x: &Tensor<D>) -> usize {
+        x.rows
+    }
+
+    fn last_rows(&self, x: &Tensor<D>, count: usize) -> Result<Tensor<D>, BackendError> {
+        if count > x.rows {
+            return Err(shape("last_rows", format!("{count} of {}", x.rows)));
+        }
+        let out = self.tensor("last rows", count, x.width, x.dtype)?;
+        let row_bytes = x.width * x.dtype.bytes() as usize;
+        out.block.copy(0, &x.block, (x.rows - count) * row_bytes, count * row_bytes)?;
+        Ok(out)
+    }
+
+    fn pool_groups(
+        &self,
+        scores: &Scores<D>,
+        kv_heads: usize,
+        keys: usize,
+        pooling: Pooling,
+    ) -> Result<Scores<D>, BackendError> {
+        selection::pool_groups(self, scores, kv_heads, keys, pooling)
+    }
+
+    fn sum_heads(&self, scores: &Scores<D>) -> Result<Scores<D>, BackendError> {
+        selection::sum_heads(self, scores)
+    }
+
+    fn select(&self, scores: &Scores<D>, select: Select) -> Result<Indices<D>, BackendError> {
+        selection::select(self, scores, &vec![select.count; scores.heads], select.tail)
+    }
+
+    fn select_each(
+        &self,
+        scores: &Scores<D>,
+        counts: &[usize],
+        tail: usize,
+    ) -> Result<Indices<D>, BackendError> {
+        selection::select(self, scores, counts, tail)
+    }
+
+    fn select_shared(&self, scores: &Scores<D>, share: Share) -> Result<Indices<D>, BackendError> {
+        selection::select_shared(self, scores, share)
+    }
+
+    fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices<D>, BackendError> {
+        let lengths: Vec<usize> = lists.iter().map(Vec::len).collect();
+        let capacity = lengths.iter().copied().max().unwrap_or(0);
+        let mut padded = vec![u32::MAX; lists.len() * capacity];
+        for (row, list) in padded.chunks_exact_mut(capacity.max(1)).zip(&lists) {
+            row[..list.len()].copy_from_slice(list);
+        }
+        Ok(Indices { block: Arc::new(self.machine.upload("lists", &padded)?), lengths, capacity })
+    }
+
+    fn read_indices(&self, indices: &Indices<D>) -> Result<Vec<Vec<u32>>, BackendError> {
+        let Indices { block, lengths, capacity } = indices;
+        lengths.iter().enumerate().map(|(list, length)| block.read(4 * list * capacity, *length)).collect()
+    }
+
+    fn gather_indices(&self, list: &Indices<D>, rows: &Indices<D>) -> Result<Indices<D>, BackendError> {
+        let (length, count) = (list.single("gather_indices")?, rows.single("gather_indices")?);
+        let out = self.machine.array("gathered numbers", count, 4)?;
+        let work = GatherIndices {
+            list: list.block.address(),
+            rows: rows.block.address(),
+            out: out.address(),
+            length: length as u32,
+            count: count as u32,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        unsafe { gather_indices(self.device(), &work) }?;
+        Ok(Indices { block: Arc::new(out), lengths: vec![count], capacity: count })
+    }
+
+    fn gather_rows(&self, x: &Tensor<D>, rows: &Indices<D>) -> Result<Tensor<D>, BackendError> {
+        let count = rows.single("gather_rows")?;
+        let out = self.tensor("gathered rows", count, x.width, x.dtype)?;
+        let work = GatherRows {
+            kept: Kept {
+                indices: rows.block.address(),
+                out_rows: count as i64,
+                sequences: 1,
+                heads: 1,
+                tokens: x.rows as i32,
+                capacity: count as i32,
+                ..Kept::default()
+            },
+            rows: x.matrix(0),
+            out: out.block.address(),
+            width: x.width as u32,
+            dtype: x.dtype,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        unsafe { gather_rows(self.device(), &work) }?;
+        Ok(out)
+    }
+
+    fn gather_kv(&self, kv: &Kv<D>, entries: &Indices<D>, slack: usize) -> Result<Kv<D>, BackendError> {
+        if entries.lengths.len() != kv.lists.len() {
+            let problem = format!("{} lists for {} kv heads", entries.lengths.len(), kv.lists.len());
+            return Err(shape("gather_kv", problem));
+        }
+        let out = self.store(kv.head_dim, &entries.lengths, slack, false)?;
+        // Positions are those of the tokens, where all heads have the same ones.
+        let spans = if kv.shared { kv.spans() } else { kv.lists_apart() };
+        for span in spans {
+            let Span { first_head, heads, list } = span;
+            let first = first_head as u64;
+            let work = GatherKv {
+                kept: Kept {
+                    indices: entries.block.address() + 4 * first * entries.capacity as u64,
+                    index_head_stride: entries.capacity as i64,
+                    lengths: out.lengths_address(false) + 4 * first,
+                    starts: out.starts.address() + 8 * first,
+                    positions: kv.positions.address() + 4 * list.start as u64,
+                    positions_out: out.positions.address(),
+                    out_rows: out.rows() as i64,
+                    sequences: 1,
+                    heads: heads as i32,
+                    tokens: list.length as i32,
+                    capacity: entries.capacity as i32,
+                    ..Kept::default()
+                },
+                k: kv.tensor(&kv.keys, span),
+                v: kv.tensor(&kv.values, span),
+                pages: Pages::default(),
+                slots: Slots::default(),
+                k_out: out.keys.address(),
+                v_out: out.values.address(),
+                head_dim: kv.head_dim as u32,
+                dtype: self.dtype,
+            };
+            // SAFETY: live blocks of the sizes stated, in stream order.
+            unsafe { gather_kv(self.device(), &work) }?;
+        }
+        Ok(out)
+    }
+
+    fn read(&self, x: &Tensor<D>) -> Result<Vec<f32>, BackendError> {
+        let count = x.rows * x.width;
+        Ok(match x.dtype {
+            DType::F32 => x.block.read(0, count)?,
+            DType::F16 => x.block.read::<u16>(0, count)?.into_iter().map(widen::<f16>).collect(),
+            DType::BF16 => x.block.read::<u16>(0, count)?.into_iter().map(widen::<bf16>).collect(),
+        })
+    }
+
+    fn read_scores(&self, scores: &Scores<D>) -> Result<Vec<Vec<f32>>, BackendError> {
+        (0..scores.heads).map(|head| scores.block.read(4 * head * scores.stride, scores.keys)).collect()
+    }
+}
+
+/// Elements of a weight that are converted at a time.
+const CONVERTED: usize = 1 << 20;
+
+fn widen<T: bytemuck::Pod + Into<f32>>(bits: u16) -> f32 {
+    bytemuck::cast::<u16, T>(bits).into()
+}
+
+fn shape(operation: &'static str, problem: String) -> BackendError {
+    BackendError::Shape { operation, problem }
+}
