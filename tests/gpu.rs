@@ -28,6 +28,10 @@ const TESTS: &[(&str, Test)] = &[
     ("select_llama", select_llama),
     ("window_scores_llama", window_scores_llama),
     ("column_scores_llama", column_scores_llama),
+    #[cfg(feature = "pipeline")]
+    ("backend_llama", |device| Ok(support::backend::llama(device)?)),
+    #[cfg(feature = "text")]
+    ("backend_shipped_llama", |device| Ok(support::backend::needle(device)?)),
 ];
 
 /// Draws of shapes and contents for each check, unless `FASTKV_GPU_SEEDS` says how many.

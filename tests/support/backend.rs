@@ -6,7 +6,11 @@ use std::fmt::Debug;
 use fastkv::backend::cpu::CpuBackend;
 use fastkv::backend::cuda::CudaBackend;
 use fastkv::backend::{Backend, BackendError, Select, Share, Visible};
-use fastkv::engine::{Control, Engine, PrefillOptions};
+#[cfg(feature = "text")]
+use fastkv::engine::GenerationOptions;
+use fastkv::engine::{Control, Engine, EngineError, PrefillOptions};
+#[cfg(feature = "text")]
+use fastkv::eval::{Dialect, NeedlePrompt};
 use fastkv::kernels::{DType, MatrixProduct};
 use fastkv::model::{Checkpoint, ModelDir, StoredTensor};
 use fastkv::policy::{
@@ -393,29 +397,60 @@ fn model(stored: Stored) -> Tiny {
 }
 
 fn models<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(), String> {
-    let (dtype, stored, unit) = TYPES[seed as usize % 2];
-    let directory = Tiny { seed: seed + 1, ..model(stored) }.write();
-    let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
-    let error = |error: fastkv::engine::EngineError| error.to_string();
-    // Chunks of 64 rows: the prompt takes two.
-    let cuda = Engine::load(cuda(device, dtype)?.with_chunk_rows(64), &model).map_err(error)?;
-    let cpu = Engine::load(cpu()?, &model).map_err(error)?;
-    let ids = Rng::new(seed + 7).ids(100, 72);
     let keep = Budget::Rate(0.25);
+    let half = Budget::Rate(0.5);
     let policies = [
-        Policy::Full,
         Policy::StreamingLlm(StreamingLlm { retention: keep, ..StreamingLlm::default() }),
         Policy::Random(Random { retention: keep, ..Random::default() }),
-        Policy::FastKv(FastKv { retention: keep, propagation: Budget::Rate(0.5), ..FastKv::proportional() }),
-        Policy::SnapKv(SnapKv { retention: Budget::Rate(0.5), ..SnapKv::default() }),
-        Policy::PyramidKv(PyramidKv { retention: Budget::Rate(0.5), ..PyramidKv::default() }),
-        Policy::AdaKv(AdaKv { retention: Budget::Rate(0.5), ..AdaKv::default() }),
-        Policy::GemFilter(GemFilter { retention: Budget::Rate(0.5), ..GemFilter::default() }),
+        Policy::FastKv(FastKv { retention: keep, propagation: half, ..FastKv::proportional() }),
+        Policy::SnapKv(SnapKv { retention: half, ..SnapKv::default() }),
+        Policy::PyramidKv(PyramidKv { retention: half, ..PyramidKv::default() }),
+        Policy::AdaKv(AdaKv { retention: half, ..AdaKv::default() }),
+        Policy::GemFilter(GemFilter { retention: half, ..GemFilter::default() }),
     ];
-    // Seeds share the policies behind the first, which take the emulator a second each.
-    let shared = policies.len() - 1;
-    let own = [0, 1 + seed as usize % shared, 1 + (seed as usize + 3) % shared];
-    for policy in own.map(|at| &policies[at]) {
+    // Seeds share the policies, which take the emulator a second each.
+    let own = [seed as usize, seed as usize + 3].map(|at| policies[at % policies.len()].clone());
+    let tiny = Tiny { seed: seed + 1, ..model(TYPES[seed as usize % 2].1) };
+    // Chunks of 64 rows: the prompt takes two.
+    read_prompts(device, seed, &tiny, [100, 64], &[&[Policy::Full], &own[..]].concat())
+}
+
+/// Layers of a width, and a prompt of a length, that only a GPU has the time for.
+pub(crate) fn llama<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(), String> {
+    let shape = Tiny {
+        layers: 3,
+        hidden: 1024,
+        intermediate: 2048,
+        query_heads: 8,
+        kv_heads: 2,
+        head_dim: 128,
+        vocabulary: 1000,
+        ..Tiny::default()
+    };
+    let policies = [Policy::Full, Policy::FastKv(FastKv::proportional()), Policy::SnapKv(SnapKv::default())];
+    for (seed, (_, stored, _)) in TYPES.into_iter().enumerate() {
+        let tiny = Tiny { stored, ..shape.clone() };
+        read_prompts(device, seed as u64, &tiny, [3000, 1024], &policies)?;
+    }
+    Ok(())
+}
+
+fn read_prompts<D: MatrixProduct + Clone + Debug>(
+    device: &D,
+    seed: u64,
+    tiny: &Tiny,
+    [tokens, chunk_rows]: [usize; 2],
+    policies: &[Policy],
+) -> Result<(), String> {
+    let (dtype, _, unit) = TYPES[seed as usize % 2];
+    let directory = tiny.write();
+    let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
+    let error = |error: EngineError| error.to_string();
+    let cuda = Engine::load(cuda(device, dtype)?.with_chunk_rows(chunk_rows), &model).map_err(error)?;
+    let cpu =
+        Engine::load(CpuBackend::new(None).map_err(|error| error.to_string())?, &model).map_err(error)?;
+    let ids = Rng::new(seed + 7).ids(tokens, tiny.vocabulary);
+    for policy in policies {
         for exact_shortcuts in [true, false] {
             let options = PrefillOptions { exact_shortcuts, trace: true, slack: 1 };
             agree(&cuda, &cpu, &ids, policy, &options, unit)
@@ -423,6 +458,49 @@ fn models<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// The shipped model finds in a prompt of its own words what it finds on the CPU.
+#[cfg(feature = "text")]
+pub(crate) fn needle<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(), String> {
+    let run = || -> Result<(), Box<dyn std::error::Error>> {
+        let model = ModelDir::open("models/needle")?;
+        let tokenizer = model.tokenizer()?;
+        let dialect = Dialect::from_directory(&model.path)?;
+        let task = dialect.task("multikey")?;
+        let cuda = Engine::load(cuda(device, DType::BF16)?, &model)?;
+        let cpu = Engine::load(CpuBackend::new(None)?, &model)?;
+        for seed in 0..4 {
+            let prompt = NeedlePrompt::generate(&dialect, task, 2000, seed)?;
+            let ids = tokenizer.encode(&prompt.text(), true)?;
+            for policy in [Policy::Full, Policy::FastKv(FastKv::proportional())] {
+                let plan = policy.plan(cpu.shape(), ids.len())?;
+                let (found, expected) = (answer(&cuda, &ids, &plan)?, answer(&cpu, &ids, &plan)?);
+                if found != expected {
+                    let [found, expected] = [found, expected].map(|tokens| tokenizer.decode(&tokens, true));
+                    let (found, expected) = (found?, expected?);
+                    return Err(
+                        format!("{}: {found:?}, where the cpu says {expected:?}", policy.name()).into()
+                    );
+                }
+            }
+        }
+        Ok(())
+    };
+    run().map_err(|error| error.to_string())
+}
+
+/// Three tokens behind a prompt.
+#[cfg(feature = "text")]
+fn answer<B: Backend>(
+    engine: &Engine<B>,
+    ids: &[u32],
+    plan: &fastkv::policy::Plan,
+) -> Result<Vec<u32>, EngineError> {
+    let control = Control::default();
+    let mut prefill = engine.prefill(ids, plan, &PrefillOptions::default(), &control)?;
+    let options = GenerationOptions { max_tokens: 3, ..GenerationOptions::default() };
+    Ok(engine.generate(&mut prefill.cache, prefill.logits, &options, &control, |_| ())?.tokens)
 }
 
 /// A prompt and three tokens after it. Both backends may choose otherwise where scores are nearly equal.
@@ -434,7 +512,7 @@ fn agree<A: Backend, B: Backend>(
     options: &PrefillOptions,
     unit: f64,
 ) -> Result<(), String> {
-    let error = |error: fastkv::engine::EngineError| error.to_string();
+    let error = |error: EngineError| error.to_string();
     let plan = policy.plan(cpu.shape(), ids.len()).map_err(|error| error.to_string())?;
     let control = Control::default();
     let mut found = cuda.prefill(ids, &plan, options, &control).map_err(error)?;

@@ -2,8 +2,9 @@
 
 use std::cell::RefCell;
 
+use fastkv::abi;
 use fastkv::backend::cuda::{CudaEvent, CudaLauncher};
-use fastkv::kernels::{Device, Error, Launch, Matmul, MatrixProduct};
+use fastkv::kernels::{Device, Error, Launch, Matmul, MatrixProduct, TensorMap};
 
 pub(crate) const STAGES: [&str; 4] = ["attention", "products", "selection", "rest"];
 
@@ -82,6 +83,10 @@ impl Device for Staged {
             "scores" | "select" | "gather" => 2,
             _ => 3,
         })
+    }
+
+    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
+        self.device.tensor_map(tensor)
     }
 
     fn synchronize(&self) -> Result<(), Error> {

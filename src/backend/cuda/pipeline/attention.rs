@@ -195,6 +195,7 @@ fn prefill<D: Device>(
         scores: None,
         workspace: 0,
         workspace_bytes: 0,
+        form: None,
     }
 }
 
