@@ -281,7 +281,7 @@ impl Cluster<'_> {
         Ok(true)
     }
 
-    /// The same where nothing else can happen.
+    /// The same, outside of an instruction.
     pub(super) fn land_owed(&mut self) -> Result<bool, crate::error::Fault> {
         let Some((w, pc)) = self.owed.front().map(|owed| (owed.w, owed.pc)) else {
             return Ok(false);

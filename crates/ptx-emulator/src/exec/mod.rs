@@ -349,7 +349,7 @@ impl<'a> Cluster<'a> {
                 if self.warps.iter().all(|warp| warp.live == 0) {
                     return Ok(Progress::Done);
                 }
-                if self.land_owed()? || self.land_any(None)? {
+                if self.land_oldest()? {
                     continue;
                 }
                 return Err(self.stuck());
@@ -361,12 +361,21 @@ impl<'a> Cluster<'a> {
             let budget = if random { 1 + self.random.below(64) as u32 } else { 20_000 };
             given_up = if self.run_warp(warp, budget, random)? { given_up + 1 } else { 0 };
             if given_up > 0 && given_up >= self.warps.iter().filter(|warp| runnable(warp)).count() {
-                return Ok(Progress::Idle);
+                // What everybody asks for may be that a copy arrives.
+                if !self.land_oldest()? {
+                    return Ok(Progress::Idle);
+                }
+                given_up = 0;
             }
             // Eagerly, a warp that can still run has used up its slice: the others come first.
             self.next_warp = (warp + usize::from(runnable(&self.warps[warp]))) % count;
         }
         Ok(Progress::Running)
+    }
+
+    /// Copies that are late arrive where nothing else can happen: the oldest of them, if there is one.
+    fn land_oldest(&mut self) -> Result<bool, Fault> {
+        Ok(self.land_owed()? || self.land_any(None)?)
     }
 
     /// The lanes to run, where they stand, and where the next of the others stand.
