@@ -2,7 +2,7 @@
 //! down here from the figures of the PTX manual's chapter "Asynchronous warpgroup-level matrix
 //! instructions": core matrices, strides, fragments of A and D.
 
-use ptx_emulator::{Device, Error, Launch, Schedule};
+use ptx_emulator::{Device, Error, Hazard, Launch, Schedule};
 
 const SCHEDULES: [Schedule; 3] = [Schedule::Eager, Schedule::Delayed, Schedule::Random(1)];
 
@@ -293,6 +293,36 @@ fn refuses_what_is_not_wgmma() {
         match Device::new().load(&good.replace(from, to)) {
             Err(Error::Parse { text, .. }) => assert!(text.starts_with("wgmma.mma_async"), "{text}"),
             other => panic!("{to}: {other:?}"),
+        }
+    }
+}
+
+/// A descriptor of rows that lie behind the end of shared memory.
+#[test]
+fn operands_outside() {
+    let inside = Operand::new(128, true, 0);
+    let good = case(16, inside, Operand::new(128, true, 16 * 1024));
+    let text = ptx(&good);
+    // Sixteen rows of 128 bytes, of which the first eight are the last of shared memory.
+    let outside = Operand::new(128, true, BYTES - 1024);
+    assert_eq!(text.matches(&format!("{:#x}", good.b.descriptor())).count(), 1);
+    let text = text.replace(&format!("{:#x}", good.b.descriptor()), &format!("{:#x}", outside.descriptor()));
+    for schedule in SCHEDULES {
+        run(schedule, &good).unwrap_or_else(|error| panic!("{error}"));
+        let mut device = Device::new();
+        device.set_schedule(schedule);
+        device.load(&text).unwrap();
+        let params = [BYTES, 128 * 16, 128 * 32].map(|bytes| {
+            let address = device.alloc(bytes);
+            device.fill(address, 0, bytes).unwrap();
+            address.to_le_bytes()
+        });
+        let (grid, cluster, block) = ([1; 3], [1; 3], [128, 1, 1]);
+        let params = params.concat();
+        let launch = Launch { kernel: "one", grid, cluster, block, shared_bytes: 0, params: &params };
+        match device.launch(&launch) {
+            Err(Error::Fault(fault)) => assert_eq!(fault.hazard, Hazard::OutOfBounds, "{fault}"),
+            other => panic!("{schedule:?}: {other:?}"),
         }
     }
 }
