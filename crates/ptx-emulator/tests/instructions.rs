@@ -715,12 +715,36 @@ fn bad_text() {
     assert!(load(&kernel("add.u32 5, %r1, %r2;")).2.contains("a destination is a register"));
     assert!(load(&kernel("@%r1 bra L;\nL:")).2.contains("not a predicate"));
     assert!(load(&kernel("ld.global.v4.u32 {%r0, %r1}, [%r2];")).2.contains("another size"));
-    // Cut anywhere, it is an error and never a panic.
+    let (line, text, reason) = load(&format!("{header}\n.visible .entry (.param .u64 at)\n{{\nret;\n}}"));
+    assert_eq!((line, text.as_str()), (5, ".visible .entry (.param .u64 at)"));
+    assert_eq!(reason, "an entry has a name (()");
+    let (line, _, reason) = load(&format!("{header}.visible .entry k(.param .u65 at) {{ ret; }}"));
+    assert_eq!((line, reason.as_str()), (4, "not a type that is known here (.u65)"));
+}
+
+/// Cut anywhere, text is an error at its last line, and never a panic.
+#[test]
+fn truncated_text() {
     let whole = include_str!("ptx/hazards.ptx");
     let (last, end) = (whole.rfind(".entry").unwrap(), whole.rfind('}').unwrap());
     for at in (0..end).step_by(97) {
-        let cut = Device::new().load(&whole[..at]);
-        assert!(cut.is_err() || at <= last, "cut at {at}");
+        let cut = &whole[..at];
+        match Device::new().load(cut) {
+            // Between two kernels.
+            Ok(()) => assert!(at <= last, "cut at {at}"),
+            Err(Error::Parse { line, reason, .. }) => {
+                let says_nothing = |line: &str| {
+                    let line = line.trim();
+                    line.is_empty() || line.starts_with("//") || line.starts_with(".loc")
+                };
+                assert!(
+                    (1..=cut.lines().count().max(1) as u32).contains(&line),
+                    "cut at {at}: {line}: {reason}"
+                );
+                assert!(cut.lines().skip(line as usize).all(says_nothing), "cut at {at}: {line}: {reason}");
+            }
+            other => panic!("cut at {at}: {other:?}"),
+        }
     }
 }
 
@@ -738,22 +762,28 @@ fn bad_launches() {
         params: &address,
     };
     device.launch(&good).unwrap();
+    let line =
+        1 + include_str!("ptx/hazards.ptx").lines().position(|line| line.contains(".entry fill(")).unwrap();
+    let fill = |says: &str| format!("fill (line {line}): {says}");
     for (bad, says) in [
-        (Launch { kernel: "nothing", ..good }, "no entry nothing is loaded; there are: "),
+        (
+            Launch { kernel: "nothing", ..good },
+            format!("no entry nothing is loaded; there are: fill (line {line}), "),
+        ),
         (
             Launch { params: &address[..4], ..good },
-            "fill: 4 bytes of parameters were given, the entry takes 8",
+            fill("4 bytes of parameters were given, the entry takes 8"),
         ),
-        (Launch { grid: [0, 1, 1], ..good }, "fill: a grid of [0, 1, 1]"),
-        (Launch { block: [1025, 1, 1], ..good }, "fill: a block of [1025, 1, 1]"),
+        (Launch { grid: [0, 1, 1], ..good }, fill("a grid of [0, 1, 1]")),
+        (Launch { block: [1025, 1, 1], ..good }, fill("a block of [1025, 1, 1]")),
         (
             Launch { cluster: [2, 1, 1], ..good },
-            "fill: a grid of [1, 1, 1], which clusters of [2, 1, 1] do not",
+            fill("a grid of [1, 1, 1], which clusters of [2, 1, 1] do not"),
         ),
-        (Launch { shared_bytes: 1 << 20, ..good }, "fill: 1048576 bytes of shared memory"),
+        (Launch { shared_bytes: 1 << 20, ..good }, fill("1048576 bytes of shared memory")),
     ] {
         match device.launch(&bad) {
-            Err(Error::Request(reason)) => assert!(reason.starts_with(says), "{reason}"),
+            Err(Error::Request(reason)) => assert!(reason.starts_with(&says), "{reason}"),
             other => panic!("{other:?}"),
         }
     }

@@ -33,6 +33,8 @@ pub(crate) struct Variable {
 #[derive(Debug)]
 pub(crate) struct Kernel {
     pub(crate) name: String,
+    /// Where its `.entry` stands.
+    pub(crate) line: u32,
     pub(crate) instructions: Vec<Instruction>,
     pub(crate) param_bytes: u32,
     pub(crate) registers: u32,
@@ -225,7 +227,11 @@ impl<'a> Parser<'a> {
 
     fn entry(&mut self) -> Result<(), Error> {
         self.at += 1;
-        let name = self.next("a name")?.text.to_string();
+        let named = self.next("a name")?;
+        if named.kind != Kind::Word {
+            return Err(self.error(named, "an entry has a name"));
+        }
+        let (name, line) = (named.text.to_string(), named.line);
         let mut body = Body {
             scopes: vec![HashMap::new()],
             open: vec![0],
@@ -286,6 +292,7 @@ impl<'a> Parser<'a> {
         }
         self.module.kernels.push(Kernel {
             name,
+            line,
             launch_registers: launch_registers.unwrap_or(0),
             has_products: instructions.iter().any(|instruction| matches!(instruction.op, Op::Product(_))),
             instructions,
