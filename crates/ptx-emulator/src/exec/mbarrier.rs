@@ -173,7 +173,7 @@ impl Cluster<'_> {
             let message = format!("an mbarrier for {count} arrivals; it must be from 1 to {MOST}");
             return Err(Stop::new(Hazard::Arrival, lane as u32, message));
         }
-        self.write_shared(w, lane, at.into(), 8)?;
+        self.access_shared(w, lane, at.into(), 8, true)?;
         let cta = &mut self.ctas[cta];
         cta.shared.states[at as usize..][..8].fill(Byte::Barrier);
         let silent = Clock::new(cta.number, self.run.clock_size());

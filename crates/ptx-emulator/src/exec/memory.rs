@@ -241,7 +241,7 @@ impl Cluster<'_> {
                 }
             }
             Place::Shared(cta, at) => {
-                self.check_shared_read(w, access, cta, at, order)?;
+                self.check_shared(w, access, cta, at, false, order)?;
                 for (n, value) in (0..d.len() as u32).zip(&mut values) {
                     *value = self.ctas[cta].shared.load(at + n * size, size);
                 }
@@ -301,7 +301,7 @@ impl Cluster<'_> {
                 }
             }
             Place::Shared(cta, at) => {
-                self.check_shared_write(w, access, cta, at, order)?;
+                self.check_shared(w, access, cta, at, true, order)?;
                 for (n, value) in (0..).zip(values) {
                     self.ctas[cta].shared.store(at + n * size, size, *value);
                 }
@@ -355,7 +355,7 @@ impl Cluster<'_> {
             Place::Shared(cta, at) => {
                 self.reach(w, access.lane, cta)?;
                 self.check_shared_state(access, cta, at, true)?;
-                self.check_shared_write(w, access, cta, at, order)?;
+                self.check_shared(w, access, cta, at, true, order)?;
                 let shared = &mut self.ctas[cta].shared;
                 let old = shared.load(at, bytes);
                 shared.store(at, bytes, new(old));
@@ -456,36 +456,23 @@ impl Cluster<'_> {
         }
     }
 
-    fn check_shared_read(
+    fn check_shared(
         &mut self,
         w: usize,
         access: Access,
         cta: usize,
         at: u32,
+        writes: bool,
         order: Order,
     ) -> Result<(), Stop> {
         self.reach(w, access.lane, cta)?;
-        self.check_shared_state(access, cta, at, true)?;
+        self.check_shared_state(access, cta, at, !writes)?;
         let stamp = self.stamp(w, access.lane, order != Order::Weak);
         let by = Accessor { clock: &self.warps[w].clocks[access.lane], stamp };
-        let checked = self.ctas[cta].shared.visit(at, access.bytes, |cell, mask| cell.read(&by, mask));
-        checked.map_err(|conflict| self.race(access, "shared", false, conflict))
-    }
-
-    fn check_shared_write(
-        &mut self,
-        w: usize,
-        access: Access,
-        cta: usize,
-        at: u32,
-        order: Order,
-    ) -> Result<(), Stop> {
-        self.reach(w, access.lane, cta)?;
-        self.check_shared_state(access, cta, at, false)?;
-        let stamp = self.stamp(w, access.lane, order != Order::Weak);
-        let by = Accessor { clock: &self.warps[w].clocks[access.lane], stamp };
-        let checked = self.ctas[cta].shared.visit(at, access.bytes, |cell, mask| cell.write(&by, mask));
-        checked.map_err(|conflict| self.race(access, "shared", true, conflict))
+        let checked = self.ctas[cta].shared.visit(at, access.bytes, |cell, mask| {
+            if writes { cell.write(&by, mask) } else { cell.read(&by, mask) }
+        });
+        checked.map_err(|conflict| self.race(access, "shared", writes, conflict))
     }
 
     /// Where aligned bytes of shared memory lie: rank of the CTA, and place in it.
@@ -504,30 +491,18 @@ impl Cluster<'_> {
         }
     }
 
-    /// Reads of a matrix row or the like: aligned bytes of the CTA's own shared memory, all checks made.
-    pub(super) fn read_shared(
+    /// An access to a matrix row or the like: aligned bytes of the CTA's own shared memory, all checks made.
+    pub(super) fn access_shared(
         &mut self,
         w: usize,
         lane: usize,
         address: u64,
         bytes: u32,
+        writes: bool,
     ) -> Result<u32, Stop> {
         let (cta, at) = self.shared_place(w, Space::Shared, lane, address, bytes)?;
         let access = Access { lane, address, bytes };
-        self.check_shared_read(w, access, cta, at, Order::Weak).map(|()| at)
-    }
-
-    /// The same for writes.
-    pub(super) fn write_shared(
-        &mut self,
-        w: usize,
-        lane: usize,
-        address: u64,
-        bytes: u32,
-    ) -> Result<u32, Stop> {
-        let (cta, at) = self.shared_place(w, Space::Shared, lane, address, bytes)?;
-        let access = Access { lane, address, bytes };
-        self.check_shared_write(w, access, cta, at, Order::Weak).map(|()| at)
+        self.check_shared(w, access, cta, at, writes, Order::Weak).map(|()| at)
     }
 
     /// Checks a read of device memory, and where it is.
