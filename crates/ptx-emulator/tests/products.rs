@@ -297,32 +297,62 @@ fn refuses_what_is_not_wgmma() {
     }
 }
 
+/// Runs a text over zeros, as many as the cases of this file need at most.
+fn over_zeros(schedule: Schedule, text: &str) -> Result<(), Error> {
+    let mut device = Device::new();
+    device.set_schedule(schedule);
+    device.load(text)?;
+    let mut params = Vec::new();
+    for bytes in [BYTES, 128 * 16, 128 * 512] {
+        let address = device.alloc(bytes);
+        device.fill(address, 0, bytes)?;
+        params.extend(address.to_le_bytes());
+    }
+    let (grid, cluster, block) = ([1; 3], [1; 3], [128, 1, 1]);
+    device.launch(&Launch { kernel: "one", grid, cluster, block, shared_bytes: 0, params: &params }).map(drop)
+}
+
+#[track_caller]
+fn finds(hazards: &[Hazard], schedule: Schedule, text: &str) {
+    match over_zeros(schedule, text) {
+        Err(Error::Fault(fault)) => assert!(hazards.contains(&fault.hazard), "{schedule:?}: {fault}"),
+        other => panic!("{schedule:?}: {other:?}"),
+    }
+}
+
 /// A descriptor of rows that lie behind the end of shared memory.
 #[test]
 fn operands_outside() {
-    let inside = Operand::new(128, true, 0);
-    let good = case(16, inside, Operand::new(128, true, 16 * 1024));
+    let good = case(16, Operand::new(128, true, 0), Operand::new(128, true, 16 * 1024));
     let text = ptx(&good);
     // Sixteen rows of 128 bytes, of which the first eight are the last of shared memory.
     let outside = Operand::new(128, true, BYTES - 1024);
-    assert_eq!(text.matches(&format!("{:#x}", good.b.descriptor())).count(), 1);
-    let text = text.replace(&format!("{:#x}", good.b.descriptor()), &format!("{:#x}", outside.descriptor()));
+    let [from, to] = [good.b, outside].map(|operand| format!("{:#x}", operand.descriptor()));
+    assert_eq!(text.matches(&from).count(), 1);
     for schedule in SCHEDULES {
-        run(schedule, &good).unwrap_or_else(|error| panic!("{error}"));
-        let mut device = Device::new();
-        device.set_schedule(schedule);
-        device.load(&text).unwrap();
-        let params = [BYTES, 128 * 16, 128 * 32].map(|bytes| {
-            let address = device.alloc(bytes);
-            device.fill(address, 0, bytes).unwrap();
-            address.to_le_bytes()
-        });
-        let (grid, cluster, block) = ([1; 3], [1; 3], [128, 1, 1]);
-        let params = params.concat();
-        let launch = Launch { kernel: "one", grid, cluster, block, shared_bytes: 0, params: &params };
-        match device.launch(&launch) {
-            Err(Error::Fault(fault)) => assert_eq!(fault.hazard, Hazard::OutOfBounds, "{fault}"),
-            other => panic!("{schedule:?}: {other:?}"),
-        }
+        over_zeros(schedule, &text).unwrap_or_else(|error| panic!("{error}"));
+        finds(&[Hazard::OutOfBounds], schedule, &text.replace(&from, &to));
+    }
+}
+
+/// Three warps wait for what all have written, and the last does not: it has not heard of it, whichever of them
+/// reads it first.
+#[test]
+fn every_warp_has_to_wait() {
+    let b = Operand::new(128, true, 16 * 1024);
+    let text = ptx(&Case { a_in_registers: true, ..case(16, Operand::new(128, true, 0), b) });
+    assert_eq!(text.matches("bar.sync 0;").count(), 1);
+    let last = |passes: &str| {
+        let barrier = format!(
+            "setp.ge.u32 %p, %n, 96; @!%p bar.sync 0, 128; @%p bar.arrive 0, 128; {passes} @%p nanosleep.u32 1;"
+        );
+        text.replace("bar.sync 0;", &barrier)
+    };
+    for schedule in SCHEDULES.into_iter().chain((2..20).map(Schedule::Random)) {
+        over_zeros(schedule, &text).unwrap_or_else(|error| panic!("{error}"));
+        over_zeros(schedule, &last("@%p bar.sync 1, 32;").replace("bar.arrive 0", "bar.sync 0"))
+            .unwrap_or_else(|error| panic!("{error}"));
+        // The others may not have written yet.
+        finds(&[Hazard::Race, Hazard::Uninitialised], schedule, &last(""));
     }
 }

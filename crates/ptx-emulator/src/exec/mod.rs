@@ -39,7 +39,7 @@ use crate::{
     error::{Fault, Hazard, Stop},
     isa::{Op, Operand},
     memory::{Memory, Shadow, Shared},
-    number::Lanes,
+    number::Registers,
     parse::Kernel,
     schedule::{Random, Schedule},
 };
@@ -127,7 +127,7 @@ struct Warp {
     /// The rank of its CTA in the cluster, and which of the CTA's warps it is.
     cta: usize,
     place: u32,
-    registers: Vec<Lanes>,
+    registers: Registers,
     /// A bit for each lane.
     predicates: Vec<u32>,
     carry: u32,
@@ -172,7 +172,7 @@ impl Warp {
         Self {
             cta,
             place,
-            registers: vec![[0; 32]; run.kernel.registers as usize],
+            registers: Registers::new(run.kernel.registers as usize),
             predicates: vec![0; run.kernel.predicates as usize],
             carry: 0,
             counters: [0; 32],
