@@ -231,6 +231,11 @@ impl Cell {
         self.split && others.any(|group| group.stamps().any(&is_such))
     }
 
+    /// Who wrote all four bytes last, if that was one thread.
+    pub(crate) fn only_writer(&self) -> Option<Stamp> {
+        Some(self.writer).filter(|_| self.written == 0xf && !self.split)
+    }
+
     /// Whether anybody has written here since the launch began.
     pub(crate) fn is_written(&self) -> bool {
         self.writer != Stamp::NOBODY

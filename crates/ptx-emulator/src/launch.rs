@@ -195,10 +195,14 @@ impl Device {
         let found =
             self.modules.iter().rev().flat_map(|module| &module.kernels).find(|kernel| kernel.name == name);
         let Some(kernel) = found else {
-            let loaded = self.kernels().collect::<Vec<_>>().join(", ");
-            return Err(Error::Request(format!("no entry {name} is loaded; there are: {loaded}")));
+            let kernels = self.modules.iter().flat_map(|module| &module.kernels);
+            let loaded: Vec<String> =
+                kernels.map(|kernel| format!("{} (line {})", kernel.name, kernel.line)).collect();
+            let there =
+                if loaded.is_empty() { "is none".into() } else { format!("are: {}", loaded.join(", ")) };
+            return Err(Error::Request(format!("no entry {name} is loaded; there {there}")));
         };
-        let refuse = |reason: String| Err(Error::Request(format!("{name}: {reason}")));
+        let refuse = |reason: String| Err(Error::Request(format!("{name} (line {}): {reason}", kernel.line)));
         if params.len() != kernel.param_bytes as usize {
             return refuse(format!(
                 "{} bytes of parameters were given, the entry takes {}",

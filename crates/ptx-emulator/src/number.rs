@@ -1,7 +1,35 @@
 //! Numbers as registers hold them: a register is 64 bits, a value sits in the low ones, the rest is 0.
 
+use std::ops::{Index, IndexMut};
+
 /// One register of all lanes of a warp.
 pub(crate) type Lanes = [u64; 32];
+
+/// Registers of a warp. They lie in one piece, so that the host need not fill those that nobody uses.
+#[derive(Debug)]
+pub(crate) struct Registers(Vec<u64>);
+
+impl Registers {
+    pub(crate) fn new(count: usize) -> Self {
+        Self(vec![0; count * 32])
+    }
+}
+
+impl Index<usize> for Registers {
+    type Output = Lanes;
+
+    #[inline]
+    fn index(&self, number: usize) -> &Lanes {
+        &self.0.as_chunks().0[number]
+    }
+}
+
+impl IndexMut<usize> for Registers {
+    #[inline]
+    fn index_mut(&mut self, number: usize) -> &mut Lanes {
+        &mut self.0.as_chunks_mut().0[number]
+    }
+}
 
 /// A value that a register can hold.
 pub(crate) trait Scalar: Copy {

@@ -331,3 +331,49 @@ fn shares_out_registers() {
         }
     }
 }
+
+/// A thread that asks again and again does not keep copies from landing, whatever it asks.
+#[test]
+fn copies_land_while_threads_poll() {
+    let bulk = "@%first mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], 16;\n\
+        @%first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [box], [%in], 16, [full];";
+    let each = "@%first cp.async.ca.shared.global [box], [%in], 16;\n\
+        @%first cp.async.mbarrier.arrive.noinc.shared::cta.b64 [full];";
+    let asked = "POLL: mbarrier.test_wait.parity.shared::cta.b64 %p, [full], 0; @!%p bra POLL;";
+    let slept =
+        "POLL: nanosleep.u32 20; mbarrier.test_wait.parity.shared::cta.b64 %p, [full], 0; @!%p bra POLL;";
+    // One warp waits for the copy and tells the other, which spins.
+    let told = |load: &str, store: &str| {
+        format!(
+            "setp.lt.u32 %p, %r, 32; @%p bra WAITS;\nSPINS: {load} %r, [FLAG]; setp.eq.u32 %p, %r, 0; @%p bra SPINS; bra GO;\n\
+             WAITS: mbarrier.try_wait.parity.shared::cta.b64 %p, [full], 0; @!%p bra WAITS; @%first {store} [FLAG], 1;\nGO:"
+        )
+    };
+    let shared = told("ld.acquire.cta.shared.u32", "st.release.cta.shared.u32").replace("FLAG", "flag");
+    let global = told("ld.acquire.gpu.global.u32", "st.release.gpu.global.u32").replace("FLAG", "%in+16");
+    for schedule in SCHEDULES {
+        for (copy, wait) in [bulk, each]
+            .iter()
+            .flat_map(|copy| [asked, slept, &shared, &global].map(|wait| (*copy, wait.to_string())))
+        {
+            let mut device = Device::new();
+            device.set_schedule(schedule);
+            device.set_step_limit(20_000);
+            let ptx = format!(
+                ".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry k(.param .u64 at) {{\n\
+                 .reg .b32 %r; .reg .b64 %in; .reg .pred %p; .reg .pred %first;\n\
+                 .shared .align 8 .b64 full; .shared .align 16 .b8 box[16]; .shared .align 4 .b32 flag;\n\
+                 ld.param.u64 %in, [at]; mov.u32 %r, %tid.x; setp.eq.u32 %first, %r, 0;\n\
+                 @%first mbarrier.init.shared::cta.b64 [full], 1; @%first st.shared.u32 [flag], 0; bar.sync 0;\n\
+                 {copy}\n{wait}\nld.shared.u32 %r, [box+12]; @%first st.global.u32 [%in+20], %r;\nret;\n}}"
+            );
+            device.load(&ptx).unwrap();
+            let words = device.alloc(24);
+            device.write(words, &[7; 16]).unwrap();
+            device.fill(words + 16, 0, 4).unwrap();
+            launch(&mut device, "k", 64, &words.to_le_bytes())
+                .unwrap_or_else(|error| panic!("{schedule:?}: {error}\n{copy}\n{wait}"));
+            assert_eq!(device.read(words + 20, 4).unwrap(), [7; 4]);
+        }
+    }
+}

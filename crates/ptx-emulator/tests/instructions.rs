@@ -562,7 +562,7 @@ fn to_half_f64(value: f64) -> u64 {
 }
 
 #[test]
-fn approximations_and_jitter() {
+fn approximations() {
     let arguments: Vec<[u64; 3]> = (1..60).map(|n| [u64::from((n as f32 * 0.37).to_bits()), 0, 0]).collect();
     let functions: [Function<f32>; 6] = [
         ("ex2.approx.ftz.f32", f32::exp2),
@@ -581,44 +581,60 @@ fn approximations_and_jitter() {
     }
 }
 
-/// With jitter results move, by two units at most, and the same way for the same argument and seed.
+/// With jitter the results of each approximation move, by two units at most, and the same way for the same
+/// argument and seed; what is exactly rounded stays.
 #[test]
 fn jitter() {
-    let ptx = ".version 9.0\n.target sm_80\n.address_size 64\n\
-        .visible .entry one(.param .u64 at) { .reg .b64 %a, %n; .reg .b32 %t; .reg .f32 %f;\n\
-        ld.param.u64 %a, [at]; mov.u32 %t, %tid.x; mul.wide.u32 %n, %t, 4; add.u64 %a, %a, %n;\n\
-        ld.global.f32 %f, [%a]; ex2.approx.ftz.f32 %f, %f; st.global.f32 [%a], %f; ret; }";
-    let arguments: Vec<f32> = (0..512).map(|n| n as f32 * 0.11 - 28.0).collect();
-    let run = |seed| {
+    let arguments: Vec<f32> = (0..512).map(|n| 0.3 + n as f32 * 0.011).collect();
+    let run = |instruction: &str, seed| {
         let mut device = Device::new();
         device.set_jitter(seed);
-        device.load(ptx).unwrap();
+        device
+            .load(&format!(
+                ".version 9.0\n.target sm_80\n.address_size 64\n\
+                 .visible .entry one(.param .u64 at) {{ .reg .b64 %a, %n; .reg .b32 %t; .reg .f32 %f;\n\
+                 ld.param.u64 %a, [at]; mov.u32 %t, %tid.x; mul.wide.u32 %n, %t, 4; add.u64 %a, %a, %n;\n\
+                 ld.global.f32 %f, [%a]; {instruction} st.global.f32 [%a], %f; ret; }}"
+            ))
+            .unwrap_or_else(|error| panic!("{error}"));
         let at = device.alloc(2048);
         let bytes: Vec<u8> = arguments.iter().flat_map(|value| value.to_le_bytes()).collect();
         device.write(at, &bytes).unwrap();
         let params = at.to_le_bytes();
-        let launch = Launch {
-            kernel: "one",
-            grid: [1; 3],
-            cluster: [1; 3],
-            block: [512, 1, 1],
-            shared_bytes: 0,
-            params: &params,
-        };
-        device.launch(&launch).unwrap();
+        let (grid, block) = ([1; 3], [512, 1, 1]);
+        device
+            .launch(&Launch { kernel: "one", grid, cluster: [1; 3], block, shared_bytes: 0, params: &params })
+            .unwrap();
         let bytes = device.read(at, 2048).unwrap();
         bytes.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect::<Vec<u32>>()
     };
-    let exact = run(None);
-    assert_eq!(exact, run(None));
-    for seed in 0..4 {
-        let moved = run(Some(seed));
-        assert_eq!(moved, run(Some(seed)));
-        let steps: Vec<i64> = moved.iter().zip(&exact).map(|(a, b)| i64::from(*a) - i64::from(*b)).collect();
-        assert!(steps.iter().all(|step| step.abs() <= 2));
-        assert!((-2..=2).all(|step| steps.iter().filter(|found| **found == step).count() > 40), "{steps:?}");
+    for approximation in [
+        "ex2.approx.ftz.f32 %f, %f;",
+        "lg2.approx.f32 %f, %f;",
+        "rcp.approx.ftz.f32 %f, %f;",
+        "rsqrt.approx.f32 %f, %f;",
+        "sqrt.approx.f32 %f, %f;",
+        "sin.approx.f32 %f, %f;",
+        "cos.approx.f32 %f, %f;",
+        "tanh.approx.f32 %f, %f;",
+        "div.approx.f32 %f, %f, 0f40400000;",
+    ] {
+        let exact = run(approximation, None);
+        assert_eq!(exact, run(approximation, None));
+        for seed in 0..4 {
+            let moved = run(approximation, Some(seed));
+            assert_eq!(moved, run(approximation, Some(seed)));
+            let steps: Vec<i64> =
+                moved.iter().zip(&exact).map(|(a, b)| i64::from(*a) - i64::from(*b)).collect();
+            assert!(steps.iter().all(|step| step.abs() <= 2), "{approximation}");
+            let often = |step: i64| steps.iter().filter(|found| **found == step).count() > 40;
+            assert!((-2..=2).all(often), "{approximation} {steps:?}");
+        }
+        assert_ne!(run(approximation, Some(0)), run(approximation, Some(1)));
     }
-    assert_ne!(run(Some(0)), run(Some(1)));
+    for exact in ["rcp.rn.f32 %f, %f;", "sqrt.rn.f32 %f, %f;", "fma.rn.f32 %f, %f, %f, %f;"] {
+        assert_eq!(run(exact, Some(1)), run(exact, None), "{exact}");
+    }
 }
 
 /// A shared address whose register lies below 0 until the offset is added.
@@ -699,12 +715,36 @@ fn bad_text() {
     assert!(load(&kernel("add.u32 5, %r1, %r2;")).2.contains("a destination is a register"));
     assert!(load(&kernel("@%r1 bra L;\nL:")).2.contains("not a predicate"));
     assert!(load(&kernel("ld.global.v4.u32 {%r0, %r1}, [%r2];")).2.contains("another size"));
-    // Cut anywhere, it is an error and never a panic.
+    let (line, text, reason) = load(&format!("{header}\n.visible .entry (.param .u64 at)\n{{\nret;\n}}"));
+    assert_eq!((line, text.as_str()), (5, ".visible .entry (.param .u64 at)"));
+    assert_eq!(reason, "an entry has a name (()");
+    let (line, _, reason) = load(&format!("{header}.visible .entry k(.param .u65 at) {{ ret; }}"));
+    assert_eq!((line, reason.as_str()), (4, "not a type that is known here (.u65)"));
+}
+
+/// Cut anywhere, text is an error at its last line, and never a panic.
+#[test]
+fn truncated_text() {
     let whole = include_str!("ptx/hazards.ptx");
     let (last, end) = (whole.rfind(".entry").unwrap(), whole.rfind('}').unwrap());
     for at in (0..end).step_by(97) {
-        let cut = Device::new().load(&whole[..at]);
-        assert!(cut.is_err() || at <= last, "cut at {at}");
+        let cut = &whole[..at];
+        match Device::new().load(cut) {
+            // Between two kernels.
+            Ok(()) => assert!(at <= last, "cut at {at}"),
+            Err(Error::Parse { line, reason, .. }) => {
+                let says_nothing = |line: &str| {
+                    let line = line.trim();
+                    line.is_empty() || line.starts_with("//") || line.starts_with(".loc")
+                };
+                assert!(
+                    (1..=cut.lines().count().max(1) as u32).contains(&line),
+                    "cut at {at}: {line}: {reason}"
+                );
+                assert!(cut.lines().skip(line as usize).all(says_nothing), "cut at {at}: {line}: {reason}");
+            }
+            other => panic!("cut at {at}: {other:?}"),
+        }
     }
 }
 
@@ -722,22 +762,28 @@ fn bad_launches() {
         params: &address,
     };
     device.launch(&good).unwrap();
+    let line =
+        1 + include_str!("ptx/hazards.ptx").lines().position(|line| line.contains(".entry fill(")).unwrap();
+    let fill = |says: &str| format!("fill (line {line}): {says}");
     for (bad, says) in [
-        (Launch { kernel: "nothing", ..good }, "no entry nothing is loaded; there are: "),
+        (
+            Launch { kernel: "nothing", ..good },
+            format!("no entry nothing is loaded; there are: fill (line {line}), "),
+        ),
         (
             Launch { params: &address[..4], ..good },
-            "fill: 4 bytes of parameters were given, the entry takes 8",
+            fill("4 bytes of parameters were given, the entry takes 8"),
         ),
-        (Launch { grid: [0, 1, 1], ..good }, "fill: a grid of [0, 1, 1]"),
-        (Launch { block: [1025, 1, 1], ..good }, "fill: a block of [1025, 1, 1]"),
+        (Launch { grid: [0, 1, 1], ..good }, fill("a grid of [0, 1, 1]")),
+        (Launch { block: [1025, 1, 1], ..good }, fill("a block of [1025, 1, 1]")),
         (
             Launch { cluster: [2, 1, 1], ..good },
-            "fill: a grid of [1, 1, 1], which clusters of [2, 1, 1] do not",
+            fill("a grid of [1, 1, 1], which clusters of [2, 1, 1] do not"),
         ),
-        (Launch { shared_bytes: 1 << 20, ..good }, "fill: 1048576 bytes of shared memory"),
+        (Launch { shared_bytes: 1 << 20, ..good }, fill("1048576 bytes of shared memory")),
     ] {
         match device.launch(&bad) {
-            Err(Error::Request(reason)) => assert!(reason.starts_with(says), "{reason}"),
+            Err(Error::Request(reason)) => assert!(reason.starts_with(&says), "{reason}"),
             other => panic!("{other:?}"),
         }
     }

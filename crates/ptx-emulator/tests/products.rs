@@ -2,7 +2,7 @@
 //! down here from the figures of the PTX manual's chapter "Asynchronous warpgroup-level matrix
 //! instructions": core matrices, strides, fragments of A and D.
 
-use ptx_emulator::{Device, Error, Launch, Schedule};
+use ptx_emulator::{Device, Error, Hazard, Launch, Schedule};
 
 const SCHEDULES: [Schedule; 3] = [Schedule::Eager, Schedule::Delayed, Schedule::Random(1)];
 
@@ -294,5 +294,65 @@ fn refuses_what_is_not_wgmma() {
             Err(Error::Parse { text, .. }) => assert!(text.starts_with("wgmma.mma_async"), "{text}"),
             other => panic!("{to}: {other:?}"),
         }
+    }
+}
+
+/// Runs a text over zeros, as many as the cases of this file need at most.
+fn over_zeros(schedule: Schedule, text: &str) -> Result<(), Error> {
+    let mut device = Device::new();
+    device.set_schedule(schedule);
+    device.load(text)?;
+    let mut params = Vec::new();
+    for bytes in [BYTES, 128 * 16, 128 * 512] {
+        let address = device.alloc(bytes);
+        device.fill(address, 0, bytes)?;
+        params.extend(address.to_le_bytes());
+    }
+    let (grid, cluster, block) = ([1; 3], [1; 3], [128, 1, 1]);
+    device.launch(&Launch { kernel: "one", grid, cluster, block, shared_bytes: 0, params: &params }).map(drop)
+}
+
+#[track_caller]
+fn finds(hazards: &[Hazard], schedule: Schedule, text: &str) {
+    match over_zeros(schedule, text) {
+        Err(Error::Fault(fault)) => assert!(hazards.contains(&fault.hazard), "{schedule:?}: {fault}"),
+        other => panic!("{schedule:?}: {other:?}"),
+    }
+}
+
+/// A descriptor of rows that lie behind the end of shared memory.
+#[test]
+fn operands_outside() {
+    let good = case(16, Operand::new(128, true, 0), Operand::new(128, true, 16 * 1024));
+    let text = ptx(&good);
+    // Sixteen rows of 128 bytes, of which the first eight are the last of shared memory.
+    let outside = Operand::new(128, true, BYTES - 1024);
+    let [from, to] = [good.b, outside].map(|operand| format!("{:#x}", operand.descriptor()));
+    assert_eq!(text.matches(&from).count(), 1);
+    for schedule in SCHEDULES {
+        over_zeros(schedule, &text).unwrap_or_else(|error| panic!("{error}"));
+        finds(&[Hazard::OutOfBounds], schedule, &text.replace(&from, &to));
+    }
+}
+
+/// Three warps wait for what all have written, and the last does not: it has not heard of it, whichever of them
+/// reads it first.
+#[test]
+fn every_warp_has_to_wait() {
+    let b = Operand::new(128, true, 16 * 1024);
+    let text = ptx(&Case { a_in_registers: true, ..case(16, Operand::new(128, true, 0), b) });
+    assert_eq!(text.matches("bar.sync 0;").count(), 1);
+    let last = |passes: &str| {
+        let barrier = format!(
+            "setp.ge.u32 %p, %n, 96; @!%p bar.sync 0, 128; @%p bar.arrive 0, 128; {passes} @%p nanosleep.u32 1;"
+        );
+        text.replace("bar.sync 0;", &barrier)
+    };
+    for schedule in SCHEDULES.into_iter().chain((2..20).map(Schedule::Random)) {
+        over_zeros(schedule, &text).unwrap_or_else(|error| panic!("{error}"));
+        over_zeros(schedule, &last("@%p bar.sync 1, 32;").replace("bar.arrive 0", "bar.sync 0"))
+            .unwrap_or_else(|error| panic!("{error}"));
+        // The others may not have written yet.
+        finds(&[Hazard::Race, Hazard::Uninitialised], schedule, &last(""));
     }
 }

@@ -7,9 +7,11 @@
 use std::sync::Arc;
 
 use super::{
-    Cluster, Flow, Step, lanes,
+    Cluster, Flow, Step,
+    check::{is_unseen, unfenced_message},
+    lanes,
     mbarrier::At,
-    memory::{LOCAL_WINDOW, WINDOW, is_unseen, unfenced_message},
+    memory::{LOCAL_WINDOW, WINDOW},
 };
 use crate::{
     clock::{Accessor, Stamp},

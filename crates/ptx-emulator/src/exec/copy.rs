@@ -85,7 +85,7 @@ impl Cluster<'_> {
                 let message = format!("{:#x} is not a multiple of {bytes}", from[lane]);
                 return Err(Stop::new(Hazard::Misaligned, lane as u32, message));
             }
-            let at = self.write_shared(w, lane, to[lane], bytes)?;
+            let at = self.access_shared(w, lane, to[lane], bytes, true)?;
             let mut copy = Copy { to: at, bytes, from: None };
             // What is not wanted may lie anywhere.
             if wanted > 0 {

@@ -38,7 +38,12 @@ pub struct Counters {
     pub synchronisation: u64,
     /// Matrix products, once for each warp that takes part (a `wgmma` counts four times).
     pub matrix_products: u64,
-    /// Requests to shared memory of a warp.
+    /// Requests to shared memory of a warp: loads, stores, atomics, `ldmatrix`, `stmatrix`, `cp.async`.
+    ///
+    /// What engines do there is not among them, nor in the passes: how they divide their work is not
+    /// documented. Every layout that `wgmma` can describe is without conflicts within a core matrix, and
+    /// a copy moves whole chunks of 16 bytes; a swizzle that does not fit shows in the passes of the threads
+    /// that read what was copied, or as a wrong result. Bytes of copies are in `bulk_bytes`.
     pub shared_requests: u64,
     /// Passes that those requests take; without bank conflicts a request of 4 bytes a lane takes one.
     pub shared_passes: u64,

@@ -43,3 +43,40 @@ impl Layout {
         self.swizzle.apply(self.start + offset)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Why products count no bank conflicts: in every layout that a descriptor can say, the eight chunks of
+    /// 16 bytes of a core matrix lie in different banks, so that all 32 serve one of them.
+    #[test]
+    fn core_matrices_have_no_bank_conflicts() {
+        for (mode, span) in [(0_u64, 16_u32), (3, 32), (2, 64), (1, 128)] {
+            // Steps along k move the start within a row.
+            for start in (0..span).step_by(16).map(|within| 1024 + within) {
+                for (leading, stride) in [(8 * span, 16 * span), (16 * span, 8 * span), (8 * 1024, 8 * span)]
+                {
+                    let field = |bytes: u32| u64::from(bytes / 16);
+                    let bits = field(start) | field(leading) << 16 | field(stride) << 32 | mode << 62;
+                    let layout = Layout::decode(bits).unwrap();
+                    for k_first in [true, false] {
+                        // A row must not run over its end.
+                        let steps = if start % span == 0 { 4 } else { 1 };
+                        for (mn, k) in (0..steps).flat_map(|mn| [(8 * mn, 0), (8 * mn, 8)]) {
+                            if start % span != 0 && k > 0 {
+                                continue;
+                            }
+                            let mut slots: Vec<u32> = (0..8)
+                                .map(|row| if k_first { (mn + row, k) } else { (mn, k + row) })
+                                .map(|(mn, k)| layout.chunk(k_first, mn, k) / 16 % 8)
+                                .collect();
+                            slots.sort_unstable();
+                            assert_eq!(slots, [0, 1, 2, 3, 4, 5, 6, 7], "{layout:?} {k_first} {mn} {k}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

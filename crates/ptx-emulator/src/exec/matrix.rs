@@ -54,7 +54,7 @@ impl Cluster<'_> {
             self.counters.shared_passes(rows.clone().map(|lane| addresses[lane]), ROW_BYTES);
             let mut elements = [[0_u16; 8]; 8];
             for (row, lane) in elements.iter_mut().zip(rows) {
-                let at = self.read_shared(w, lane, addresses[lane], ROW_BYTES)?;
+                let at = self.access_shared(w, lane, addresses[lane], ROW_BYTES, false)?;
                 for (pair, word) in row.chunks_mut(2).zip(0..) {
                     let word = self.cta(w).shared.load(at + 4 * word, 4) as u32;
                     pair.copy_from_slice(&[word as u16, (word >> 16) as u16]);
@@ -90,7 +90,7 @@ impl Cluster<'_> {
                 elements[second.0][second.1] = (values[lane] >> 16) as u16;
             }
             for (row, lane) in elements.iter().zip(rows) {
-                let at = self.write_shared(w, lane, addresses[lane], ROW_BYTES)?;
+                let at = self.access_shared(w, lane, addresses[lane], ROW_BYTES, true)?;
                 for (element, offset) in row.iter().zip((0..).step_by(2)) {
                     self.cta_mut(w).shared.store(at + offset, 2, u64::from(*element));
                 }

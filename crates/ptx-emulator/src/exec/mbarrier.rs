@@ -173,7 +173,7 @@ impl Cluster<'_> {
             let message = format!("an mbarrier for {count} arrivals; it must be from 1 to {MOST}");
             return Err(Stop::new(Hazard::Arrival, lane as u32, message));
         }
-        self.write_shared(w, lane, at.into(), 8)?;
+        self.access_shared(w, lane, at.into(), 8, true)?;
         let cta = &mut self.ctas[cta];
         cta.shared.states[at as usize..][..8].fill(Byte::Barrier);
         let silent = Clock::new(cta.number, self.run.clock_size());
@@ -281,7 +281,7 @@ impl Cluster<'_> {
         Ok(true)
     }
 
-    /// The same where nothing else can happen.
+    /// The same, outside of an instruction.
     pub(super) fn land_owed(&mut self) -> Result<bool, crate::error::Fault> {
         let Some((w, pc)) = self.owed.front().map(|owed| (owed.w, owed.pc)) else {
             return Ok(false);

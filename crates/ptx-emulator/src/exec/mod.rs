@@ -7,6 +7,7 @@
 
 mod barrier;
 mod bulk;
+mod check;
 mod cluster;
 mod copy;
 mod counters;
@@ -15,7 +16,9 @@ mod fragments;
 mod matrix;
 mod mbarrier;
 mod memory;
+mod order;
 mod print;
+mod report;
 mod scalar;
 mod warp;
 mod warpgroup;
@@ -23,7 +26,6 @@ mod wgmma;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
-    fmt::Write as _,
     ops::Range,
     sync::Arc,
 };
@@ -37,7 +39,7 @@ use crate::{
     error::{Fault, Hazard, Stop},
     isa::{Op, Operand},
     memory::{Memory, Shadow, Shared},
-    number::Lanes,
+    number::Registers,
     parse::Kernel,
     schedule::{Random, Schedule},
 };
@@ -125,7 +127,7 @@ struct Warp {
     /// The rank of its CTA in the cluster, and which of the CTA's warps it is.
     cta: usize,
     place: u32,
-    registers: Vec<Lanes>,
+    registers: Registers,
     /// A bit for each lane.
     predicates: Vec<u32>,
     carry: u32,
@@ -170,7 +172,7 @@ impl Warp {
         Self {
             cta,
             place,
-            registers: vec![[0; 32]; run.kernel.registers as usize],
+            registers: Registers::new(run.kernel.registers as usize),
             predicates: vec![0; run.kernel.predicates as usize],
             carry: 0,
             counters: [0; 32],
@@ -349,7 +351,7 @@ impl<'a> Cluster<'a> {
                 if self.warps.iter().all(|warp| warp.live == 0) {
                     return Ok(Progress::Done);
                 }
-                if self.land_owed()? || self.land_any(None)? {
+                if self.land_oldest()? {
                     continue;
                 }
                 return Err(self.stuck());
@@ -361,12 +363,21 @@ impl<'a> Cluster<'a> {
             let budget = if random { 1 + self.random.below(64) as u32 } else { 20_000 };
             given_up = if self.run_warp(warp, budget, random)? { given_up + 1 } else { 0 };
             if given_up > 0 && given_up >= self.warps.iter().filter(|warp| runnable(warp)).count() {
-                return Ok(Progress::Idle);
+                // What everybody asks for may be that a copy arrives.
+                if !self.land_oldest()? {
+                    return Ok(Progress::Idle);
+                }
+                given_up = 0;
             }
             // Eagerly, a warp that can still run has used up its slice: the others come first.
             self.next_warp = (warp + usize::from(runnable(&self.warps[warp]))) % count;
         }
         Ok(Progress::Running)
+    }
+
+    /// Copies that are late arrive where nothing else can happen: the oldest of them, if there is one.
+    fn land_oldest(&mut self) -> Result<bool, Fault> {
+        Ok(self.land_owed()? || self.land_any(None)?)
     }
 
     /// The lanes to run, where they stand, and where the next of the others stand.
@@ -614,96 +625,6 @@ impl<'a> Cluster<'a> {
         let known = &mut self.warps[w].clocks[lane];
         if !Arc::ptr_eq(known, clock) {
             Arc::make_mut(known).join(clock);
-        }
-    }
-
-    fn fault(&self, w: usize, pc: u32, stop: Stop) -> Fault {
-        let instruction = &self.run.kernel.instructions[pc as usize];
-        let [x, y, _] = self.run.block;
-        let thread = self.warps[w].place * 32 + stop.lane;
-        Fault {
-            hazard: stop.hazard,
-            kernel: self.run.kernel.name.clone(),
-            line: instruction.line,
-            text: instruction.text.clone(),
-            cta: self.cta(w).id,
-            thread: [thread % x, thread / x % y, thread / x / y],
-            message: stop.message,
-        }
-    }
-
-    /// What to say when nothing can run: where everybody stands, and the likeliest reason.
-    fn stuck(&self) -> Fault {
-        let mut stands: BTreeMap<u32, (u32, String)> = BTreeMap::new();
-        let mut reason = None;
-        for (w, warp) in self.warps.iter().enumerate() {
-            for lane in lanes(warp.live) {
-                let pc = warp.counters[lane];
-                let threads = stands.entry(pc).or_insert_with(|| (0, self.waits_for(w, warp.waits[lane])));
-                threads.0 += 1;
-                if let (Wait::Lanes(mask), None) = (warp.waits[lane], &reason) {
-                    let gone = mask & !warp.live;
-                    let stop = if gone != 0 {
-                        (
-                            Hazard::LaneMask,
-                            format!("the lanes {gone:#010x} of the mask {mask:#010x} have ended"),
-                        )
-                    } else {
-                        (
-                            Hazard::NotConverged,
-                            format!("the lanes {mask:#010x} of the warp never all come to this instruction"),
-                        )
-                    };
-                    reason = Some((w, pc, lane, stop));
-                }
-            }
-        }
-        let (w, pc, lane, (hazard, mut message)) = reason.unwrap_or_else(|| {
-            let w = self.warps.iter().position(|warp| warp.live != 0).expect("a thread that waits");
-            let lane = self.warps[w].live.trailing_zeros() as usize;
-            let pc = self.warps[w].counters[lane];
-            (
-                w,
-                pc,
-                lane,
-                (
-                    Hazard::Deadlock,
-                    format!(
-                        "no thread of the {} can go on",
-                        if self.ctas.len() > 1 { "cluster" } else { "CTA" }
-                    ),
-                ),
-            )
-        });
-        for (pc, (threads, what)) in stands {
-            let instruction = &self.run.kernel.instructions[pc as usize];
-            let _ = write!(
-                message,
-                "; {threads} threads at line {}, `{}`{what}",
-                instruction.line, instruction.text
-            );
-        }
-        self.fault(w, pc, Stop { hazard, lane: lane as u32, message })
-    }
-
-    fn waits_for(&self, w: usize, wait: Wait) -> String {
-        match wait {
-            Wait::Nothing | Wait::Lanes(_) => String::new(),
-            Wait::Products(count) => format!(" (for all warps of the warpgroup to issue {count} products)"),
-            Wait::Registers(count) => {
-                let free = self.cta(w).registers_free;
-                format!(" (for {count} registers a thread; {free} are free)")
-            }
-            Wait::Barrier(id) => self.cta(w).barriers[id as usize].describe(),
-            Wait::Cluster => {
-                let missing: u32 =
-                    self.warps.iter().map(|warp| (warp.live & !warp.arrived).count_ones()).sum();
-                format!(" ({missing} threads of the cluster have not arrived)")
-            }
-            Wait::Phase { address, parity } => {
-                let found = self.cta(w).phased.get(&address).map_or_else(String::new, Phased::describe);
-                format!(" (parity {parity} of {address:#x}{found})")
-            }
         }
     }
 }

@@ -1,9 +1,9 @@
 //! What four warps have to do in step: `wgmma` and `setmaxnreg`. They need not come together, but each must
 //! execute the same instructions with the same operands in the same order.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
-use super::{Cluster, Flow, Step, Wait, warp::then};
+use super::{Cluster, Flow, Step, Wait, warp::then, wgmma::Columns};
 use crate::error::{Hazard, Stop};
 
 /// Registers of a warp's lanes.
@@ -14,8 +14,16 @@ const LANES: u32 = 32;
 pub(super) struct Warpgroup {
     /// How many all of them have executed.
     done: u32,
-    /// Place and operands of each.
-    ahead: VecDeque<(u32, [u64; 3])>,
+    ahead: VecDeque<Ahead>,
+}
+
+/// An instruction that one of the warps has executed.
+#[derive(Debug)]
+struct Ahead {
+    place: u32,
+    operands: [u64; 3],
+    /// What a product has found in shared memory for all of them.
+    columns: Option<Arc<Columns>>,
 }
 
 impl Cluster<'_> {
@@ -33,13 +41,13 @@ impl Cluster<'_> {
         let Self { run, ctas, warps: all, .. } = self;
         let group = &mut ctas[all[w].cta].groups[all[w].place as usize / 4];
         match group.ahead.get((number - group.done) as usize) {
-            None => group.ahead.push_back((pc, operands)),
-            Some((place, _)) if *place != pc => {
-                let line = run.kernel.instructions[*place as usize].line;
+            None => group.ahead.push_back(Ahead { place: pc, operands, columns: None }),
+            Some(other) if other.place != pc => {
+                let line = run.kernel.instructions[other.place as usize].line;
                 let message = format!("another warp of the warpgroup executed line {line} instead");
                 return stop(Hazard::NotConverged, message);
             }
-            Some((_, others)) if *others != operands => {
+            Some(Ahead { operands: others, .. }) if *others != operands => {
                 let message = format!(
                     "the operands are {operands:#x?}, and {others:#x?} in another warp of the warpgroup"
                 );
@@ -54,13 +62,32 @@ impl Cluster<'_> {
         Ok(())
     }
 
+    /// The instruction of the warpgroup with this number, if some of its warps have executed it and others not.
+    fn ahead(&mut self, w: usize, number: u32) -> Option<&mut Ahead> {
+        let Self { ctas, warps, .. } = self;
+        let group = &mut ctas[warps[w].cta].groups[warps[w].place as usize / 4];
+        group.ahead.get_mut(number.checked_sub(group.done)? as usize)
+    }
+
+    /// What another warp found for the instruction that this one executes next.
+    pub(super) fn found_columns(&mut self, w: usize) -> Option<Arc<Columns>> {
+        self.ahead(w, self.warps[w].steps)?.columns.clone()
+    }
+
+    /// Keeps for the other warps what this one found for the instruction that it has just executed.
+    pub(super) fn keep_columns(&mut self, w: usize, columns: &Arc<Columns>) {
+        if let Some(ahead) = self.ahead(w, self.warps[w].steps - 1) {
+            ahead.columns = Some(columns.clone());
+        }
+    }
+
     /// That a warp that ends leaves no others of its warpgroup behind.
     pub(super) fn check_steps(&self, w: usize) -> Result<(), Stop> {
         let warp = &self.warps[w];
         let group = &self.cta(w).groups[warp.place as usize / 4];
         match group.ahead.get((warp.steps - group.done) as usize) {
-            Some((place, _)) if warp.live == 0 => {
-                let line = self.run.kernel.instructions[*place as usize].line;
+            Some(other) if warp.live == 0 => {
+                let line = self.run.kernel.instructions[other.place as usize].line;
                 let message =
                     format!("this warp ends, and others of its warpgroup have executed line {line}");
                 Err(Stop::new(Hazard::NotConverged, 0, message))

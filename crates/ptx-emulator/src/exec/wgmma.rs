@@ -6,9 +6,9 @@
 
 use std::sync::Arc;
 
-use super::{Cluster, Flow, Step, Wait, descriptor::Layout, warp::then};
+use super::{Cluster, Flow, Step, Wait, check::is_unseen, descriptor::Layout, warp::then};
 use crate::{
-    clock::Stamp,
+    clock::{Accessor, Stamp},
     error::{Hazard, Stop},
     isa::{MatrixType, Op, Product},
     number::{BF16, F16, Lanes, Rounding, Scalar},
@@ -16,6 +16,18 @@ use crate::{
 
 /// The engine of the first warpgroup; each of up to 8 has its own.
 const FIRST_ENGINE: u32 = 32;
+
+/// The matrix b of a product, which all warps of the warpgroup read, and who wrote it.
+#[derive(Debug)]
+pub(super) struct Columns {
+    /// Of eight columns each: the values of every k.
+    groups: Vec<[[f64; 8]; 16]>,
+    /// Absent where they are too many to keep.
+    writers: Option<Vec<Stamp>>,
+}
+
+/// Writers of one matrix that are kept at most.
+const MOST_WRITERS: usize = 32;
 
 impl Cluster<'_> {
     pub(super) fn product_op(&mut self, w: usize, pc: u32, active: u32, op: &Op) -> Step {
@@ -88,6 +100,7 @@ impl Cluster<'_> {
             Some(u32::MAX) => true,
             Some(_) => return Err(stop("the predicate for accumulation differs between lanes".into())),
         };
+        let found = self.found_columns(w);
         self.in_step(w, pc, [a_bits, b_bits, keeps.into()])?;
         let registers: Vec<u32> = match product.a.as_slice() {
             [_] => Vec::new(),
@@ -124,18 +137,35 @@ impl Cluster<'_> {
                 }
             }
         }
-        let layout = Layout::decode(b_bits).map_err(stop)?;
-        let mut b = vec![[0.0_f64; 256]; 16];
-        self.read_matrix(w, issued, layout, !product.transpose_b, 0, product.n, |column, k, bits| {
-            b[k][column] = decode(bits)
-        })?;
-        let sign = if product.negate { -1.0 } else { 1.0 };
-        let mut sums = vec![[0.0_f64; 256]; 16];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            for (a, b) in a[row].iter().zip(&b) {
-                for (sum, b) in sums[..n].iter_mut().zip(&b[..n]) {
-                    *sum += sign * a * b;
-                }
+        let columns = match found.filter(|columns| self.may_read(w, columns)) {
+            Some(columns) => columns,
+            None => {
+                let layout = Layout::decode(b_bits).map_err(stop)?;
+                let mut groups = vec![[[0.0; 8]; 16]; n / 8];
+                let writers = self.read_matrix(
+                    w,
+                    issued,
+                    layout,
+                    !product.transpose_b,
+                    0,
+                    product.n,
+                    |column, k, bits| {
+                        groups[column / 8][k][column % 8] = decode(bits);
+                    },
+                )?;
+                let columns = Arc::new(Columns { groups, writers });
+                self.keep_columns(w, &columns);
+                columns
+            }
+        };
+        if product.negate {
+            a.iter_mut().flatten().for_each(|value| *value = -*value);
+        }
+        // Of eight columns each: the sums of every row.
+        let mut sums = vec![[[0.0_f64; 8]; 16]; n / 8];
+        for (sums, columns) in sums.iter_mut().zip(&columns.groups) {
+            for (sums, a) in sums.iter_mut().zip(&a) {
+                *sums = multiply(a, columns);
             }
         }
         let warp = &mut self.warps[w];
@@ -145,8 +175,7 @@ impl Cluster<'_> {
                 // Element n of a lane lies in this row and column.
                 let sum = |n: usize, before: f64| {
                     let row = lane / 4 + n / 2 % 2 * 8;
-                    let column = n / 4 * 8 + lane % 4 * 2 + n % 2;
-                    sums[row][column] + if keeps { before } else { 0.0 }
+                    sums[n / 4][row][lane % 4 * 2 + n % 2] + if keeps { before } else { 0.0 }
                 };
                 *value = if product.half_result {
                     let [low, high] = [0, 1].map(|half| {
@@ -168,7 +197,18 @@ impl Cluster<'_> {
         Ok(())
     }
 
-    /// Reads `count` rows (or columns) from `first` on by 16 elements along k.
+    /// Whether a warp may read a matrix that another one of its warpgroup has read for the same product:
+    /// nobody can have written there since, because nobody can have heard yet that it was read.
+    fn may_read(&self, w: usize, columns: &Columns) -> bool {
+        let clock = &self.warps[w].clocks[0];
+        let by = Accessor { clock, stamp: self.stamp(w, 0, false) };
+        let threads = self.run.threads();
+        let may = |writer: &Stamp| !by.races(*writer) && !is_unseen(clock, *writer, threads);
+        columns.writers.as_ref().is_some_and(|writers| writers.iter().all(may))
+    }
+
+    /// Reads `count` rows (or columns) from `first` on by 16 elements along k, and who wrote them, if
+    /// they are few.
     fn read_matrix(
         &mut self,
         w: usize,
@@ -178,13 +218,22 @@ impl Cluster<'_> {
         first: u32,
         count: u32,
         mut visit: impl FnMut(usize, usize, u16),
-    ) -> Result<(), Stop> {
+    ) -> Result<Option<Vec<Stamp>>, Stop> {
         let stamp = Stamp::new(self.cta(w).number, self.engine(w), issued, false);
         let (outer, inner) = if k_first { (count, 16) } else { (16, count) };
+        let mut writers = Some(Vec::new());
         for (o, i) in (0..outer).flat_map(|o| (0..inner).step_by(8).map(move |i| (o, i))) {
             let (mn, k) = if k_first { (first + o, i) } else { (first + i, o) };
             let at = layout.chunk(k_first, mn, k);
             self.engine_reads(w, 0, at, 16, stamp)?;
+            for cell in &self.cta(w).shared.cells[at as usize / 4..][..4] {
+                let Some(known) = &mut writers else { break };
+                match cell.only_writer() {
+                    Some(writer) if known.last() == Some(&writer) || known.contains(&writer) => {}
+                    Some(writer) if known.len() < MOST_WRITERS => known.push(writer),
+                    _ => writers = None,
+                }
+            }
             for (n, bits) in self.cta(w).shared.bytes(at, 16).chunks_exact(2).enumerate() {
                 let bits = u16::from_le_bytes([bits[0], bits[1]]);
                 if k_first {
@@ -194,6 +243,18 @@ impl Cluster<'_> {
                 }
             }
         }
-        Ok(())
+        Ok(writers)
     }
+}
+
+/// A row times eight columns.
+#[inline(never)]
+fn multiply(row: &[f64; 16], columns: &[[f64; 8]; 16]) -> [f64; 8] {
+    let mut sums = [0.0; 8];
+    for (a, b) in row.iter().zip(columns) {
+        for (sum, b) in sums.iter_mut().zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums
 }

@@ -1,16 +1,22 @@
 //! PTX text to kernels: declarations, scopes, labels. What an opcode means is decided in [`decode`].
 
 mod call;
+mod declaration;
 mod decode;
 mod lexer;
+mod statement;
 
 use std::collections::HashMap;
 
-use self::lexer::{Kind, Token};
+use self::{
+    declaration::Declared,
+    lexer::{Kind, Token},
+    statement::named,
+};
 use crate::{
     error::Error,
     exec::{self, Class},
-    isa::{Address, Guard, Instruction, Op, Operand, Special, Type},
+    isa::{Address, Guard, Instruction, Op, Operand},
 };
 
 /// A loaded module.
@@ -33,6 +39,8 @@ pub(crate) struct Variable {
 #[derive(Debug)]
 pub(crate) struct Kernel {
     pub(crate) name: String,
+    /// Where its `.entry` stands.
+    pub(crate) line: u32,
     pub(crate) instructions: Vec<Instruction>,
     pub(crate) param_bytes: u32,
     pub(crate) registers: u32,
@@ -225,7 +233,11 @@ impl<'a> Parser<'a> {
 
     fn entry(&mut self) -> Result<(), Error> {
         self.at += 1;
-        let name = self.next("a name")?.text.to_string();
+        let named = self.next("a name")?;
+        if named.kind != Kind::Word {
+            return Err(self.error(named, "an entry has a name"));
+        }
+        let (name, line) = (named.text.to_string(), named.line);
         let mut body = Body {
             scopes: vec![HashMap::new()],
             open: vec![0],
@@ -286,6 +298,7 @@ impl<'a> Parser<'a> {
         }
         self.module.kernels.push(Kernel {
             name,
+            line,
             launch_registers: launch_registers.unwrap_or(0),
             has_products: instructions.iter().any(|instruction| matches!(instruction.op, Op::Product(_))),
             instructions,
@@ -366,278 +379,6 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `.reg .b32 %r<10>;` or `.reg .pred p, q;`.
-    fn registers(&mut self, body: &mut Body<'a>) -> Result<(), Error> {
-        let word = self.next("a type")?;
-        let ty = Type::parse(word.text.trim_start_matches('.'));
-        let Some(ty) = ty.filter(|ty| *ty != Type::B128) else {
-            return Err(self.error(word, "not a register type that is known here"));
-        };
-        loop {
-            let name = self.next("a register")?.text;
-            let mut names = vec![name.to_string()];
-            if self.take(b'<') {
-                let count = self.next("a count")?;
-                let Ok(number) = count.text.parse::<u32>() else {
-                    return Err(self.error(count, "a count of registers is a number"));
-                };
-                if !self.take(b'>') {
-                    return Err(self.error(count, "the count of registers ends with >"));
-                }
-                names = (0..number).map(|n| format!("{name}{n}")).collect();
-            }
-            for name in names {
-                let count = if ty == Type::Pred { &mut body.predicates } else { &mut body.registers };
-                let number = *count;
-                *count += 1;
-                let register =
-                    if ty == Type::Pred { Name::Predicate(number) } else { Name::Register(number) };
-                body.declare(name, register);
-            }
-            if self.take(b';') {
-                return Ok(());
-            }
-            if !self.take(b',') {
-                let token = self.next("`,` or `;`")?;
-                return Err(self.error(token, "`,` or `;` follows a register"));
-            }
-        }
-    }
-
-    fn statement(&mut self, body: &Body<'a>) -> Result<Statement<'a>, Error> {
-        let first = self.next("an instruction")?;
-        let mut guard = None;
-        let mut opcode = first;
-        if first.is(b'@') {
-            let negated = self.take(b'!');
-            let name = self.next("a predicate")?;
-            let Some(Name::Predicate(register)) = self.lookup(body, name.text) else {
-                return Err(self.error(name, "not a predicate that is declared here"));
-            };
-            guard = Some(Guard { register, negated });
-            opcode = self.next("an opcode")?;
-        }
-        if guard.is_some() && opcode.text.starts_with("call") {
-            return Err(self.error(opcode, "calls under a predicate are not implemented"));
-        }
-        if opcode.kind != Kind::Word {
-            return Err(self.error(opcode, "an instruction begins with an opcode"));
-        }
-        let mut arguments = Vec::new();
-        while !self.take(b';') {
-            arguments.push(self.argument(body)?);
-            if !self.take(b',') && !self.peek().is_some_and(|token| token.is(b';')) {
-                let token = self.next("`;`")?;
-                return Err(self.error(token, "`,` or `;` follows an operand"));
-            }
-        }
-        let end = self.tokens[self.at - 1].start + 1;
-        let text = self.source[first.start..end].split_whitespace().collect::<Vec<_>>().join(" ");
-        let scopes = body.open.clone();
-        Ok(Statement { guard, opcode: opcode.text, arguments, line: first.line, text, scopes })
-    }
-
-    fn argument(&mut self, body: &Body<'a>) -> Result<Argument, Error> {
-        let token = self.next("an operand")?;
-        let argument = match token.kind {
-            Kind::Mark(b'[') => {
-                let argument = self.address(body)?;
-                if !self.take(b']') {
-                    return Err(self.error(token, "an address ends with ]"));
-                }
-                return Ok(argument);
-            }
-            Kind::Mark(b'{') => {
-                let mut parts = Vec::new();
-                while !self.take(b'}') {
-                    parts.push(self.argument(body)?);
-                    self.take(b',');
-                }
-                return Ok(Argument::Vector(parts));
-            }
-            Kind::Mark(b'!') => match self.argument(body)? {
-                Argument::Predicate(guard) => Argument::Predicate(Guard { negated: !guard.negated, ..guard }),
-                _ => return Err(self.error(token, "only a predicate can be negated")),
-            },
-            Kind::Mark(b'-') => Argument::Value(Operand::Immediate(self.number()?.wrapping_neg())),
-            Kind::Number => {
-                self.at -= 1;
-                Argument::Value(Operand::Immediate(self.number()?))
-            }
-            Kind::Word if token.text == "_" => Argument::Sink,
-            Kind::Word => match (self.lookup(body, token.text), special(token.text)) {
-                (Some(Name::Register(number)), _) => Argument::Value(Operand::Register(number)),
-                (Some(Name::Predicate(register)), _) => {
-                    Argument::Predicate(Guard { register, negated: false })
-                }
-                (Some(Name::Variable(address)), _) => {
-                    let offset = if self.take(b'+') { self.number()? } else { 0 };
-                    Argument::Value(Operand::Immediate(address.wrapping_add(offset)))
-                }
-                (Some(Name::DynamicShared), _) => {
-                    Argument::Value(Operand::Special(Special::DynamicSharedBase))
-                }
-                (_, Some(special)) => Argument::Value(Operand::Special(special)),
-                _ if token.text.starts_with('%') => {
-                    return Err(self.error(token, "not a register that is declared or known here"));
-                }
-                // A label may stand further down.
-                _ => Argument::Label(token.text.to_string()),
-            },
-            _ => return Err(self.error(token, "not an operand")),
-        };
-        if !self.take(b'|') {
-            return Ok(argument);
-        }
-        let second = self.argument(body)?;
-        match (target(&argument), target(&second)) {
-            (Some(first), Some(second)) => Ok(Argument::Pair(first, second)),
-            _ => Err(self.error(token, "only registers and predicates stand around |")),
-        }
-    }
-
-    /// The inside of `[...]`.
-    fn address(&mut self, body: &Body<'a>) -> Result<Argument, Error> {
-        let token = self.tokens[self.at - 1];
-        let Argument::Value(base) = self.argument(body)? else {
-            return Err(self.error(token, "not an address that is known here"));
-        };
-        let mut offset = 0_i64;
-        while self.take(b'+') {
-            offset = offset.wrapping_add(self.number()? as i64);
-        }
-        let address = Address { base, offset };
-        if self.take(b',') {
-            return match self.argument(body)? {
-                Argument::Vector(coordinates) => Ok(Argument::Tensor(address, coordinates)),
-                _ => Err(self.error(token, "coordinates stand in braces")),
-            };
-        }
-        Ok(Argument::Address(address))
-    }
-
-    fn number(&mut self) -> Result<u64, Error> {
-        let negative = self.take(b'-');
-        let token = self.next("a number")?;
-        let text = token.text.trim_end_matches('U');
-        let value = match text.get(..2) {
-            Some("0x" | "0X") => u64::from_str_radix(&text[2..], 16).ok(),
-            Some("0f" | "0F" | "0d" | "0D") => u64::from_str_radix(&text[2..], 16).ok(),
-            Some("0b" | "0B") => u64::from_str_radix(&text[2..], 2).ok(),
-            _ if text.contains('.') => text.parse::<f64>().ok().map(f64::to_bits),
-            _ => text.parse().ok(),
-        };
-        let value = value.filter(|_| token.kind == Kind::Number);
-        let value = value.ok_or_else(|| self.error(token, "not a number"))?;
-        Ok(if negative { value.wrapping_neg() } else { value })
-    }
-
-    fn lookup(&self, body: &Body<'a>, name: &str) -> Option<Name> {
-        let local = body.open.iter().rev().find_map(|scope| body.scopes[*scope].get(name));
-        local.or_else(|| self.globals.get(name)).copied().filter(|name| !matches!(name, Name::Label(_)))
-    }
-
-    /// A variable of module scope, with its initial value.
-    fn variable(&mut self) -> Result<(), Error> {
-        let space = self.next("a state space")?;
-        let declared = self.declared()?;
-        if space.text == ".shared" && declared.bytes == 0 {
-            self.dynamic_align = self.dynamic_align.max(declared.align as u32);
-            self.globals.insert(declared.name, Name::DynamicShared);
-            return self.skip_past(b';');
-        }
-        if space.text == ".shared" {
-            let at = round_up(u64::from(self.shared_bytes), declared.align);
-            self.shared_bytes = (at + declared.bytes) as u32;
-            self.globals.insert(declared.name, Name::Variable(at));
-            return self.skip_past(b';');
-        }
-        let mut bytes = vec![0; declared.bytes as usize];
-        if self.take(b'=') {
-            let braces = self.take(b'{');
-            let element = declared.ty.bytes() as usize;
-            let mut at = 0;
-            loop {
-                let value = self.number()?;
-                let Some(place) = bytes.get_mut(at..at + element) else {
-                    return Err(self.error(space, "more initial values than elements"));
-                };
-                place.copy_from_slice(&value.to_le_bytes()[..element]);
-                at += element;
-                if !self.take(b',') {
-                    break;
-                }
-            }
-            if braces && !self.take(b'}') {
-                return Err(self.error(space, "initial values end with }"));
-            }
-        }
-        if !self.take(b';') {
-            return Err(self.error(space, "a variable ends with ;"));
-        }
-        let address = round_up(self.next_address, declared.align.max(256));
-        self.next_address = address + declared.bytes + 256;
-        self.globals.insert(declared.name, Name::Variable(address));
-        self.module.variables.push(Variable { address, bytes });
-        Ok(())
-    }
-
-    /// `.align 8 .b8 name[184]`, behind the state space.
-    fn declared(&mut self) -> Result<Declared, Error> {
-        let mut align = None;
-        let ty = loop {
-            let token = self.next("a type")?;
-            match token.text {
-                ".align" => align = Some(self.number()?),
-                ".ptr" | ".global" | ".const" | ".shared" | ".local" | ".managed" => {}
-                ".attribute" => self.skip_past(b')')?,
-                ".v2" | ".v4" => return Err(self.error(token, "vector variables are not implemented")),
-                text => match Type::parse(text.trim_start_matches('.')) {
-                    Some(ty) => break ty,
-                    None => return Err(self.error(token, "not a type that is known here")),
-                },
-            }
-        };
-        // `.param .u64 .ptr .global .align 1 name` puts the pointer's properties behind the type.
-        let mut name = self.next("a name")?;
-        while matches!(name.text, ".ptr" | ".global" | ".const" | ".shared" | ".local" | ".align") {
-            if name.text == ".align" {
-                self.number()?;
-            }
-            name = self.next("a name")?;
-        }
-        let mut bytes = u64::from(ty.bytes());
-        while self.take(b'[') {
-            if self.take(b']') {
-                bytes = 0;
-                continue;
-            }
-            bytes = bytes.saturating_mul(self.number()?);
-            if !self.take(b']') {
-                return Err(self.error(name, "a dimension ends with ]"));
-            }
-        }
-        if name.kind != Kind::Word || bytes > 1 << 30 {
-            return Err(self.error(name, "not a variable of a size that is possible"));
-        }
-        let align = align.unwrap_or(u64::from(ty.bytes()));
-        if !align.is_power_of_two() {
-            return Err(self.error(name, "an alignment is a power of two"));
-        }
-        Ok(Declared { name: name.text.to_string(), ty, align, bytes })
-    }
-
-    fn extents(&mut self) -> Result<[u32; 3], Error> {
-        let mut extents = [1; 3];
-        for extent in &mut extents {
-            *extent = self.number()? as u32;
-            if !self.take(b',') {
-                break;
-            }
-        }
-        Ok(extents)
-    }
-
     fn skip_braces(&mut self) -> Result<(), Error> {
         let mut depth = 0;
         loop {
@@ -688,14 +429,6 @@ impl<'a> Parser<'a> {
             reason: format!("{reason} ({})", token.text),
         }
     }
-}
-
-#[derive(Clone, Debug)]
-struct Declared {
-    name: String,
-    ty: Type,
-    align: u64,
-    bytes: u64,
 }
 
 impl Body<'_> {
@@ -750,71 +483,6 @@ fn resolve(body: &Body<'_>) -> Result<Vec<Instruction>, Error> {
         text: "}".into(),
     });
     Ok(instructions)
-}
-
-/// The registers that operands name.
-fn named(arguments: &[Argument]) -> Vec<u32> {
-    let mut found = Vec::new();
-    for argument in arguments {
-        match argument {
-            Argument::Value(Operand::Register(number))
-            | Argument::Address(Address { base: Operand::Register(number), .. }) => found.push(*number),
-            Argument::Vector(parts) | Argument::Tensor(_, parts) => found.extend(named(parts)),
-            Argument::Pair(first, second) => {
-                let register = |half: &Option<Target>| match half {
-                    Some(Target::Register(register)) => Some(*register),
-                    _ => None,
-                };
-                found.extend([first, second].into_iter().filter_map(register));
-            }
-            _ => {}
-        }
-    }
-    found
-}
-
-fn target(argument: &Argument) -> Option<Option<Target>> {
-    match argument {
-        Argument::Value(Operand::Register(number)) => Some(Some(Target::Register(*number))),
-        Argument::Predicate(Guard { register, negated: false }) => Some(Some(Target::Predicate(*register))),
-        Argument::Sink => Some(None),
-        _ => None,
-    }
-}
-
-fn special(name: &str) -> Option<Special> {
-    let (name, axis) = match name.rsplit_once('.') {
-        Some((name, "x")) => (name, Some(0)),
-        Some((name, "y")) => (name, Some(1)),
-        Some((name, "z")) => (name, Some(2)),
-        _ => (name, None),
-    };
-    Some(match (name, axis) {
-        ("%tid", Some(axis)) => Special::Tid(axis),
-        ("%ntid", Some(axis)) => Special::Ntid(axis),
-        ("%ctaid", Some(axis)) => Special::Ctaid(axis),
-        ("%nctaid", Some(axis)) => Special::Nctaid(axis),
-        ("%clusterid", Some(axis)) => Special::Clusterid(axis),
-        ("%nclusterid", Some(axis)) => Special::Nclusterid(axis),
-        ("%cluster_ctaid", Some(axis)) => Special::ClusterCtaid(axis),
-        ("%cluster_nctaid", Some(axis)) => Special::ClusterNctaid(axis),
-        ("%cluster_ctarank", None) => Special::ClusterCtarank,
-        ("%cluster_nctarank", None) => Special::ClusterNctarank,
-        ("%is_explicit_cluster", None) => Special::ExplicitCluster,
-        ("%laneid", None) => Special::Laneid,
-        ("%warpid", None) => Special::Warpid,
-        ("%nwarpid", None) => Special::Nwarpid,
-        ("%lanemask_eq", None) => Special::LanemaskEq,
-        ("%lanemask_lt", None) => Special::LanemaskLt,
-        ("%lanemask_le", None) => Special::LanemaskLe,
-        ("%lanemask_gt", None) => Special::LanemaskGt,
-        ("%lanemask_ge", None) => Special::LanemaskGe,
-        ("%clock" | "%clock64" | "%globaltimer", None) => Special::Clock,
-        ("%smid", None) => Special::Smid,
-        ("%dynamic_smem_size", None) => Special::DynamicSharedBytes,
-        ("%total_smem_size", None) => Special::TotalSharedBytes,
-        _ => return None,
-    })
 }
 
 fn round_up(value: u64, align: u64) -> u64 {

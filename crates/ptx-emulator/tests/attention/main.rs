@@ -46,6 +46,22 @@ fn nothing_to_see() {
     check(&[[0, 7]], 1, 1, 3);
 }
 
+/// What is right does not hang on how approximated functions round.
+#[test]
+fn other_roundings() {
+    let problem = Problem::new(&[[130, 230]], 2, 1, 1);
+    let run = |jitter| {
+        let mut device = Device::new();
+        device.set_jitter(jitter);
+        device.load(PTX).unwrap_or_else(|error| panic!("{error}"));
+        let (attention, _) = problem.run(&mut device, 1).unwrap_or_else(|error| panic!("{error}"));
+        problem.check(&attention).unwrap_or_else(|error| panic!("{jitter:?}: {error}"));
+        attention.lse
+    };
+    assert_ne!(run(None), run(Some(1)));
+    run(Some(2));
+}
+
 /// Bugs planted in the PTX. `examples/mutants.rs` plants many more, in the source.
 #[test]
 fn finds_planted_bugs() {

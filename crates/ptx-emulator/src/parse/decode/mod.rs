@@ -1,11 +1,21 @@
 //! From an opcode and its operands to an operation. What is not here is not implemented, and an error.
 
+mod barrier;
+mod copy;
+mod memory;
+mod operands;
+
+use self::{
+    barrier::{barrier, cluster_barrier, mbarrier},
+    copy::{copy_async, store_async},
+    memory::{access, atomic},
+    operands::Operands,
+};
 use super::{Argument, Target};
 use crate::{
     alu,
     isa::{
-        Address, Approximation, AtomicUpdate, Carry, Guard, MatrixType, Op, Operand, Order, Product, Reduce,
-        Shuffle, Space, Special, Type, Vote,
+        Approximation, Carry, Guard, MatrixType, Op, Operand, Product, Shuffle, Space, Special, Type, Vote,
     },
 };
 
@@ -14,111 +24,6 @@ type Labels<'a> = dyn Fn(&str) -> Result<u32> + 'a;
 type Tables<'a> = dyn Fn(&str) -> Result<Vec<u32>> + 'a;
 
 const UNKNOWN: &str = "this instruction is not implemented";
-
-/// The operands of one instruction, taken from the left.
-struct Operands<'a> {
-    left: &'a [Argument],
-}
-
-impl<'a> Operands<'a> {
-    fn next(&mut self) -> Result<&'a Argument> {
-        let (first, rest) = self.left.split_first().ok_or("an operand is missing")?;
-        self.left = rest;
-        Ok(first)
-    }
-
-    fn is_empty(&self) -> bool {
-        self.left.is_empty()
-    }
-
-    fn value(&mut self) -> Result<Operand> {
-        value(self.next()?)
-    }
-
-    fn register(&mut self) -> Result<u32> {
-        match self.value()? {
-            Operand::Register(number) => Ok(number),
-            _ => Err("a destination is a register".into()),
-        }
-    }
-
-    fn immediate(&mut self) -> Result<u64> {
-        match self.value()? {
-            Operand::Immediate(number) => Ok(number),
-            _ => Err("this operand is a number".into()),
-        }
-    }
-
-    fn guard(&mut self) -> Result<Guard> {
-        match self.next()? {
-            Argument::Predicate(guard) => Ok(*guard),
-            _ => Err("this operand is a predicate".into()),
-        }
-    }
-
-    fn predicate(&mut self) -> Result<u32> {
-        match self.guard()? {
-            Guard { register, negated: false } => Ok(register),
-            _ => Err("a destination is not negated".into()),
-        }
-    }
-
-    fn address(&mut self) -> Result<Address> {
-        match self.next()? {
-            Argument::Address(address) => Ok(*address),
-            _ => Err("this operand is an address".into()),
-        }
-    }
-
-    /// A vector, or one value where a vector of one is meant.
-    fn values(&mut self) -> Result<Vec<Operand>> {
-        match self.next()? {
-            Argument::Vector(parts) => parts.iter().map(value).collect(),
-            one => Ok(vec![value(one)?]),
-        }
-    }
-
-    fn registers(&mut self) -> Result<Vec<Option<u32>>> {
-        let parts = match self.next()? {
-            Argument::Vector(parts) => parts.as_slice(),
-            one => std::slice::from_ref(one),
-        };
-        let register = |part: &Argument| match part {
-            Argument::Sink => Ok(None),
-            Argument::Value(Operand::Register(number)) => Ok(Some(*number)),
-            _ => Err("a destination is a register".to_string()),
-        };
-        parts.iter().map(register).collect()
-    }
-
-    /// `d` or `d|p`.
-    fn register_and_predicate(&mut self) -> Result<(Option<u32>, Option<u32>)> {
-        match self.next()? {
-            Argument::Pair(first, second) => {
-                let register = match first {
-                    None => None,
-                    Some(Target::Register(register)) => Some(*register),
-                    Some(Target::Predicate(_)) => return Err("a register stands before |".into()),
-                };
-                match second {
-                    None => Ok((register, None)),
-                    Some(Target::Predicate(predicate)) => Ok((register, Some(*predicate))),
-                    Some(Target::Register(_)) => Err("a predicate stands behind |".into()),
-                }
-            }
-            Argument::Value(Operand::Register(number)) => Ok((Some(*number), None)),
-            _ => Err("a destination is a register".into()),
-        }
-    }
-}
-
-fn value(argument: &Argument) -> Result<Operand> {
-    match argument {
-        Argument::Value(value) => Ok(*value),
-        Argument::Label(name) => Err(format!("there is no {name}")),
-        _ => Err("this operand is a register or a number".into()),
-    }
-}
 
 pub(super) fn decode(
     opcode: &str,
@@ -468,157 +373,11 @@ fn carry(words: &[&str], ty: Option<Type>) -> Result<Carry> {
     })
 }
 
-/// The words behind `ld` or `st`.
-struct Access {
-    space: Space,
-    ty: Type,
-    order: Order,
-    constant: bool,
-    count: usize,
-    /// Whether a hint for the cache follows the operands.
-    hint: bool,
-}
-
-fn access(words: &[&str]) -> Result<Access> {
-    let mut found = Access {
-        space: Space::Generic,
-        ty: Type::B32,
-        order: Order::Weak,
-        constant: false,
-        count: 1,
-        hint: false,
-    };
-    let (ty, middle) = words.split_last().ok_or(UNKNOWN)?;
-    found.ty = Type::parse(ty).filter(|ty| *ty != Type::Pred && *ty != Type::B128).ok_or(UNKNOWN)?;
-    for word in middle {
-        match *word {
-            "global" => found.space = Space::Global,
-            "shared" | "shared::cta" => found.space = Space::Shared,
-            "shared::cluster" => found.space = Space::Cluster,
-            "local" => found.space = Space::Local,
-            "const" => found.space = Space::Const,
-            "param" | "param::entry" => found.space = Space::Param,
-            "volatile" | "relaxed" | "mmio" => found.order = Order::Relaxed,
-            "acquire" => found.order = Order::Acquire,
-            "release" => found.order = Order::Release,
-            "nc" => found.constant = true,
-            "v2" => found.count = 2,
-            "v4" => found.count = 4,
-            // Scopes: any two threads of a launch are taken to be in each other's.
-            "weak" | "cta" | "cluster" | "gpu" | "sys" => {}
-            // Where caches keep it shows in time alone.
-            "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" => {}
-            "L2::cache_hint" => found.hint = true,
-            hint if hint.starts_with("L1::") || hint.starts_with("L2::") => {}
-            _ => return Err(UNKNOWN.into()),
-        }
-    }
-    Ok(found)
-}
-
-fn atomic(returns: bool, words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
-    let (ty, middle) = words.split_last().ok_or(UNKNOWN)?;
-    let ty = Type::parse(ty).ok_or(UNKNOWN)?;
-    let mut space = Space::Generic;
-    let mut order = Order::Relaxed;
-    let mut name = None;
-    for word in middle {
-        match *word {
-            "global" => space = Space::Global,
-            "shared" | "shared::cta" => space = Space::Shared,
-            "shared::cluster" => space = Space::Cluster,
-            "relaxed" => order = Order::Relaxed,
-            "acquire" => order = Order::Acquire,
-            "release" => order = Order::Release,
-            "acq_rel" => order = Order::AcquireRelease,
-            "cta" | "cluster" | "gpu" | "sys" => {}
-            word if name.is_none() => name = Some(word),
-            _ => return Err(UNKNOWN.into()),
-        }
-    }
-    let name = name.ok_or(UNKNOWN)?;
-    let d = if returns { o.registers()?.first().copied().flatten() } else { None };
-    let address = o.address()?;
-    let b = o.value()?;
-    let update = if name == "cas" && matches!(ty, Type::B16 | Type::B32 | Type::B64) {
-        let new = o.value()?;
-        return Ok(Op::Atomic { space, ty, order, update: AtomicUpdate::CompareSwap(b), d, address, b: new });
-    } else {
-        alu::atomic(name, ty).ok_or(UNKNOWN)?
-    };
-    Ok(Op::Atomic { space, ty, order, update: AtomicUpdate::Apply(update), d, address, b })
-}
-
-/// `barrier.cluster.*`.
-fn cluster_barrier(words: &[&str]) -> Result<Op> {
-    let aligned = words.last() == Some(&"aligned");
-    match if aligned { &words[..words.len() - 1] } else { words } {
-        ["arrive"] | ["arrive", "release"] => Ok(Op::ClusterArrive { aligned, releases: true }),
-        ["arrive", "relaxed"] => Ok(Op::ClusterArrive { aligned, releases: false }),
-        ["wait"] | ["wait", "acquire"] => Ok(Op::ClusterWait { aligned }),
-        _ => Err(UNKNOWN.into()),
-    }
-}
-
 /// The space of `mapa` and `getctarank`.
 fn cluster_space(words: &[&str]) -> Result<Space> {
     match words {
         ["u32" | "u64"] => Ok(Space::Generic),
         ["shared::cluster", "u32" | "u64"] => Ok(Space::Cluster),
-        _ => Err(UNKNOWN.into()),
-    }
-}
-
-/// `st.async` to shared memory of the cluster.
-fn store_async(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
-    let words = words.strip_prefix(&["weak"]).unwrap_or(words);
-    let (space, rest) = match words {
-        ["shared::cluster", COMPLETES, rest @ ..] => (Space::Cluster, rest),
-        [COMPLETES, rest @ ..] => (Space::Generic, rest),
-        _ => return Err(UNKNOWN.into()),
-    };
-    let (count, ty) = match rest {
-        [ty] => (1, ty),
-        ["v2", ty] => (2, ty),
-        ["v4", ty] => (4, ty),
-        _ => return Err(UNKNOWN.into()),
-    };
-    let ty = Type::parse(ty).filter(|ty| matches!(ty.bytes(), 4 | 8)).ok_or(UNKNOWN)?;
-    let (address, a, barrier) = (o.address()?, o.values()?, o.address()?);
-    if a.len() != count || count as u32 * ty.bytes() > 16 {
-        return Err("the vector of registers has another size than the access".into());
-    }
-    Ok(Op::StoreAsync { space, ty, address, a, barrier })
-}
-
-/// `bar.*` is aligned, `barrier.*` where it says so.
-fn barrier(always_aligned: bool, words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
-    let words: Vec<&str> = words.iter().copied().filter(|word| *word != "cta").collect();
-    let aligned = always_aligned || words.contains(&"aligned");
-    let words: Vec<&str> = words.into_iter().filter(|word| *word != "aligned").collect();
-    match words.as_slice() {
-        ["warp", "sync"] => Ok(Op::WarpSync { mask: o.value()? }),
-        ["sync"] => {
-            let id = o.value()?;
-            let threads = if o.is_empty() { None } else { Some(o.value()?) };
-            Ok(Op::Barrier { waits: true, aligned, id, threads, reduce: None })
-        }
-        ["arrive"] => {
-            let (id, threads) = (o.value()?, Some(o.value()?));
-            Ok(Op::Barrier { waits: false, aligned, id, threads, reduce: None })
-        }
-        ["red", how, _] => {
-            let how = match *how {
-                "popc" => Reduce::Count,
-                "and" => Reduce::And,
-                "or" => Reduce::Or,
-                _ => return Err(UNKNOWN.into()),
-            };
-            let d = if how == Reduce::Count { o.register()? } else { o.predicate()? };
-            let id = o.value()?;
-            let threads = if o.left.len() > 1 { Some(o.value()?) } else { None };
-            Ok(Op::Barrier { waits: true, aligned, id, threads, reduce: Some((how, d, o.guard()?)) })
-        }
         _ => Err(UNKNOWN.into()),
     }
 }
@@ -634,132 +393,6 @@ fn matrices(count: &str, rest: &[&str]) -> Result<(u32, bool)> {
         ["shared" | "shared::cta"] => Ok((count, false)),
         ["trans", "shared" | "shared::cta"] => Ok((count, true)),
         _ => Err(UNKNOWN.into()),
-    }
-}
-
-fn copy_async(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
-    match words {
-        ["bulk", rest @ ..] => bulk(rest, o),
-        ["commit_group"] => Ok(Op::CommitGroup),
-        ["wait_group"] => Ok(Op::WaitGroup { pending: Some(o.immediate()? as u32) }),
-        ["wait_all"] => Ok(Op::WaitGroup { pending: None }),
-        ["mbarrier", "arrive", rest @ .., "b64"] => {
-            let counted = !rest.starts_with(&["noinc"]);
-            let space = match rest.strip_prefix(&["noinc"]).unwrap_or(rest) {
-                [] => Space::Generic,
-                ["shared" | "shared::cta"] => Space::Shared,
-                _ => return Err(UNKNOWN.into()),
-            };
-            Ok(Op::BarrierCopies { space, address: o.address()?, counted })
-        }
-        ["ca" | "cg", "shared" | "shared::cta", "global", hints @ ..]
-            if hints.iter().all(|hint| hint.starts_with("L2::")) =>
-        {
-            let (to, from) = (o.address()?, o.address()?);
-            let bytes = o.immediate()?;
-            if !(bytes == 16 || matches!(bytes, 4 | 8) && words[0] == "ca") {
-                return Err("cp.async copies 4, 8 or 16 bytes, and .cg only 16".into());
-            }
-            let hint = hints.contains(&"L2::cache_hint");
-            let (mut size, mut ignore) = (None, None);
-            match o.left {
-                [Argument::Predicate(_), ..] => ignore = Some(o.guard()?),
-                [_, ..] if o.left.len() > usize::from(hint) => size = Some(o.value()?),
-                _ => {}
-            }
-            if hint {
-                o.value()?;
-            }
-            Ok(Op::CopyAsync { bytes: bytes as u32, to, from, size, ignore })
-        }
-        _ => Err(UNKNOWN.into()),
-    }
-}
-
-/// How an mbarrier hears of bytes that arrive.
-const COMPLETES: &str = "mbarrier::complete_tx::bytes";
-
-/// `cp.async.bulk.*`.
-fn bulk(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
-    let shared = |space: &str| match space {
-        "shared::cta" => Ok(Space::Shared),
-        "shared::cluster" => Ok(Space::Cluster),
-        _ => Err(UNKNOWN),
-    };
-    match words {
-        ["prefetch", "L2", "global", hint @ ..] => {
-            o.address()?;
-            o.value()?;
-            multicast(hint, Space::Global, o).map(|_| Op::Nothing)
-        }
-        ["prefetch", "tensor", rank, "L2", "global", rest @ ..] => {
-            tensor(rank, o)?;
-            multicast(rest.strip_prefix(&["tile"]).unwrap_or(rest), Space::Global, o).map(|_| Op::Nothing)
-        }
-        ["commit_group"] => Ok(Op::BulkCommit),
-        ["wait_group"] => Ok(Op::BulkWait { pending: o.immediate()? as u32, reads: false }),
-        ["wait_group", "read"] => Ok(Op::BulkWait { pending: o.immediate()? as u32, reads: true }),
-        [to, from @ ("global" | "shared::cta"), COMPLETES, rest @ ..] if *to != "global" => {
-            let to = shared(to)?;
-            let from = if *from == "global" { Space::Global } else { Space::Shared };
-            if from == Space::Shared && (to == Space::Shared || !rest.is_empty()) {
-                return Err(UNKNOWN.into());
-            }
-            let (destination, source, bytes, barrier) =
-                (o.address()?, o.address()?, o.value()?, o.address()?);
-            let ctas = multicast(rest, to, o)?;
-            Ok(Op::Bulk { from, to, source, destination, bytes, barrier: Some(barrier), ctas })
-        }
-        ["global", "shared::cta", "bulk_group"] => {
-            let (destination, source, bytes) = (o.address()?, o.address()?, o.value()?);
-            let (from, to) = (Space::Shared, Space::Global);
-            Ok(Op::Bulk { from, to, source, destination, bytes, barrier: None, ctas: None })
-        }
-        ["tensor", rank, to @ ("shared::cluster" | "shared::cta"), "global", rest @ ..] => {
-            let rest =
-                rest.strip_prefix(&["tile"]).unwrap_or(rest).strip_prefix(&[COMPLETES]).ok_or(UNKNOWN)?;
-            let shared_at = o.address()?;
-            let (map, coordinates) = tensor(rank, o)?;
-            let barrier = Some(o.address()?);
-            let ctas = multicast(rest, shared(to)?, o)?;
-            Ok(Op::BulkTensor { loads: true, shared: shared_at, map, coordinates, barrier, ctas })
-        }
-        ["tensor", rank, "global", "shared::cta", "bulk_group"]
-        | ["tensor", rank, "global", "shared::cta", "tile", "bulk_group"] => {
-            let (map, coordinates) = tensor(rank, o)?;
-            let shared = o.address()?;
-            Ok(Op::BulkTensor { loads: false, shared, map, coordinates, barrier: None, ctas: None })
-        }
-        _ => Err(UNKNOWN.into()),
-    }
-}
-
-/// The mask of CTAs that a copy goes to, if it may have one, and a hint for the cache, which changes nothing here.
-fn multicast(words: &[&str], to: Space, o: &mut Operands<'_>) -> Result<Option<Operand>> {
-    let (many, hint) = match words {
-        [] => (false, false),
-        ["multicast::cluster"] => (true, false),
-        ["L2::cache_hint"] => (false, true),
-        ["multicast::cluster", "L2::cache_hint"] => (true, true),
-        _ => return Err(UNKNOWN.into()),
-    };
-    if many && to != Space::Cluster {
-        return Err(UNKNOWN.into());
-    }
-    let ctas = if many { Some(o.value()?) } else { None };
-    if hint {
-        o.value()?;
-    }
-    Ok(ctas)
-}
-
-/// `[map, {x, y}]` with as many coordinates as `2d` says.
-fn tensor(rank: &str, o: &mut Operands<'_>) -> Result<(Address, Vec<Operand>)> {
-    match o.next()? {
-        Argument::Tensor(map, coordinates) if rank == format!("{}d", coordinates.len()) => {
-            Ok((*map, coordinates.iter().map(value).collect::<Result<_>>()?))
-        }
-        _ => Err("this operand is a tensor map with its coordinates".into()),
     }
 }
 
@@ -808,63 +441,6 @@ fn product(shape: &str, half_result: bool, a: &str, b: &str, o: &mut Operands<'_
         transpose_a,
         transpose_b,
     }))
-}
-
-fn mbarrier(words: &[&str], o: &mut Operands<'_>) -> Result<Op> {
-    let space = match () {
-        () if words.contains(&"shared::cluster") => Space::Cluster,
-        () if words.iter().any(|word| matches!(*word, "shared" | "shared::cta")) => Space::Shared,
-        () => Space::Generic,
-    };
-    // Beside the space, orders and scopes that are the defaults, or as good as they are.
-    let kept = |word: &&&str| {
-        let (space, order) =
-            (word.starts_with("shared"), matches!(**word, "release" | "acquire" | "cta" | "cluster"));
-        !(space || order || **word == "b64")
-    };
-    let relaxed = words.contains(&"relaxed");
-    let names: Vec<&str> = words.iter().filter(kept).copied().filter(|word| *word != "relaxed").collect();
-    // Only what counts bytes may be relaxed: it orders nothing here anyway.
-    if relaxed && !matches!(names.as_slice(), ["expect_tx" | "complete_tx"]) {
-        return Err(UNKNOWN.into());
-    }
-    match names.as_slice() {
-        ["init"] => Ok(Op::BarrierInit { space, address: o.address()?, count: o.value()? }),
-        ["inval"] => Ok(Op::BarrierInvalidate { space, address: o.address()? }),
-        ["expect_tx"] => Ok(Op::BarrierExpect { space, address: o.address()?, bytes: o.value()? }),
-        ["complete_tx"] => Ok(Op::BarrierComplete { space, address: o.address()?, bytes: o.value()? }),
-        ["arrive" | "arrive_drop", rest @ ..] => {
-            let drop = names[0] == "arrive_drop";
-            let state = o.registers()?.first().copied().flatten();
-            if state.is_some() && space == Space::Cluster {
-                return Err("an arrival in shared::cluster gives no state, so `_` stands there".into());
-            }
-            let address = o.address()?;
-            let (complete, expect) = match rest {
-                [] => (true, None),
-                ["noComplete"] => (false, None),
-                ["expect_tx"] => (true, Some(o.value()?)),
-                _ => return Err(UNKNOWN.into()),
-            };
-            let count = if o.is_empty() || expect.is_some() { Operand::Immediate(1) } else { o.value()? };
-            Ok(Op::BarrierArrive { space, address, state, count, expect, drop, complete })
-        }
-        ["test_wait" | "try_wait", rest @ ..] => {
-            let parity = match rest {
-                [] => false,
-                ["parity"] => true,
-                _ => return Err(UNKNOWN.into()),
-            };
-            let blocks = names[0] == "try_wait";
-            let p = o.predicate()?;
-            let (address, phase) = (o.address()?, o.value()?);
-            if blocks && !o.is_empty() {
-                o.value()?;
-            }
-            Ok(Op::BarrierTest { space, address, p, phase, parity, blocks })
-        }
-        _ => Err(UNKNOWN.into()),
-    }
 }
 
 /// What has values in and a value out.
