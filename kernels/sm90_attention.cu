@@ -474,7 +474,7 @@ struct Consumer {
             const QueryTile tile = item.tile;
             const int32_t queries = item.queries.tokens;
             store_rows(item);
-            release(shared.empty_q);
+            mbarrier_arrive(shared.empty_q);
             if (p.scores) {
                 meet();
                 if (threadIdx.x % GROUP_THREADS == 0) {
@@ -493,7 +493,8 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
     const Tiles<d> tiles = {(shared_address(dynamic) + 1023) / 1024 * 1024};
     if (threadIdx.x == 0) {
         mbarrier_init(shared.full_q, 1);
-        mbarrier_init(shared.empty_q, CONSUMERS / 32);
+        // Every thread that reads the item says so itself.
+        mbarrier_init(shared.empty_q, CONSUMERS);
         for (int32_t stage = 0; stage < STAGES; ++stage) {
             mbarrier_init(shared.full_k[stage], 1);
             mbarrier_init(shared.empty_k[stage], CONSUMERS / 32);

@@ -30,6 +30,15 @@ pub(crate) fn works(device: &CudaLauncher) -> Result<Vec<Work<'_>>> {
     Ok(works)
 }
 
+/// Attention without and with the scores of the last queries, at several lengths.
+pub(crate) fn scoring(device: &CudaLauncher) -> Result<Vec<(String, Work<'_>, Work<'_>)>> {
+    let pair = |tokens| {
+        let scored = prefill(device, tokens, Some(Window::Last(WINDOW)))?;
+        Ok((format!("scores_in_attention/{tokens} tokens"), prefill(device, tokens, None)?, scored))
+    };
+    [8192, 32_768, 131_072].into_iter().map(pair).collect()
+}
+
 /// Queries, keys and values of a prompt. Random, so that the chip draws the power that real numbers take.
 struct Tensors {
     q: Rows,

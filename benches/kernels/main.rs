@@ -39,6 +39,9 @@ fn main() -> Result<()> {
             table.extend(measure(&mut criterion, &device, &ceilings, &work));
         }
     }
+    for (name, without, with) in attention::scoring(&device)? {
+        println!("{name}: {:.2} % of the attention", 100.0 * added(&device, &without, &with)?);
+    }
     criterion.final_summary();
     for line in &table {
         println!("{line}");
@@ -175,6 +178,19 @@ fn measure(
         most_us: times[times.len() - 1] * 1e6,
         floor_us: ceilings.floor(work) * 1e6,
     })
+}
+
+/// The share of a launch's time that another takes longer, in the middle of rounds in which they take turns:
+/// a chip that gets warm slows down by more than what is looked for here.
+fn added(device: &CudaLauncher, without: &Work<'_>, with: &Work<'_>) -> Result<f64> {
+    let once = |work: &Work<'_>| Ok::<_, Error>(time(device, 1, &work.run)?.as_secs_f64());
+    let mut shares = Vec::new();
+    for _ in 0..15 {
+        let (without, with) = (once(without)?, once(with)?);
+        shares.push(with / without - 1.0);
+    }
+    shares.sort_by(f64::total_cmp);
+    Ok(shares[shares.len() / 2])
 }
 
 /// Device memory for the length of a run.

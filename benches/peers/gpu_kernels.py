@@ -36,19 +36,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", default=HERE.parent / "bin" / "kernels", help="our benchmark program")
     parser.add_argument("--runs", type=int, default=20, help="timed launches of theirs for each shape")
+    parser.add_argument("--longest", type=int, default=ATTENTION[-1], help="longest prompt of attention, in tokens")
     parser.add_argument("--json", help="write all figures to this file")
     options = parser.parse_args()
 
-    before = ours(options.binary)
+    lengths = [tokens for tokens in ATTENTION if tokens <= options.longest]
+    before = ours(options.binary, lengths)
     theirs = {}
-    for tokens in ATTENTION:
+    for tokens in lengths:
         theirs[f"prefill_attention/{tokens}"] = attention(tokens, options.runs)
     for keys in TOPK:
         scores = torch.rand(8, keys, device="cuda")
         theirs[f"select_topk/{keys}"] = {"topk": measure(lambda: scores.topk(KEPT, dim=1, sorted=False), options.runs)}
     for kept in GATHER:
         theirs[f"gather_kv/{kept}"] = {"index_select": gather(kept, options.runs)}
-    after = ours(options.binary)
+    after = ours(options.binary, lengths)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}; median microseconds")
     print(f"{'kernel':32} {'ours':>10} {'again':>10}  theirs (ratio)")
@@ -61,11 +63,14 @@ def main():
         Path(options.json).write_text(json.dumps({"before": before, "theirs": theirs, "after": after}, indent=1))
 
 
-def ours(binary):
+def ours(binary, lengths):
     """Median microseconds of every kernel and shape."""
+    attention = f"prefill_attention/({'|'.join(map(str, lengths))}) tokens$"
     with tempfile.NamedTemporaryFile() as file:
         environment = dict(os.environ, FASTKV_BENCH_JSON=file.name)
-        run = [binary, "--bench", "prefill_attention|select_topk|gather_kv"]
+        # FASTKV_BENCH_FLAGS: criterion's flags, such as shorter times.
+        flags = os.environ.get("FASTKV_BENCH_FLAGS", "").split()
+        run = [binary, "--bench", *flags, f"{attention}|select_topk|gather_kv"]
         subprocess.run(run, check=True, env=environment, stdout=subprocess.DEVNULL)
         return {row["name"]: row["median_us"] for row in json.load(open(file.name))}
 

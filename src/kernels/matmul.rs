@@ -28,7 +28,7 @@ pub trait MatrixProduct: Device {
 }
 
 /// `out = x . weight^T + bias`, or `out += ...`: products of 16-bit numbers, sums in f32, one rounding at
-/// the end. `sequence_stride` and `head_stride` of matrices are not used.
+/// the end, and where it adds to 16-bit numbers perhaps one before. `sequence_stride` and `head_stride` of matrices are not used.
 #[derive(Clone, Copy, Debug)]
 pub struct Matmul {
     /// `[rows, inner]` of `dtype`.

@@ -117,6 +117,7 @@ impl CublasLt {
             unsafe { (f.create_preference)(place) }
         })?;
         set(f.set_preference, preference.descriptor, MAX_WORKSPACE, &workspace_bytes(work))?;
+        set(f.set_preference, preference.descriptor, REDUCTION_SCHEMES, &REDUCTION_IN_COMPUTE_TYPE)?;
         for operand in MIN_ALIGNMENTS {
             set(f.set_preference, preference.descriptor, operand, &16_u32)?;
         }
@@ -371,6 +372,9 @@ const BIAS_POINTER: c_int = 8;
 const BIAS_TYPE: c_int = 26;
 const EPILOGUE_BIAS: c_int = 4;
 const MAX_WORKSPACE: c_int = 1;
+const REDUCTION_SCHEMES: c_int = 3;
+/// Parts of a sum that is split are added in f32.
+const REDUCTION_IN_COMPUTE_TYPE: u32 = 2;
 const MIN_ALIGNMENTS: [c_int; 4] = [5, 6, 7, 8];
 const NOT_SUPPORTED: Status = 15;
 

@@ -88,9 +88,12 @@ impl CudaLauncher {
         let _current = self.loaded.enter()?;
         let mut kind: c_uint = 0;
         let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-        // SAFETY: `kind` outlives the call, which reads nothing at the address. It fails for ordinary memory.
-        let asked =
-            unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), attribute, host.addr() as u64) };
+        // The plural takes ordinary memory, for which the singular fails.
+        let (mut attribute, mut answer) = (attribute, (&raw mut kind).cast::<c_void>());
+        // SAFETY: one attribute and one place for it, which outlive the call; it reads nothing at the address.
+        let asked = unsafe {
+            sys::cuPointerGetAttributes(1, &mut attribute, &mut answer, host.addr() as sys::CUdeviceptr)
+        };
         Ok(asked == sys::CUresult::CUDA_SUCCESS && kind != 0)
     }
 
