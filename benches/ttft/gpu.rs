@@ -6,6 +6,7 @@
 mod staged;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -161,7 +162,7 @@ fn measure_policy(
     }
     let runs = match tokens {
         ..=32_768 => 3,
-        ..=65_536 => 2,
+        32_769..=65_536 => 2,
         _ => 1,
     };
     let stages = tokens >= STAGED;
@@ -273,16 +274,19 @@ fn engine(device: CudaLauncher, name: &str) -> Result<Engine<Gpu>> {
         }
         // Activations of about one, and embeddings that are no smaller than what the layers add.
         let fan_in = if name.contains("embed") { 1 } else { shape[1] };
-        if !blocks.contains_key(&fan_in) {
-            let scale = 1.0 / (fan_in as f32).sqrt();
-            let scaled: Vec<_> = normal.iter().map(|number| half::bf16::from_f32(number * scale)).collect();
-            let block = backend.weight_with(&[BLOCK], |device, to| {
-                // SAFETY: the address is of so many elements.
-                unsafe { device.upload(to, bytemuck::cast_slice(&scaled)) }
-            })?;
-            blocks.insert(fan_in, block);
-        }
-        let from = blocks[&fan_in].address();
+        let block = match blocks.entry(fan_in) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let scale = 1.0 / (fan_in as f32).sqrt();
+                let scaled: Vec<_> =
+                    normal.iter().map(|number| half::bf16::from_f32(number * scale)).collect();
+                place.insert(backend.weight_with(&[BLOCK], |device, to| {
+                    // SAFETY: the address is of so many elements.
+                    unsafe { device.upload(to, bytemuck::cast_slice(&scaled)) }
+                })?)
+            }
+        };
+        let from = block.address();
         backend.weight_with(shape, |device, to| {
             let mut done = 0;
             while done < elements {

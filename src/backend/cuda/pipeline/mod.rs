@@ -42,8 +42,11 @@ pub struct CudaBackend<D: Device = CudaLauncher> {
     workspace: Block<D>,
     workspace_bytes: usize,
     /// The inverse frequencies used last: a prompt asks for the same ones again and again.
-    frequencies: Mutex<Option<(Vec<f32>, Arc<Block<D>>)>>,
+    frequencies: Mutex<Option<Frequencies<D>>>,
 }
+
+/// Inverse frequencies, and where they lie.
+type Frequencies<D> = (Vec<f32>, Arc<Block<D>>);
 
 /// Rows of a pass through a layer: enough to keep a GPU busy, and little memory beside a long prompt.
 const CHUNK_ROWS: usize = 8192;
