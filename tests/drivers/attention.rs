@@ -6,11 +6,12 @@ use crate::support::{
     recorder::{Recorded, Recorder},
 };
 use fastkv::{
-    abi::{PrefillAttentionParams, Rows},
+    abi::{PrefillAttentionParams, Rows, Sm90AttentionParams},
     kernels::{
-        DType, Kernel,
-        attention::{self, PrefillAttention},
+        DType, Kernel, TensorMap,
+        attention::{self, Form, PrefillAttention},
         batch::{Bias, Lengths, Lse, ScoreHeads, Scores, Window, default_scale},
+        images,
     },
 };
 use ptx_emulator::Schedule;
@@ -112,6 +113,99 @@ fn each_type_and_head_size_has_a_kernel() {
     seen.dedup();
     assert_eq!(seen.len(), 8);
 }
+
+#[test]
+fn hopper_has_a_form_of_its_own() {
+    if !images::built() {
+        return;
+    }
+    for (head_dim, entry, kib) in
+        [(64, "fastkv_sm90_attention_f16_64", 113), (128, "fastkv_sm90_attention_f16_128", 225)]
+    {
+        let recorder = Recorder::hopper();
+        // Queries after one another; keys in rows of 10 heads.
+        let work = prepared(PrefillAttention {
+            q: Rows::packed(4096, 32, head_dim),
+            k: Rows::token_major(8192, 1000, 10, head_dim),
+            v: Rows::token_major(12288, 1000, 10, head_dim),
+            out: Rows::packed(1 << 50, 32, head_dim),
+            queries: Lengths::packed(4096, 1000, 600),
+            head_dim,
+            dtype: DType::F16,
+            ..scored()
+        });
+        // SAFETY: the recorder touches no memory.
+        unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
+        let Recorded { kernel, grid, block, params } = recorder.last();
+        assert_eq!((kernel.entry(), grid, block), (entry, [108, 1, 1], [384, 1, 1]));
+        assert_eq!(recorder.resources()[0].shared_bytes, kib << 10);
+        let params: Sm90AttentionParams = bytemuck::pod_read_unaligned(&params);
+        assert_eq!((params.attention.score_keys, params.attention.score_slots), (512, 4));
+        assert_eq!([params.q, params.k, params.v].map(|map| map.words[0]), [4096, 8192, 12288]);
+        let [q, k, v] = recorder.maps().try_into().unwrap();
+        let (d, halves) = (u64::from(head_dim), u64::from(head_dim / 64));
+        let half = if halves == 1 { 16 } else { 128 };
+        let box_sizes = [64, 128, head_dim / 64, 1, 1];
+        let expected = TensorMap {
+            base: 4096,
+            sizes: [64, 1000, halves, 32, 1],
+            strides: [64 * d, half, 2 * d, 16],
+            box_sizes,
+            dtype: DType::F16,
+        };
+        assert_eq!(q, expected);
+        let sizes = [64, 1000, halves, 8, 2];
+        let strides = [20 * d, half, 2 * d, 20_000 * d];
+        assert_eq!(k, TensorMap { base: 8192, sizes, strides, ..expected });
+        assert_eq!(v, TensorMap { base: 12288, ..k });
+    }
+}
+
+#[test]
+fn hopper_takes_the_portable_form_for_what_its_own_does_not_do() {
+    if !images::built() {
+        return;
+    }
+    let wide = |base, heads| Rows::token_major(base, 1000, heads, 96);
+    let shared = |base| Rows { head_stride: 0, ..Rows::token_major(base, 1000, 8, 128) };
+    let none = |base| Rows { base, ..Rows::default() };
+    for (work, why) in [
+        (PrefillAttention { bias: Some(BIAS), ..plain() }, "kernel knows no bias"),
+        (
+            PrefillAttention {
+                q: wide(4096, 32),
+                k: wide(4096, 8),
+                v: wide(4096, 8),
+                out: wide(1 << 50, 32),
+                head_dim: 96,
+                ..plain()
+            },
+            "head_dim is 64 or 128",
+        ),
+        (PrefillAttention { k: shared(4096), ..plain() }, STRIDES),
+        (PrefillAttention { k: none(0), v: none(0), keys: Lengths::dense(0), ..plain() }, STRIDES),
+    ] {
+        let recorder = Recorder::hopper();
+        // SAFETY: the recorder touches no memory.
+        unsafe { attention::prefill_attention(&recorder, &prepared(work)) }.unwrap();
+        assert_eq!(recorder.last().kernel.image(), "attention", "{why}");
+        let forced = prepared(PrefillAttention { form: Some(Form::Hopper), ..work });
+        // SAFETY: the recorder touches no memory.
+        let error = unsafe { attention::prefill_attention(&recorder, &forced) }.unwrap_err();
+        assert_eq!(error.to_string(), format!("form is Hopper; it must be Portable: Hopper's {why}"));
+    }
+    let elsewhere = prepared(PrefillAttention { form: Some(Form::Hopper), ..plain() });
+    // SAFETY: the recorder touches no memory.
+    let error = unsafe { attention::prefill_attention(&Recorder::default(), &elsewhere) }.unwrap_err();
+    assert!(error.to_string().ends_with("kernel is for compute capability 9.0, and built for it"), "{error}");
+    let portable = prepared(PrefillAttention { form: Some(Form::Portable), ..plain() });
+    let recorder = Recorder::hopper();
+    // SAFETY: the recorder touches no memory.
+    unsafe { attention::prefill_attention(&recorder, &portable) }.unwrap();
+    assert_eq!(recorder.last().kernel, Kernel::PrefillAttentionBf16D128);
+}
+
+const STRIDES: &str = "copy engine takes tensors with keys whose strides are neither 0 nor 2^40 bytes";
 
 #[test]
 fn small_batches_have_small_grids() {

@@ -13,6 +13,7 @@ pub(crate) struct Recorder {
     hopper: bool,
     launches: RefCell<Vec<Recorded>>,
     resources: RefCell<Vec<Resources>>,
+    maps: RefCell<Vec<TensorMap>>,
 }
 
 /// A launch, parameters included.
@@ -50,6 +51,11 @@ impl Recorder {
     /// What the launches so far asked for.
     pub(crate) fn resources(&self) -> Vec<Resources> {
         self.resources.borrow().clone()
+    }
+
+    /// The tensors that were described so far.
+    pub(crate) fn maps(&self) -> Vec<TensorMap> {
+        self.maps.borrow().clone()
     }
 
     /// The last launch.
@@ -101,6 +107,7 @@ impl Device for Recorder {
 
     /// What tells it from other tensors: its address.
     fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
+        self.maps.borrow_mut().push(*tensor);
         let mut map = abi::TensorMap::default();
         map.words[0] = tensor.base;
         Ok(map)
