@@ -1,7 +1,7 @@
 //! The bounds and the alignment of every space, for every kind of instruction that names an address: each
 //! access once at the last place that it may go to, and once or twice beyond.
 
-use ptx_emulator::{Device, Error, Fault, Hazard, Launch, Schedule};
+use ptx_emulator::{Device, Error, Fault, Hazard, Launch, Schedule, Swizzle, TensorMap};
 
 const SCHEDULES: [Schedule; 3] = [Schedule::Eager, Schedule::Delayed, Schedule::Random(1)];
 
@@ -133,4 +133,53 @@ fn copies() {
     };
     check(&bulk("AT", "%at"), "box+288", &[("box+304", OUT), ("box+8", ODD)]);
     check(&bulk("box", "AT"), "%at+32", &[("%at+48", OUT), ("%at+8", ODD), ("%at+-16", OUT)]);
+}
+
+/// Tiles land at multiples of 128 bytes, with a swizzle of 128 bytes at multiples of 1024.
+#[test]
+fn tiles_of_tensors() {
+    for (swizzle, align) in [(Swizzle::None, 128_u32), (Swizzle::Bytes128, 1024)] {
+        for (place, is_odd) in [(0, false), (align, false), (align / 2, true), (16, true)] {
+            for schedule in SCHEDULES {
+                let mut device = Device::new();
+                device.set_schedule(schedule);
+                let text = format!(
+                    ".version 9.0\n.target sm_90a\n.address_size 64\n\
+                     .visible .entry k(.param .align 64 .b8 map[128]) {{\n\
+                     .reg .b32 %r, %zero; .reg .b64 %map; .reg .pred %first, %done;\n\
+                     .shared .align 1024 .b8 tile[2048]; .shared .align 8 .b64 full;\n\
+                     mov.b64 %map, map; cvta.param.u64 %map, %map; mov.u32 %zero, 0; mov.u32 %r, %tid.x;\n\
+                     setp.eq.u32 %first, %r, 0; @%first mbarrier.init.shared::cta.b64 [full], 1;\n\
+                     @%first fence.mbarrier_init.release.cluster; bar.sync 0;\n\
+                     @%first mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], 1024;\n\
+                     @%first cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes \
+                     [tile+{place}], [%map, {{%zero, %zero}}], [full];\n\
+                     WAIT: mbarrier.try_wait.parity.shared::cta.b64 %done, [full], 0;\n\
+                     @!%done bra WAIT;\nret;\n}}"
+                );
+                device.load(&text).expect("PTX");
+                let address = device.alloc(1024);
+                device.fill(address, 1, 1024).expect("1024 bytes");
+                let map = TensorMap {
+                    address,
+                    element_bytes: 2,
+                    sizes: &[64, 8],
+                    strides: &[128],
+                    box_sizes: &[64, 8],
+                    swizzle,
+                };
+                let params = map.encode().expect("a map");
+                let (grid, block) = ([1; 3], [32, 1, 1]);
+                let launch =
+                    Launch { kernel: "k", grid, cluster: [1; 3], block, shared_bytes: 0, params: &params };
+                match device.launch(&launch) {
+                    Ok(_) if !is_odd => {}
+                    Err(Error::Fault(fault)) if is_odd => {
+                        assert_eq!((fault.hazard, fault.line), (ODD, 11), "{fault}")
+                    }
+                    other => panic!("{swizzle:?} at {place}, {schedule:?}: {other:?}"),
+                }
+            }
+        }
+    }
 }
