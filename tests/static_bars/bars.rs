@@ -74,14 +74,14 @@ const fn sm90_attention(
 }
 
 pub(crate) static BARS: &[Bar] = &[
-    attention("fastkv_prefill_attention_f16_64", 34 << 10, 660),
-    attention("fastkv_prefill_attention_f16_96", 50 << 10, 790),
-    attention("fastkv_prefill_attention_f16_128", 68 << 10, 935),
-    attention("fastkv_prefill_attention_f16_256", 102 << 10, 1000),
-    attention("fastkv_prefill_attention_bf16_64", 34 << 10, 660),
-    attention("fastkv_prefill_attention_bf16_96", 50 << 10, 790),
-    attention("fastkv_prefill_attention_bf16_128", 68 << 10, 935),
-    attention("fastkv_prefill_attention_bf16_256", 102 << 10, 1000),
+    attention("fastkv_prefill_attention_f16_64", 33 << 10, 660),
+    attention("fastkv_prefill_attention_f16_96", 49 << 10, 790),
+    attention("fastkv_prefill_attention_f16_128", 65 << 10, 935),
+    attention("fastkv_prefill_attention_f16_256", 97 << 10, 1000),
+    attention("fastkv_prefill_attention_bf16_64", 33 << 10, 660),
+    attention("fastkv_prefill_attention_bf16_96", 49 << 10, 790),
+    attention("fastkv_prefill_attention_bf16_128", 65 << 10, 935),
+    attention("fastkv_prefill_attention_bf16_256", 97 << 10, 1000),
     sm90_attention(
         "fastkv_sm90_attention_f16_64",
         64,
