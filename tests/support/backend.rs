@@ -8,16 +8,18 @@ use fastkv::backend::cuda::CudaBackend;
 use fastkv::backend::{Backend, BackendError, Select, Share, Visible};
 #[cfg(feature = "text")]
 use fastkv::engine::GenerationOptions;
-use fastkv::engine::{Control, Engine, EngineError, PrefillOptions};
+use fastkv::engine::{Control, Engine, EngineError, PrefillOptions, Trace};
 #[cfg(feature = "text")]
 use fastkv::eval::{Dialect, NeedlePrompt};
 use fastkv::kernels::{DType, MatrixProduct};
 use fastkv::model::{Checkpoint, ModelDir, StoredTensor};
 use fastkv::policy::{
-    AdaKv, Budget, FastKv, GemFilter, Policy, Pooling, PoolingKind, PyramidKv, Random, SnapKv, StreamingLlm,
+    AdaKv, Budget, FastKv, GemFilter, Plan, Policy, Pooling, PoolingKind, PyramidKv, Random, SnapKv,
+    StreamingLlm,
 };
 
 use super::Check;
+use super::probe::Probe;
 use super::tiny::{self, Rng, Stored, Tiny};
 
 pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
@@ -447,8 +449,9 @@ fn read_prompts<D: MatrixProduct + Clone + Debug>(
     let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
     let error = |error: EngineError| error.to_string();
     let cuda = Engine::load(cuda(device, dtype)?.with_chunk_rows(chunk_rows), &model).map_err(error)?;
-    let cpu =
-        Engine::load(CpuBackend::new(None).map_err(|error| error.to_string())?, &model).map_err(error)?;
+    let mut probe = Probe::new(chunk_rows);
+    probe.inner = CpuBackend::new(None).map_err(|error| error.to_string())?;
+    let cpu = Engine::load(probe, &model).map_err(error)?;
     let ids = Rng::new(seed + 7).ids(tokens, tiny.vocabulary);
     for policy in policies {
         for exact_shortcuts in [true, false] {
@@ -492,21 +495,18 @@ pub(crate) fn needle<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(),
 
 /// Three tokens behind a prompt.
 #[cfg(feature = "text")]
-fn answer<B: Backend>(
-    engine: &Engine<B>,
-    ids: &[u32],
-    plan: &fastkv::policy::Plan,
-) -> Result<Vec<u32>, EngineError> {
+fn answer<B: Backend>(engine: &Engine<B>, ids: &[u32], plan: &Plan) -> Result<Vec<u32>, EngineError> {
     let control = Control::default();
     let mut prefill = engine.prefill(ids, plan, &PrefillOptions::default(), &control)?;
     let options = GenerationOptions { max_tokens: 3, ..GenerationOptions::default() };
     Ok(engine.generate(&mut prefill.cache, prefill.logits, &options, &control, |_| ())?.tokens)
 }
 
-/// A prompt and three tokens after it. Both backends may choose otherwise where scores are nearly equal.
-fn agree<A: Backend, B: Backend>(
+/// Prefill and two appends on both. What a device chooses is near what the CPU chooses by itself; and when the
+/// CPU is made to choose the same, masses and answers are the same.
+fn agree<A: Backend>(
     cuda: &Engine<A>,
-    cpu: &Engine<B>,
+    cpu: &Engine<Probe>,
     ids: &[u32],
     policy: &Policy,
     options: &PrefillOptions,
@@ -516,35 +516,39 @@ fn agree<A: Backend, B: Backend>(
     let plan = policy.plan(cpu.shape(), ids.len()).map_err(|error| error.to_string())?;
     let control = Control::default();
     let mut found = cuda.prefill(ids, &plan, options, &control).map_err(error)?;
+    let trace = found.trace.as_ref().ok_or("no trace")?;
+
+    let free = cpu.prefill(ids, &plan, options, &control).map_err(error)?.trace.ok_or("no trace")?;
+    for (layer, (found, free)) in trace.layers.iter().zip(&free.layers).enumerate() {
+        let handed_on = found.propagated.iter().flatten().copied().collect::<Vec<_>>();
+        let of_free = free.propagated.iter().flatten().copied().collect::<Vec<_>>();
+        let alike = overlap(&found.kept.concat(), &free.kept.concat()).min(overlap(&handed_on, &of_free));
+        if alike < 0.75 {
+            return Err(format!("layer {layer} keeps or hands on only {alike} of the same tokens"));
+        }
+    }
+
+    cpu.backend().force(selections(&plan, trace));
     let mut expected = cpu.prefill(ids, &plan, options, &control).map_err(error)?;
-    let (trace, expected_trace) =
-        (found.trace.as_ref().ok_or("no trace")?, expected.trace.as_ref().ok_or("no trace")?);
-    let mut alike = 1.0_f64;
+    if cpu.backend().forced() > 0 {
+        return Err("fewer selections than the plan has".into());
+    }
+    let expected_trace = expected.trace.as_ref().ok_or("no trace")?;
     for (layer, (found, expected)) in trace.layers.iter().zip(&expected_trace.layers).enumerate() {
-        if found.rows != expected.rows {
-            return Err(format!("layer {layer} read {} tokens, not {}", found.rows, expected.rows));
+        if (found.rows, &found.kept, &found.propagated)
+            != (expected.rows, &expected.kept, &expected.propagated)
+        {
+            return Err(format!("layer {layer} keeps other tokens than were chosen"));
         }
-        alike = alike.min(overlap(&found.kept.concat(), &expected.kept.concat()));
-        if let (Some(found), Some(expected)) = (&found.propagated, &expected.propagated) {
-            alike = alike.min(overlap(found, expected));
-        }
-        // Of the same rows; a near-tie at the TSP layer hands on others.
-        let mut before = trace.layers[..layer].iter().zip(&expected_trace.layers);
-        let same_rows = trace.restarted == expected_trace.restarted
-            && before.all(|(found, expected)| found.propagated == expected.propagated);
-        for (found, expected) in found.mass.iter().zip(&expected.mass).filter(|_| same_rows) {
+        for (found, expected) in found.mass.iter().zip(&expected.mass) {
             if (found - expected).abs() > 0.05 {
                 return Err(format!("layer {layer} keeps {found} of the attention, not {expected}"));
             }
         }
     }
-    if alike < 0.75 {
-        return Err(format!("only {alike} of the tokens that a layer keeps or hands on are the same"));
-    }
     // Through four layers of some ten roundings each, which add up as the root of their number, and grow
-    // where a softmax is sharp. Where scores nearly tie other tokens may be kept, and answers say what these
-    // say: then they have to be numbers.
-    let allowed = if alike == 1.0 { 12.0 * unit } else { f64::MAX };
+    // where a softmax is sharp.
+    let allowed = 12.0 * unit;
     near("logits of the prompt", &found.logits, &expected.logits, allowed)?;
     for step in [&[1_u32][..], &[5, 3]] {
         let logits = cuda.append(&mut found.cache, step, &control).map_err(error)?;
@@ -552,16 +556,36 @@ fn agree<A: Backend, B: Backend>(
         near("logits of a step", &logits, &expected, allowed)?;
     }
     let lengths = found.cache.physical_lengths(cuda.backend());
-    if policy.name() != "adakv" && lengths != expected.cache.physical_lengths(cpu.backend()) {
+    if lengths != expected.cache.physical_lengths(cpu.backend()) {
         return Err(format!("the cache holds {lengths:?}"));
     }
     Ok(())
 }
 
+/// The selections that led to a trace, in their order: rows of a layer, where the trace has positions.
+fn selections(plan: &Plan, trace: &Trace) -> Vec<Vec<Vec<u32>>> {
+    let mut selections: Vec<_> = trace.restarted.iter().map(|chosen| vec![chosen.clone()]).collect();
+    let mut rows: Vec<u32> = match &trace.restarted {
+        Some(chosen) => chosen.clone(),
+        None => (0..plan.prompt_tokens as u32).collect(),
+    };
+    for (rules, layer) in plan.layers.iter().zip(&trace.layers) {
+        let row_of = |position: &u32| rows.binary_search(position).expect("a row of the layer") as u32;
+        if rules.saliency().is_some() {
+            selections.push(layer.kept.iter().map(|kept| kept.iter().map(row_of).collect()).collect());
+        }
+        if let Some(going_on) = &layer.propagated {
+            selections.push(vec![going_on.iter().map(row_of).collect()]);
+            rows = going_on.clone();
+        }
+    }
+    selections
+}
+
 /// The share of the expected numbers that is there.
 fn overlap(found: &[u32], expected: &[u32]) -> f64 {
     let there = expected.iter().filter(|number| found.contains(number)).count();
-    there as f64 / expected.len().max(1) as f64
+    if expected.is_empty() && found.is_empty() { 1.0 } else { there as f64 / expected.len().max(1) as f64 }
 }
 
 /// No number is further off than that share of the largest.

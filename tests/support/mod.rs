@@ -12,6 +12,9 @@ pub(crate) mod llama;
 pub(crate) mod matmul;
 pub(crate) mod memory;
 pub(crate) mod number;
+#[cfg(feature = "pipeline")]
+#[path = "../tiny/probe.rs"]
+pub(crate) mod probe;
 pub(crate) mod processors;
 pub(crate) mod random;
 pub(crate) mod recorder;

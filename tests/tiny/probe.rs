@@ -1,9 +1,11 @@
-//! A backend that counts: the CPU's arithmetic, chunks of any size, and the keys and values that are
-//! truly alive.
+//! A backend that counts: the CPU's arithmetic, chunks of any size, the keys and values that are truly
+//! alive, and selections that can be forced. Each test program uses its share of this.
+#![allow(dead_code)]
 
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 use fastkv::backend::cpu::{CpuBackend, Indices, Kv, Rotary, Scores, Tensor, Weight};
 use fastkv::backend::{Backend, BackendError, Bias, Columns, Select, Share, Visible};
@@ -22,6 +24,7 @@ pub(crate) struct Probe {
     pub(crate) inner: CpuBackend,
     pub(crate) chunk_rows: usize,
     alive: Arc<Alive>,
+    forced: Mutex<VecDeque<Vec<Vec<u32>>>>,
 }
 
 #[derive(Debug)]
@@ -42,7 +45,24 @@ impl Alive {
 impl Probe {
     pub(crate) fn new(chunk_rows: usize) -> Self {
         let inner = CpuBackend::new(Some(1)).expect("a thread");
-        Self { inner, chunk_rows, alive: Arc::default() }
+        Self { inner, chunk_rows, alive: Arc::default(), forced: Mutex::default() }
+    }
+
+    /// What the next selections give, in their order, whatever the scores.
+    pub(crate) fn force(&self, selections: Vec<Vec<Vec<u32>>>) {
+        *self.forced.lock().expect("a lock") = selections.into();
+    }
+
+    /// Selections that are still forced.
+    pub(crate) fn forced(&self) -> usize {
+        self.forced.lock().expect("a lock").len()
+    }
+
+    fn forced_or(&self, select: impl FnOnce() -> Result<Indices>) -> Result<Indices> {
+        match self.forced.lock().expect("a lock").pop_front() {
+            Some(lists) => self.inner.indices(lists),
+            None => select(),
+        }
     }
 
     /// Entries alive now.
@@ -236,15 +256,15 @@ impl Backend for Probe {
     }
 
     fn select(&self, scores: &Scores, select: Select) -> Result<Indices> {
-        self.inner.select(scores, select)
+        self.forced_or(|| self.inner.select(scores, select))
     }
 
     fn select_each(&self, scores: &Scores, counts: &[usize], tail: usize) -> Result<Indices> {
-        self.inner.select_each(scores, counts, tail)
+        self.forced_or(|| self.inner.select_each(scores, counts, tail))
     }
 
     fn select_shared(&self, scores: &Scores, share: Share) -> Result<Indices> {
-        self.inner.select_shared(scores, share)
+        self.forced_or(|| self.inner.select_shared(scores, share))
     }
 
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices> {
