@@ -84,9 +84,10 @@ fn gather_rows_llama(device: &CudaLauncher) -> Result<(), Failed> {
 /// A tenth of the keys of each kv head of Llama 3.1 8B at 128K, and of one set for all heads at 1M.
 fn select_llama(device: &CudaLauncher) -> Result<(), Failed> {
     let heads = || select::Case::softmax(1, [1, 8, 1, 4, 131_072], Pooling::max(7), vec![13_107]);
+    let plain = || select::Case::softmax(3, [1, 8, 1, 1, 131_072], Pooling::NONE, vec![13_107]);
     let sequence = select::Case::softmax(2, [1, 1, 8, 4, 1 << 20], Pooling::max(7), vec![104_857]);
-    select::check(device, Form::Cluster, vec![heads()])?;
-    Ok(select::check(device, Form::Grid, vec![heads(), sequence])?)
+    select::check(device, Form::Cluster, vec![heads(), plain()])?;
+    Ok(select::check(device, Form::Grid, vec![heads(), plain(), sequence])?)
 }
 
 /// Two kv heads of Llama 3.1 8B at 20K, by the windows of FastKV and SnapKV.

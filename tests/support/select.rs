@@ -447,7 +447,8 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
     use Form::{Block, Cluster, Grid};
     vec![
         Check::portable("select_block_sizes", |device, _| {
-            check(device, Block, sizes(&[0, 1, 2, 3, 4, 5, 2047, 2048, 2049, 4100]))
+            // The last is long enough that a thread asks for several vectors at once.
+            check(device, Block, sizes(&[0, 1, 2, 3, 4, 5, 2047, 2048, 2049, 4100, 8200]))
         }),
         Check::portable("select_block_rows", |device, _| check(device, Block, rows())),
         Check::portable("select_block_contents", |device, _| check(device, Block, contents())),
@@ -474,11 +475,12 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
     ]
 }
 
-/// Lengths around vectors, tiles and chunks, each with counts at the edges.
+/// Lengths around vectors, tiles and chunks, each with counts at the edges and between.
 fn sizes(lengths: &[usize]) -> Vec<Case> {
     let case = |n: &usize| {
         let keys = *n as i32;
-        Case::whole(*n as u64, [1, 5, 1, 1, *n], Pooling::NONE, vec![0, 1, keys - 1, keys, keys + 5])
+        let counts = vec![0, 1, keys / 2, keys - 1, keys, keys + 5];
+        Case::whole(*n as u64, [1, counts.len(), 1, 1, *n], Pooling::NONE, counts)
     };
     lengths.iter().map(case).collect()
 }
