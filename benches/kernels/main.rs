@@ -8,6 +8,8 @@
 mod attention;
 mod decode;
 mod gather;
+#[path = "../support/random.rs"]
+mod random;
 mod select;
 
 use std::{cell::RefCell, fmt, time::Duration};
@@ -19,6 +21,7 @@ use fastkv::{
     backend::cuda::CudaLauncher,
     kernels::{DType, Device, Error, Matmul, MatrixProduct},
 };
+use random::Random;
 
 fn main() -> Result<()> {
     let device = match CudaLauncher::new(0) {
@@ -254,24 +257,5 @@ impl Drop for Memory<'_> {
             // SAFETY: from `alloc`, once. A device that fails here has failed before.
             let _ = unsafe { self.device.free(address) };
         }
-    }
-}
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn unit(&mut self) -> f32 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 24) as f32
-    }
-
-    /// Box and Muller's transform.
-    fn normal(&mut self) -> f32 {
-        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
-        radius * (std::f32::consts::TAU * self.unit()).cos()
     }
 }

@@ -3,6 +3,8 @@
 //! `FASTKV_TTFT=8192,32768` measures these lengths, `FASTKV_TTFT_POLICIES=full,fastkv` these policies;
 //! `FASTKV_BENCH_JSON=file` writes the figures for programs.
 
+#[path = "../support/random.rs"]
+mod random;
 mod staged;
 
 use std::collections::HashMap;
@@ -18,6 +20,7 @@ use fastkv::model::LlamaConfig;
 use fastkv::policy::{FastKv, GemFilter, Plan, Policy, SnapKv};
 use serde::Serialize;
 
+use random::Random;
 use staged::{STAGES, Staged};
 
 const LENGTHS: [usize; 5] = [8192, 16_384, 32_768, 65_536, 131_072];
@@ -307,31 +310,4 @@ fn engine(device: CudaLauncher, name: &str) -> Result<Engine<Gpu>> {
 
 fn gib(bytes: usize) -> f64 {
     bytes as f64 / f64::from(1 << 30)
-}
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> u32 {
-        (self.next() % bound as u64) as u32
-    }
-
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 24) as f32
-    }
-
-    /// Box and Muller's transform.
-    fn normal(&mut self) -> f32 {
-        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
-        radius * (std::f32::consts::TAU * self.unit()).cos()
-    }
 }
