@@ -64,6 +64,7 @@ impl CudaLauncher {
             products: OnceLock::new(),
             compute_capability: info.compute_capability,
             multiprocessors: info.multiprocessors,
+            reads_host_memory: false,
         };
         loaded.load()?;
         Ok(Self { stream: loaded.stream, loaded: Arc::new(loaded) })
@@ -133,11 +134,12 @@ impl Device for CudaLauncher {
             return Ok(());
         }
         // SAFETY: `from` is readable for its length, the caller vouches for `to`, and the driver is done with
-        // `from` when we return: it stages memory of the ordinary kind, and for other kinds we wait.
+        // `from` when we return: it stages memory that it has to, and otherwise we wait.
         self.call("cuMemcpyHtoDAsync", || unsafe {
             sys::cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.stream)
         })?;
-        if self.is_known(from.as_ptr().cast())? { self.synchronize() } else { Ok(()) }
+        let waits = self.loaded.reads_host_memory || self.is_known(from.as_ptr().cast())?;
+        if waits { self.synchronize() } else { Ok(()) }
     }
 
     unsafe fn download(&self, to: &mut [u8], from: u64) -> Result<(), Error> {
@@ -304,6 +306,8 @@ struct Loaded {
     products: OnceLock<Result<CublasLt, Error>>,
     compute_capability: (u32, u32),
     multiprocessors: u32,
+    /// Through the host's own page tables, so that the driver need not stage what it copies.
+    reads_host_memory: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -324,12 +328,12 @@ impl Loaded {
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut self.stream, non_blocking) })?;
         self.keep_freed_memory()?;
         self.functions = vec![None; Kernel::ALL.len()];
-        let mut shared_bytes = 0;
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        // SAFETY: `shared_bytes` outlives the call.
-        check("cuDeviceGetAttribute", unsafe {
-            sys::cuDeviceGetAttribute(&mut shared_bytes, attribute, self.device)
-        })?;
+        use sys::CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED_BYTES,
+            CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES as HOST_PAGES,
+        };
+        let shared_bytes = self.attribute(SHARED_BYTES)?;
+        self.reads_host_memory = self.attribute(HOST_PAGES)? != 0;
         for image in images::images() {
             let mut module = ptr::null_mut();
             // SAFETY: a complete fatbin, in static memory.
@@ -371,6 +375,15 @@ impl Loaded {
             sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast())
         })?;
         Ok(())
+    }
+
+    fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32, Failure> {
+        let mut value = 0;
+        // SAFETY: `value` outlives the call.
+        check("cuDeviceGetAttribute", unsafe {
+            sys::cuDeviceGetAttribute(&mut value, attribute, self.device)
+        })?;
+        Ok(value)
     }
 
     fn products(&self) -> Result<&CublasLt, Error> {
