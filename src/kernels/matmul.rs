@@ -28,7 +28,7 @@ pub trait MatrixProduct: Device {
 }
 
 /// `out = x . weight^T + bias`, or `out += ...`: products of 16-bit numbers, sums in f32, one rounding at
-/// the end, and where it adds to 16-bit numbers perhaps one before. `sequence_stride` and `head_stride` of matrices are not used.
+/// the end. `sequence_stride` and `head_stride` of matrices are not used.
 #[derive(Clone, Copy, Debug)]
 pub struct Matmul {
     /// `[rows, inner]` of `dtype`.
@@ -39,7 +39,8 @@ pub struct Matmul {
     pub bias: u64,
     /// `[rows, columns]` of `out_dtype`; does not overlap the rest.
     pub out: Rows,
-    /// Whether the product is added to what `out` holds.
+    /// Whether the product is added to what `out` holds, in F32: cuBLASLt may round a product before it adds it to
+    /// 16-bit numbers.
     pub accumulate: bool,
     /// Rows of `x` and of `out`.
     pub rows: u32,
@@ -73,6 +74,10 @@ impl Matmul {
         }
         if out_dtype != dtype && out_dtype != DType::F32 {
             return Err(Error::argument("out_dtype", format!("{out_dtype:?}"), format!("{dtype:?} or F32")));
+        }
+        if self.accumulate && out_dtype != DType::F32 {
+            let value = format!("{out_dtype:?}");
+            return Err(Error::argument("out_dtype", value, "F32, to accumulate without rounding twice"));
         }
         if count("rows", rows)? == 0 {
             return Ok(false);

@@ -441,6 +441,8 @@ fn products_are_checked() {
     refuses(|w| w.columns = 0, "columns is 0; it must be from 1 to 268435456");
     refuses(|w| w.dtype = DType::F32, "dtype is F32; it must be F16 or BF16");
     refuses(|w| w.out_dtype = DType::F16, "out_dtype is F16; it must be BF16 or F32");
+    let rounds_twice = "out_dtype is BF16; it must be F32, to accumulate without rounding twice";
+    refuses(|w| (w.accumulate, w.out_dtype) = (true, DType::BF16), rounds_twice);
     refuses(|w| w.rows = u32::MAX, "rows is 4294967295; it must be at most 2147483647");
     refuses(|w| w.x.base = 1, "x is 0x1; it must be a device address, a multiple of 16");
     refuses(|w| w.bias = 1, "bias is 0x1; it must be a device address, a multiple of 4");
