@@ -19,8 +19,8 @@ use std::path::Path;
 use fastkv::backend::cpu::CpuBackend;
 use fastkv::backend::{Backend, BackendError};
 use fastkv::engine::{
-    Cancel, Control, Engine, EngineError, FinishReason, Generation, GenerationOptions, Prefill,
-    PrefillOptions, Progress, Prompt, Sampler, Sampling, Trace, Turn,
+    Cancel, Control, Engine, EngineError, FinishReason, Generation, GenerationOptions, MemoryEstimate,
+    MemoryOptions, Prefill, PrefillOptions, Progress, Prompt, Sampler, Sampling, Trace, Turn,
 };
 use fastkv::model::ModelDir;
 use fastkv::policy::{

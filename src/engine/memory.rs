@@ -57,6 +57,20 @@ impl MemoryEstimate {
         }
     }
 
+    /// What prompts take that are read together: an upper bound, since they share the temporaries of a chunk.
+    /// Nothing for no prompts.
+    #[must_use]
+    pub fn together(prompts: &[Self]) -> Self {
+        let sum = |part: fn(&Self) -> u64| prompts.iter().map(part).sum();
+        Self {
+            weights: prompts.iter().map(|prompt| prompt.weights).max().unwrap_or(0),
+            kv_full: sum(|prompt| prompt.kv_full),
+            kv_kept: sum(|prompt| prompt.kv_kept),
+            kv_peak: sum(|prompt| prompt.kv_peak),
+            activations: sum(|prompt| prompt.activations),
+        }
+    }
+
     /// All of it.
     pub fn total(&self) -> u64 {
         self.weights + self.kv_peak + self.activations

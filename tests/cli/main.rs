@@ -1,6 +1,7 @@
 //! The program `fastkv`, from the outside: what it prints, writes and returns.
 
 mod bad_input;
+mod batch;
 mod eval;
 mod interrupt;
 mod results;

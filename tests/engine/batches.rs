@@ -288,3 +288,27 @@ fn cancelled_answers_keep_what_there_is() {
         assert!(prefill.cache.logical_length() >= 2);
     }
 }
+
+#[test]
+fn a_batch_takes_no_more_memory_than_its_members() {
+    let tiny = Tiny::default();
+    for policy in decoding_policies() {
+        let rig = rig_on(&tiny, Probe::new(64));
+        let ids = prompts(tiny.vocabulary);
+        let plans: Vec<Plan> = ids.iter().map(|ids| rig.plan(&policy, ids.len())).collect();
+        let options =
+            MemoryOptions { weight_bytes: 1000, chunk_rows: 64, kv_element_bytes: 4, more_tokens: 0 };
+        let estimates: Vec<_> =
+            plans.iter().map(|plan| MemoryEstimate::new(rig.engine.config(), plan, &options)).collect();
+        let all = MemoryEstimate::together(&estimates);
+        assert_eq!(all.weights, 1000);
+        assert_eq!(all.total() - 1000, estimates.iter().map(|estimate| estimate.total() - 1000).sum::<u64>());
+        let members = together(&rig, &ids, &plans, &PrefillOptions::default());
+        let peak = (rig.engine.backend().peak() * 2 * tiny.head_dim * 4) as u64;
+        assert!(peak <= all.kv_peak, "{}: {peak} of {}", policy.name(), all.kv_peak);
+        let kept =
+            members.iter().map(|prefill| prefill.cache.bytes(rig.engine.backend()) as u64).sum::<u64>();
+        assert!(kept <= all.kv_kept);
+    }
+    assert_eq!(MemoryEstimate::together(&[]).total(), 0);
+}

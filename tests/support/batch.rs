@@ -30,14 +30,18 @@ fn steps<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(), 
     let sizes = Sizes { group: 2, heads: 2, head_dim: 64, rows: 5, keys: 150 };
     let scene = Scene { sizes, stored, unit, seed };
     let run = |error: BackendError| error.to_string();
-    let found = several_steps(&scene, &cuda(device, dtype)?).map_err(run)?;
-    let expected = several_steps(&scene, &cpu()?).map_err(run)?;
+    let (found, calls) = several_steps(&scene, &cuda(device, dtype)?).map_err(run)?;
+    if calls != 2 {
+        return Err(format!("{STEPS} steps were put together {calls} times: first, and to be captured"));
+    }
+    let (expected, _) = several_steps(&scene, &cpu()?).map_err(run)?;
     found.iter().zip(&expected).try_for_each(|(found, expected)| compare(found, expected))
 }
 
 const STEPS: usize = 5;
 
-fn several_steps<B: Backend>(scene: &Scene, backend: &B) -> Result<Vec<Output>, BackendError> {
+/// What the steps give, and how often their operations were asked for.
+fn several_steps<B: Backend>(scene: &Scene, backend: &B) -> Result<(Vec<Output>, usize), BackendError> {
     // As for the attention of one row.
     let attended = [scene.unit, 2.0 * scene.unit];
     let Sizes { group, heads, head_dim, keys, .. } = scene.sizes;
@@ -55,13 +59,14 @@ fn several_steps<B: Backend>(scene: &Scene, backend: &B) -> Result<Vec<Output>, 
     let mut ids = backend.indices(vec![vec![0; kept.len()]])?;
     let mut positions = backend.indices(vec![vec![0; kept.len()]])?;
     let mut recording = B::Recording::default();
-    let mut out = None;
+    let (mut out, mut calls) = (None, 0);
     let mut outputs = Vec::new();
     for step in 0..STEPS as u32 {
         backend.write_list(&mut ids, &[3 * step, 3 * step + 1, 3 * step + 2])?;
         backend.write_list(&mut positions, &[1000 + step, 2000 + step, 3000 + step])?;
         backend.repeat(&mut recording, || {
             out = None;
+            calls += 1;
             let [queries, keys, values] = [0, 1, 2].map(|at| backend.embed_list(&tables[at], &ids));
             out = Some(backend.decode_attention(&queries?, &keys?, &values?, &positions, &mut batch)?);
             Ok::<_, BackendError>(())
@@ -80,7 +85,7 @@ fn several_steps<B: Backend>(scene: &Scene, backend: &B) -> Result<Vec<Output>, 
         let numbers = backend.read(&backend.attention(&last, kv, Visible::Aligned)?)?;
         outputs.push(Output { what: "attention over what is left", numbers, tolerance: attended });
     }
-    Ok(outputs)
+    Ok((outputs, calls))
 }
 
 /// Prompts of different lengths, read and answered together, against the same engine one by one.

@@ -49,27 +49,7 @@ impl<'a> Task<'a> {
         exact_shortcuts: bool,
         cancel: &'a Cancel,
     ) -> Result<Self> {
-        let mut stop_tokens = model.generation.stop_tokens.clone();
-        let mut stop_texts = Vec::new();
-        for stop in &options.stop {
-            match (stop.parse(), &prompt.tokenizer) {
-                (Ok(id), _) if (id as usize) < model.config.vocab_size => stop_tokens.push(id),
-                (Ok(id), _) => {
-                    let vocabulary = model.config.vocab_size;
-                    bail!(Usage(format!("--stop {id} is no token: the model's are 0 to {}", vocabulary - 1)));
-                }
-                (Err(_), Some(_)) if stop.is_empty() => bail!(Usage("--stop is empty".to_owned())),
-                (Err(_), Some(tokenizer)) => match tokenizer.token_id(stop) {
-                    Some(id) if tokenizer.is_special(id) => stop_tokens.push(id),
-                    _ => stop_texts.push(stop.clone()),
-                },
-                (Err(_), None) => {
-                    bail!(Usage(format!("--stop {stop:?}: the model has no tokenizer, so give a token id")))
-                }
-            }
-        }
-        let generation =
-            GenerationOptions { max_tokens: options.max_tokens, sampling: options.sampling()?, stop_tokens };
+        let (generation, stop_texts) = generation(model, prompt.tokenizer.as_ref(), options)?;
         Ok(Self { prompt, exact_shortcuts, generation, stop_texts, cancel })
     }
 
@@ -157,24 +137,54 @@ impl<'a> Task<'a> {
     }
 }
 
+/// What the options ask for, and the texts that end an answer.
+pub(crate) fn generation(
+    model: &ModelDir,
+    tokenizer: Option<&Tokenizer>,
+    options: &AnswerOptions,
+) -> Result<(GenerationOptions, Vec<String>)> {
+    let mut stop_tokens = model.generation.stop_tokens.clone();
+    let mut stop_texts = Vec::new();
+    for stop in &options.stop {
+        match (stop.parse(), tokenizer) {
+            (Ok(id), _) if (id as usize) < model.config.vocab_size => stop_tokens.push(id),
+            (Ok(id), _) => {
+                let vocabulary = model.config.vocab_size;
+                bail!(Usage(format!("--stop {id} is no token: the model's are 0 to {}", vocabulary - 1)));
+            }
+            (Err(_), Some(_)) if stop.is_empty() => bail!(Usage("--stop is empty".to_owned())),
+            (Err(_), Some(tokenizer)) => match tokenizer.token_id(stop) {
+                Some(id) if tokenizer.is_special(id) => stop_tokens.push(id),
+                _ => stop_texts.push(stop.clone()),
+            },
+            (Err(_), None) => {
+                bail!(Usage(format!("--stop {stop:?}: the model has no tokenizer, so give a token id")))
+            }
+        }
+    }
+    let generation =
+        GenerationOptions { max_tokens: options.max_tokens, sampling: options.sampling()?, stop_tokens };
+    Ok((generation, stop_texts))
+}
+
 /// The text of an answer as it grows, up to a stop text.
-struct AnswerText<'a> {
+pub(crate) struct AnswerText<'a> {
     stream: Option<TextStream<'a>>,
     stop_texts: &'a [String],
-    text: String,
+    pub(crate) text: String,
     /// Bytes of it that were handed out: not those that may turn out to begin a stop text.
     shown: usize,
-    stopped: bool,
+    pub(crate) stopped: bool,
 }
 
 impl<'a> AnswerText<'a> {
-    fn new(tokenizer: Option<&'a Tokenizer>, stop_texts: &'a [String]) -> Self {
+    pub(crate) fn new(tokenizer: Option<&'a Tokenizer>, stop_texts: &'a [String]) -> Self {
         let stream = tokenizer.map(|tokenizer| tokenizer.stream(true));
         Self { stream, stop_texts, text: String::new(), shown: 0, stopped: false }
     }
 
     /// Takes a token and returns what can be shown now.
-    fn push(&mut self, token: u32) -> Result<String> {
+    pub(crate) fn push(&mut self, token: u32) -> Result<String> {
         match &mut self.stream {
             Some(stream) => self.text += &stream.push(token)?,
             // Without a tokenizer the ids are the text.
@@ -194,7 +204,7 @@ impl<'a> AnswerText<'a> {
     }
 
     /// What is left to show.
-    fn finish(&mut self) -> Result<String> {
+    pub(crate) fn finish(&mut self) -> Result<String> {
         if let (Some(stream), false) = (self.stream.take(), self.stopped) {
             self.text += &stream.finish()?;
         }

@@ -69,49 +69,11 @@ impl PromptOptions {
                 };
                 (read_tokens(file)?, question)
             }
-            (None, Some(tokenizer)) => self.encode(model, tokenizer, question)?,
+            (None, Some(tokenizer)) => encode(model, tokenizer, self.text()?, question, self.chat)?,
             (None, None) => unreachable!("without --tokens a missing tokenizer is an error"),
         };
-        check_tokens(&model.config, &ids, 0)?;
-        if !question.is_empty() {
-            check_tokens(&model.config, &question, ids.len())?;
-        }
+        check_length(model, &ids, &question)?;
         Ok(Prompt { ids, question, tokenizer })
-    }
-
-    fn encode(
-        &self,
-        model: &ModelDir,
-        tokenizer: &Tokenizer,
-        question: Option<&str>,
-    ) -> Result<(Vec<u32>, Vec<u32>)> {
-        let text = self.text()?;
-        if text.is_empty() {
-            bail!("the prompt is empty: give some text");
-        }
-        if question.is_some_and(|question| question.trim().is_empty()) {
-            return Err(Usage("--question is empty: leave it out, or ask something".to_owned()).into());
-        }
-        if !self.chat {
-            let question = question.map(|question| tokenizer.encode(question, false)).transpose()?;
-            return Ok((tokenizer.encode(&text, true)?, question.unwrap_or_default()));
-        }
-        let Some(template) = model.chat_template()? else {
-            bail!("--chat: {} has no chat template; leave --chat out", model.path.display());
-        };
-        // Templates trim what they are given; the question has to be found again behind them.
-        let question = question.unwrap_or_default().trim();
-        let content = if question.is_empty() { text } else { format!("{text}\n\n{question}") };
-        let rendered = template.render(&[ChatMessage::new("user", content)], true)?;
-        let split = match question {
-            "" => rendered.len(),
-            question => rendered
-                .rfind(question)
-                .with_context(|| format!("--question: the chat template alters {question:?}"))?,
-        };
-        let (context, rest) = rendered.split_at(split);
-        let rest = if rest.is_empty() { Vec::new() } else { tokenizer.encode(rest, false)? };
-        Ok((tokenizer.encode(context, false)?, rest))
     }
 
     fn text(&self) -> Result<String> {
@@ -135,6 +97,51 @@ impl PromptOptions {
             text.strip_suffix('\n').map(|text| text.strip_suffix('\r').unwrap_or(text)).unwrap_or(&text);
         Ok(text.to_owned())
     }
+}
+
+/// The model can read these tokens, and the question behind them.
+pub(crate) fn check_length(model: &ModelDir, ids: &[u32], question: &[u32]) -> Result<()> {
+    check_tokens(&model.config, ids, 0)?;
+    if !question.is_empty() {
+        check_tokens(&model.config, question, ids.len())?;
+    }
+    Ok(())
+}
+
+/// The tokens of a prompt, and of the question behind it.
+pub(crate) fn encode(
+    model: &ModelDir,
+    tokenizer: &Tokenizer,
+    text: String,
+    question: Option<&str>,
+    chat: bool,
+) -> Result<(Vec<u32>, Vec<u32>)> {
+    if text.is_empty() {
+        bail!("the prompt is empty: give some text");
+    }
+    if question.is_some_and(|question| question.trim().is_empty()) {
+        return Err(Usage("--question is empty: leave it out, or ask something".to_owned()).into());
+    }
+    if !chat {
+        let question = question.map(|question| tokenizer.encode(question, false)).transpose()?;
+        return Ok((tokenizer.encode(&text, true)?, question.unwrap_or_default()));
+    }
+    let Some(template) = model.chat_template()? else {
+        bail!("--chat: {} has no chat template; leave --chat out", model.path.display());
+    };
+    // Templates trim what they are given; the question has to be found again behind them.
+    let question = question.unwrap_or_default().trim();
+    let content = if question.is_empty() { text } else { format!("{text}\n\n{question}") };
+    let rendered = template.render(&[ChatMessage::new("user", content)], true)?;
+    let split = match question {
+        "" => rendered.len(),
+        question => rendered
+            .rfind(question)
+            .with_context(|| format!("--question: the chat template alters {question:?}"))?,
+    };
+    let (context, rest) = rendered.split_at(split);
+    let rest = if rest.is_empty() { Vec::new() } else { tokenizer.encode(rest, false)? };
+    Ok((tokenizer.encode(context, false)?, rest))
 }
 
 fn read_tokens(file: &Path) -> Result<Vec<u32>> {

@@ -1,6 +1,7 @@
 //! The program `fastkv`: long prompts with a compressed KV cache, from the command line.
 
 mod answer;
+mod batch;
 mod compare;
 mod device;
 mod eval;
@@ -33,6 +34,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Generate(generate::Arguments),
+    Batch(batch::Arguments),
     Compare(compare::Arguments),
     Inspect(inspect::Arguments),
     Info(info::Arguments),
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
     let cancel = interrupt::on_ctrl_c();
     let result = match &cli.command {
         Command::Generate(arguments) => generate::run(arguments, &cancel),
+        Command::Batch(arguments) => batch::run(arguments, &cancel),
         Command::Compare(arguments) => compare::run(arguments, &cancel),
         Command::Inspect(arguments) => inspect::run(arguments, &cancel),
         Command::Info(arguments) => info::run(arguments),
