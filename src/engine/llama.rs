@@ -200,14 +200,13 @@ impl<B: Backend> Layer<B> {
     ) -> Result<(), EngineError> {
         let normed = self.attention_input(backend, config, parts)?;
         let spans: Vec<Span<'_, B>> = parts.iter().map(|part| part.span.clone()).collect();
-        let keys_values = self.keys_values(backend, &normed, &spans)?;
+        let [keys, values] = self.keys_values(backend, &normed, &spans)?;
         let queries = self.queries(backend, &normed, &spans)?;
-        let attended = queries.into_iter().zip(keys_values).zip(&spans).enumerate();
-        let attended = attended
-            .map(|(index, ((queries, (keys, values)), span))| {
-                attend(index, span, Projected { queries, keys, values })
-            })
-            .collect::<Result<_, _>>()?;
+        let projected = queries.into_iter().zip(keys).zip(values);
+        let projected = projected.map(|((queries, keys), values)| Projected { queries, keys, values });
+        let attended = projected.zip(&spans).enumerate();
+        let attended = attended.map(|(part, (projected, span))| attend(part, span, projected));
+        let attended = attended.collect::<Result<_, _>>()?;
         self.finish(backend, config, parts, attended)
     }
 
@@ -237,10 +236,9 @@ impl<B: Backend> Layer<B> {
         backend: &B,
         normed: &B::Tensor,
         spans: &[Span<'_, B>],
-    ) -> Result<Vec<(B::Tensor, B::Tensor)>, EngineError> {
+    ) -> Result<[Vec<B::Tensor>; 2], EngineError> {
         let keys = rotated(backend, self.k.apply(backend, normed)?, spans)?;
-        let values = split(backend, self.v.apply(backend, normed)?, spans)?;
-        Ok(keys.into_iter().zip(values).collect())
+        Ok([keys, split(backend, self.v.apply(backend, normed)?, spans)?])
     }
 
     /// What follows attention: output projection, MLP, and both residual sums.

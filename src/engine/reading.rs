@@ -30,11 +30,14 @@ fn common<'a, B: Backend>(readings: &[Reading<'_, 'a, B>]) -> Option<(&'a B, &'a
     readings.first().map(|Reading { run, .. }| (run.backend, run.llama, run.meter))
 }
 
-/// The rows of a pass, and where the keys and values of each part go.
+/// Where the keys and values of a part go, and who watches its queries.
+type Store<'p, 'r, B> = (&'p mut <B as Backend>::Kv, &'p mut Observer<'r, B>);
+
+/// The rows of a pass, and the store of each part.
 fn gather<'p, 'r, B: Backend>(
     readings: &'p mut [Reading<'r, '_, B>],
     pass: &[(usize, Range<usize>)],
-) -> (Vec<Part<'p, B>>, Vec<(&'p mut B::Kv, &'p mut Observer<'r, B>)>) {
+) -> (Vec<Part<'p, B>>, Vec<Store<'p, 'r, B>>) {
     let mut pass = pass.iter().peekable();
     let takes_part = |(index, reading): (usize, &'p mut Reading<'r, '_, B>)| {
         let (_, rows) = pass.next_if(|(sequence, _)| *sequence == index)?;
@@ -58,8 +61,9 @@ pub(super) fn read_keys<B: Backend>(
         let normed = layer.attention_input(backend, &llama.config, &parts)?;
         let spans: Vec<Span<'_, B>> = parts.iter().map(|part| part.span.clone()).collect();
         let mut end_of_part = 0;
-        let read = layer.keys_values(backend, &normed, &spans)?;
-        for (((keys, values), (kv, observer)), span) in read.iter().zip(stores).zip(&spans) {
+        let [keys, values] = layer.keys_values(backend, &normed, &spans)?;
+        let read = keys.iter().zip(&values).zip(stores).zip(&spans);
+        for (((keys, values), (kv, observer)), span) in read {
             let rows = &span.rows;
             backend.append_kv(kv, keys, values, span.positions, rows.start)?;
             end_of_part += rows.len();
