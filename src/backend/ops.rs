@@ -224,8 +224,22 @@ pub trait Backend: Debug {
     /// Rows of a tensor.
     fn rows(&self, x: &Self::Tensor) -> usize;
 
+    /// Copy of some rows.
+    fn slice_rows(&self, x: &Self::Tensor, rows: Range<usize>) -> Result<Self::Tensor, BackendError>;
+
+    /// The rows of all parts, one behind the other. There is a part, and all have one width and type.
+    fn concat_rows(&self, parts: &[&Self::Tensor]) -> Result<Self::Tensor, BackendError>;
+
     /// Copy of the last `count` rows.
-    fn last_rows(&self, x: &Self::Tensor, count: usize) -> Result<Self::Tensor, BackendError>;
+    fn last_rows(&self, x: &Self::Tensor, count: usize) -> Result<Self::Tensor, BackendError> {
+        let rows = self.rows(x);
+        match rows.checked_sub(count) {
+            Some(first) => self.slice_rows(x, first..rows),
+            None => {
+                Err(BackendError::Shape { operation: "last_rows", problem: format!("{count} of {rows}") })
+            }
+        }
+    }
 
     /// Scores of the first `keys` keys, pooled along the keys per query head, then summed over the
     /// query heads of each kv head: `[kv heads, keys]`.

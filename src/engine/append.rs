@@ -1,6 +1,6 @@
 //! Reading behind a filled cache: decoding, a second turn, a question.
 
-use super::llama::{check_tokens, chunks};
+use super::llama::{Part, Projected, Span, check_tokens, chunks};
 use super::{Control, Engine, EngineError};
 use crate::backend::{Backend, Columns, Visible};
 use crate::cache::Cache;
@@ -96,24 +96,27 @@ impl<B: Backend> Engine<B> {
             let evicts = decoding.evictions[index].is_some();
             for rows in chunks(ids.len(), backend.chunk_rows()) {
                 control.check()?;
-                layer.read(backend, &llama.config, &mut hidden, rows, &places, kv, |queries, kv| {
-                    watch(queries, kv)?;
+                let part = Part { hidden: &mut hidden, span: Span { places: &places, rows } };
+                layer.read(backend, &llama.config, &mut [part], |_, span, projected| {
+                    let Projected { queries, keys, values } = projected;
+                    backend.append_kv(kv, &keys, &values, &span.places.positions, span.rows.start)?;
+                    watch(&queries, kv)?;
                     if evicts {
-                        let sums = backend.column_sums(queries, kv, EVERY_QUERY, bias.as_ref())?;
+                        let sums = backend.column_sums(&queries, kv, EVERY_QUERY, bias.as_ref())?;
                         seen[index] = Some(match &seen[index] {
                             Some(before) => backend.add_scores(before, &sums)?,
                             None => sums,
                         });
                     }
                     Ok(match &bias {
-                        Some(bias) => backend.biased_attention(queries, kv, Visible::Aligned, bias)?,
-                        None => backend.attention(queries, kv, Visible::Aligned)?,
+                        Some(bias) => backend.biased_attention(&queries, kv, Visible::Aligned, bias)?,
+                        None => backend.attention(&queries, kv, Visible::Aligned)?,
                     })
                 })?;
             }
             control.report((index + 1) * ids.len(), llama.layers.len() * ids.len());
         }
-        let logits = llama.logits(backend, &hidden, ids.len() - 1)?;
+        let logits = llama.logits(backend, &[&hidden])?.remove(0);
         self.evict(cache, ids, &seen)?;
         Ok(logits)
     }

@@ -41,6 +41,35 @@ pub(super) struct Places<B: Backend> {
     angles: B::Rotary,
 }
 
+/// Rows of a sequence, and where it has its places.
+#[derive(Debug)]
+pub(super) struct Span<'a, B: Backend> {
+    pub(super) places: &'a Places<B>,
+    pub(super) rows: Range<usize>,
+}
+
+impl<B: Backend> Clone for Span<'_, B> {
+    fn clone(&self) -> Self {
+        Self { places: self.places, rows: self.rows.clone() }
+    }
+}
+
+/// Rows of a sequence on their way through a layer.
+#[derive(Debug)]
+pub(super) struct Part<'a, B: Backend> {
+    /// The residual stream that they are rows of.
+    pub(super) hidden: &'a mut B::Tensor,
+    pub(super) span: Span<'a, B>,
+}
+
+/// What attention reads of some rows; queries and keys are rotated.
+#[derive(Debug)]
+pub(super) struct Projected<B: Backend> {
+    pub(super) queries: B::Tensor,
+    pub(super) keys: B::Tensor,
+    pub(super) values: B::Tensor,
+}
+
 #[derive(Debug)]
 struct Linear<B: Backend> {
     weight: B::Weight,
@@ -89,17 +118,26 @@ impl<B: Backend> Llama<B> {
         Ok(Places { angles: backend.rotary(&frequencies, &positions)?, positions })
     }
 
-    /// Next-token logits behind one row of the residual stream.
-    pub(super) fn logits(
-        &self,
-        backend: &B,
-        hidden: &B::Tensor,
-        row: usize,
-    ) -> Result<Vec<f32>, EngineError> {
-        let normed = backend.rms_norm(hidden, row..row + 1, &self.norm, self.config.rms_norm_eps)?;
-        let logits = backend.read(&backend.logits(&normed, &self.lm_head)?)?;
-        self.check_logits(&logits)?;
-        Ok(logits)
+    /// Next-token logits behind the last row of each residual stream.
+    pub(super) fn logits(&self, backend: &B, hidden: &[&B::Tensor]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let last = |hidden: &&B::Tensor| backend.last_rows(hidden, 1);
+        let last = joined(backend, hidden.iter().map(last).collect::<Result<_, _>>()?)?;
+        self.read_logits(backend, &self.logits_of(backend, &last)?)
+    }
+
+    /// Next-token logits behind every row of a residual stream.
+    pub(super) fn logits_of(&self, backend: &B, hidden: &B::Tensor) -> Result<B::Tensor, EngineError> {
+        let rows = backend.rows(hidden);
+        let normed = backend.rms_norm(hidden, 0..rows, &self.norm, self.config.rms_norm_eps)?;
+        Ok(backend.logits(&normed, &self.lm_head)?)
+    }
+
+    /// Row by row. Waits for the device.
+    pub(super) fn read_logits(&self, backend: &B, logits: &B::Tensor) -> Result<Vec<Vec<f32>>, EngineError> {
+        let rows = backend.read(logits)?;
+        let rows: Vec<Vec<f32>> = rows.chunks(self.config.vocab_size).map(<[f32]>::to_vec).collect();
+        rows.iter().try_for_each(|logits| self.check_logits(logits))?;
+        Ok(rows)
     }
 
     /// There is a number for every token.
@@ -144,82 +182,133 @@ impl<B: Backend> Layer<B> {
         })
     }
 
-    /// The normed rows that projections read.
-    pub(super) fn attention_input(
-        &self,
-        backend: &B,
-        config: &LlamaConfig,
-        hidden: &B::Tensor,
-        rows: Range<usize>,
-    ) -> Result<B::Tensor, EngineError> {
-        Ok(backend.rms_norm(hidden, rows, &self.input_norm, config.rms_norm_eps)?)
-    }
-
-    /// Rotated queries of normed rows, whose places begin at `first_row`.
-    pub(super) fn queries(
-        &self,
-        backend: &B,
-        normed: &B::Tensor,
-        places: &Places<B>,
-        first_row: usize,
-    ) -> Result<B::Tensor, EngineError> {
-        let mut queries = self.q.apply(backend, normed)?;
-        backend.rotate(&mut queries, &places.angles, first_row)?;
-        Ok(queries)
-    }
-
-    /// Appends rotated keys, and values, of normed rows, whose places begin at `first_row`.
-    pub(super) fn append_kv(
-        &self,
-        backend: &B,
-        kv: &mut B::Kv,
-        normed: &B::Tensor,
-        places: &Places<B>,
-        first_row: usize,
-    ) -> Result<(), EngineError> {
-        let mut keys = self.k.apply(backend, normed)?;
-        backend.rotate(&mut keys, &places.angles, first_row)?;
-        let values = self.v.apply(backend, normed)?;
-        Ok(backend.append_kv(kv, &keys, &values, &places.positions, first_row)?)
-    }
-
-    /// The whole layer for rows that follow those in `kv`: they join it, and `attend` is given their
-    /// queries.
+    /// The whole layer for some rows of each sequence. `attend` is given the number of a part, its rotated
+    /// queries and keys, and its values.
     pub(super) fn read(
         &self,
         backend: &B,
         config: &LlamaConfig,
-        hidden: &mut B::Tensor,
-        rows: Range<usize>,
-        places: &Places<B>,
-        kv: &mut B::Kv,
-        attend: impl FnOnce(&B::Tensor, &B::Kv) -> Result<B::Tensor, EngineError>,
+        parts: &mut [Part<'_, B>],
+        mut attend: impl FnMut(usize, &Span<'_, B>, Projected<B>) -> Result<B::Tensor, EngineError>,
     ) -> Result<(), EngineError> {
-        let normed = self.attention_input(backend, config, hidden, rows.clone())?;
-        self.append_kv(backend, kv, &normed, places, rows.start)?;
-        let queries = self.queries(backend, &normed, places, rows.start)?;
-        let attended = attend(&queries, kv)?;
-        self.finish(backend, config, hidden, rows, &attended)
+        let normed = self.attention_input(backend, config, parts)?;
+        let spans: Vec<Span<'_, B>> = parts.iter().map(|part| part.span.clone()).collect();
+        let keys_values = self.keys_values(backend, &normed, &spans)?;
+        let queries = self.queries(backend, &normed, &spans)?;
+        let attended = queries.into_iter().zip(keys_values).zip(&spans).enumerate();
+        let attended = attended
+            .map(|(index, ((queries, (keys, values)), span))| {
+                attend(index, span, Projected { queries, keys, values })
+            })
+            .collect::<Result<_, _>>()?;
+        self.finish(backend, config, parts, attended)
     }
 
-    /// What follows attention: output projection, MLP, and both residual sums into `hidden[rows]`.
+    /// The normed rows of all parts that projections read.
+    pub(super) fn attention_input(
+        &self,
+        backend: &B,
+        config: &LlamaConfig,
+        parts: &[Part<'_, B>],
+    ) -> Result<B::Tensor, EngineError> {
+        normed(backend, config, parts, &self.input_norm)
+    }
+
+    /// Rotated queries of normed rows, span by span.
+    pub(super) fn queries(
+        &self,
+        backend: &B,
+        normed: &B::Tensor,
+        spans: &[Span<'_, B>],
+    ) -> Result<Vec<B::Tensor>, EngineError> {
+        rotated(backend, self.q.apply(backend, normed)?, spans)
+    }
+
+    /// Rotated keys, and values, of normed rows, span by span.
+    pub(super) fn keys_values(
+        &self,
+        backend: &B,
+        normed: &B::Tensor,
+        spans: &[Span<'_, B>],
+    ) -> Result<Vec<(B::Tensor, B::Tensor)>, EngineError> {
+        let keys = rotated(backend, self.k.apply(backend, normed)?, spans)?;
+        let values = split(backend, self.v.apply(backend, normed)?, spans)?;
+        Ok(keys.into_iter().zip(values).collect())
+    }
+
+    /// What follows attention: output projection, MLP, and both residual sums.
     pub(super) fn finish(
         &self,
         backend: &B,
         config: &LlamaConfig,
-        hidden: &mut B::Tensor,
-        rows: Range<usize>,
-        attended: &B::Tensor,
+        parts: &mut [Part<'_, B>],
+        attended: Vec<B::Tensor>,
     ) -> Result<(), EngineError> {
-        let projected = self.o.apply(backend, attended)?;
-        backend.add(hidden, rows.start, &projected)?;
-        let first_row = rows.start;
-        let normed = backend.rms_norm(hidden, rows, &self.post_attention_norm, config.rms_norm_eps)?;
+        let attended = joined(backend, attended)?;
+        add(backend, parts, self.o.apply(backend, &attended)?)?;
+        let normed = normed(backend, config, parts, &self.post_attention_norm)?;
         let gate = self.gate.apply(backend, &normed)?;
         let up = self.up.apply(backend, &normed)?;
-        let down = self.down.apply(backend, &backend.swiglu(gate, &up)?)?;
-        Ok(backend.add(hidden, first_row, &down)?)
+        add(backend, parts, self.down.apply(backend, &backend.swiglu(gate, &up)?)?)
     }
+}
+
+// Products take the rows of all sequences at once; all else goes sequence by sequence.
+
+fn normed<B: Backend>(
+    backend: &B,
+    config: &LlamaConfig,
+    parts: &[Part<'_, B>],
+    weight: &B::Weight,
+) -> Result<B::Tensor, EngineError> {
+    let norm = |part: &Part<'_, B>| {
+        backend.rms_norm(part.hidden, part.span.rows.clone(), weight, config.rms_norm_eps)
+    };
+    joined(backend, parts.iter().map(norm).collect::<Result<_, _>>()?)
+}
+
+fn rotated<B: Backend>(
+    backend: &B,
+    x: B::Tensor,
+    spans: &[Span<'_, B>],
+) -> Result<Vec<B::Tensor>, EngineError> {
+    let mut each = split(backend, x, spans)?;
+    for (x, span) in each.iter_mut().zip(spans) {
+        backend.rotate(x, &span.places.angles, span.rows.start)?;
+    }
+    Ok(each)
+}
+
+/// Adds rows to the residual streams that they belong to.
+fn add<B: Backend>(backend: &B, parts: &mut [Part<'_, B>], x: B::Tensor) -> Result<(), EngineError> {
+    let spans: Vec<Span<'_, B>> = parts.iter().map(|part| part.span.clone()).collect();
+    for (part, x) in parts.iter_mut().zip(split(backend, x, &spans)?) {
+        backend.add(part.hidden, part.span.rows.start, &x)?;
+    }
+    Ok(())
+}
+
+fn joined<B: Backend>(backend: &B, mut parts: Vec<B::Tensor>) -> Result<B::Tensor, EngineError> {
+    match parts.len() {
+        1 => Ok(parts.remove(0)),
+        _ => Ok(backend.concat_rows(&parts.iter().collect::<Vec<_>>())?),
+    }
+}
+
+fn split<B: Backend>(
+    backend: &B,
+    x: B::Tensor,
+    spans: &[Span<'_, B>],
+) -> Result<Vec<B::Tensor>, EngineError> {
+    if spans.len() == 1 {
+        return Ok(vec![x]);
+    }
+    let mut first = 0;
+    let mut slice = |span: &Span<'_, B>| {
+        first += span.rows.len();
+        Ok(backend.slice_rows(&x, first - span.rows.len()..first)?)
+    };
+    spans.iter().map(&mut slice).collect()
 }
 
 impl<B: Backend> Linear<B> {
@@ -258,6 +347,29 @@ pub fn check_tokens(config: &LlamaConfig, ids: &[u32], first: usize) -> Result<(
         return Err(EngineError::ContextExceeded { tokens, limit: limit.tokens, reason: limit.reason });
     }
     Ok(())
+}
+
+/// Passes of at most `chunk` rows through a layer that sequences of these lengths share: for each pass the numbers
+/// of sequences, which ascend, and their rows. Each sequence is cut as it would be alone.
+pub(super) fn passes(lengths: &[usize], chunk: usize) -> Vec<Vec<(usize, Range<usize>)>> {
+    let cut: Vec<Vec<Range<usize>>> = lengths.iter().map(|rows| chunks(*rows, chunk).collect()).collect();
+    let rounds = cut.iter().map(Vec::len).max().unwrap_or(0);
+    let mut passes: Vec<Vec<(usize, Range<usize>)>> = Vec::new();
+    for round in 0..rounds {
+        let mut room = 0;
+        for (sequence, cut) in cut.iter().enumerate() {
+            let Some(rows) = cut.get(round) else { continue };
+            match passes.last_mut() {
+                Some(pass) if rows.len() <= room => pass.push((sequence, rows.clone())),
+                _ => {
+                    passes.push(vec![(sequence, rows.clone())]);
+                    room = chunk;
+                }
+            }
+            room -= rows.len();
+        }
+    }
+    passes
 }
 
 /// Row ranges of at most `chunk` rows; the last one is full, so that it holds the whole window.

@@ -2,6 +2,8 @@
 //! [`Backend`], fill a [`Cache`](crate::cache::Cache).
 
 mod append;
+mod check;
+mod choice;
 mod control;
 mod error;
 mod generate;
@@ -9,6 +11,7 @@ mod llama;
 mod memory;
 mod observe;
 mod prefill;
+mod reading;
 mod sampler;
 mod trace;
 
@@ -22,7 +25,7 @@ pub use error::EngineError;
 pub use generate::{FinishReason, Generation, GenerationOptions};
 pub use llama::check_tokens;
 pub use memory::{Bytes, MemoryEstimate, MemoryOptions};
-pub use prefill::{Prefill, PrefillOptions};
+pub use prefill::{Prefill, PrefillOptions, Prompt};
 pub use sampler::{Sampler, Sampling};
 pub use trace::{HeadSet, LayerTrace, Trace};
 

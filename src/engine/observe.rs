@@ -1,5 +1,7 @@
 //! Attention with an eye on its probabilities: what a layer's rules choose by.
 
+use std::ops::Range;
+
 use super::EngineError;
 use super::append::EVERY_QUERY;
 use crate::backend::{Backend, Bias, Columns, Visible};
@@ -68,10 +70,11 @@ impl<'a, B: Backend> Observer<'a, B> {
         self.sums.push(Sums { purpose, queries, columns, scores: None });
     }
 
-    /// How many of the last rows are watched.
-    pub(super) fn observers(&self) -> usize {
+    /// How many of these rows are watched: the last of them.
+    pub(super) fn watched(&self, rows: &Range<usize>) -> usize {
         let windows = self.windows.iter().map(|(window, _)| *window);
-        windows.chain(self.sums.iter().map(|sums| sums.queries)).max().unwrap_or(0)
+        let watched = windows.chain(self.sums.iter().map(|sums| sums.queries)).max().unwrap_or(0);
+        rows.len().min(rows.end.saturating_sub(self.rows - watched))
     }
 
     /// Attention of the rows up to `end`, whose keys are the last of the store.

@@ -243,8 +243,12 @@ impl Backend for Probe {
         self.inner.rows(x)
     }
 
-    fn last_rows(&self, x: &Tensor, count: usize) -> Result<Tensor> {
-        self.inner.last_rows(x, count)
+    fn slice_rows(&self, x: &Tensor, rows: Range<usize>) -> Result<Tensor> {
+        self.inner.slice_rows(x, rows)
+    }
+
+    fn concat_rows(&self, parts: &[&Tensor]) -> Result<Tensor> {
+        self.inner.concat_rows(parts)
     }
 
     fn pool_groups(&self, scores: &Scores, kv_heads: usize, keys: usize, pooling: Pooling) -> Result<Scores> {

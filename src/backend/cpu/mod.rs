@@ -384,12 +384,20 @@ impl Backend for CpuBackend {
         x.rows
     }
 
-    fn last_rows(&self, x: &Tensor, count: usize) -> Result<Tensor, BackendError> {
-        if count > x.rows {
-            return Err(shape("last_rows", format!("{count} of {}", x.rows)));
+    fn slice_rows(&self, x: &Tensor, rows: Range<usize>) -> Result<Tensor, BackendError> {
+        if rows.start > rows.end || rows.end > x.rows {
+            return Err(shape("slice_rows", format!("rows {rows:?} of {}", x.rows)));
         }
-        let data = x.data[(x.rows - count) * x.width..].to_vec();
-        Ok(Tensor { rows: count, width: x.width, data })
+        let data = x.data[rows.start * x.width..rows.end * x.width].to_vec();
+        Ok(Tensor { rows: rows.len(), width: x.width, data })
+    }
+
+    fn concat_rows(&self, parts: &[&Tensor]) -> Result<Tensor, BackendError> {
+        let Some(first) = parts.first() else { return Err(shape("concat_rows", "no parts".to_owned())) };
+        let rows = parts.iter().map(|part| part.rows).sum();
+        parts.iter().try_for_each(|part| same_shape("concat_rows", part, part.rows, first.width))?;
+        let data = parts.iter().flat_map(|part| part.data.iter().copied()).collect();
+        Ok(Tensor { rows, width: first.width, data })
     }
 
     fn pool_groups(

@@ -87,10 +87,13 @@ pub(super) struct Span {
 }
 
 impl<D: Device> Tensor<D> {
+    pub(super) fn row_bytes(&self) -> usize {
+        self.width * self.dtype.bytes() as usize
+    }
+
     /// Rows from `first` on, as one matrix.
     pub(super) fn matrix(&self, first: usize) -> Rows {
-        let row_bytes = self.width as u64 * u64::from(self.dtype.bytes());
-        let base = self.block.address() + first as u64 * row_bytes;
+        let base = self.block.address() + (first * self.row_bytes()) as u64;
         Rows { base, token_stride: self.width as i64, ..Rows::default() }
     }
 

@@ -574,13 +574,29 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         x.rows
     }
 
-    fn last_rows(&self, x: &Tensor<D>, count: usize) -> Result<Tensor<D>, BackendError> {
-        if count > x.rows {
-            return Err(shape("last_rows", format!("{count} of {}", x.rows)));
+    fn slice_rows(&self, x: &Tensor<D>, rows: Range<usize>) -> Result<Tensor<D>, BackendError> {
+        if rows.start > rows.end || rows.end > x.rows {
+            return Err(shape("slice_rows", format!("rows {rows:?} of {}", x.rows)));
         }
-        let out = self.tensor("last rows", count, x.width, x.dtype)?;
-        let row_bytes = x.width * x.dtype.bytes() as usize;
-        out.block.copy(0, &x.block, (x.rows - count) * row_bytes, count * row_bytes)?;
+        let out = self.tensor("some rows", rows.len(), x.width, x.dtype)?;
+        out.block.copy(0, &x.block, rows.start * x.row_bytes(), rows.len() * x.row_bytes())?;
+        Ok(out)
+    }
+
+    fn concat_rows(&self, parts: &[&Tensor<D>]) -> Result<Tensor<D>, BackendError> {
+        let Some(first) = parts.first() else { return Err(shape("concat_rows", "no parts".to_owned())) };
+        if let Some(part) = parts.iter().find(|part| (part.width, part.dtype) != (first.width, first.dtype)) {
+            let problem =
+                format!("{} of {:?} beside {} of {:?}", part.width, part.dtype, first.width, first.dtype);
+            return Err(shape("concat_rows", problem));
+        }
+        let rows = parts.iter().map(|part| part.rows).sum();
+        let out = self.tensor("joined rows", rows, first.width, first.dtype)?;
+        let mut at = 0;
+        for part in parts {
+            out.block.copy(at, &part.block, 0, part.rows * part.row_bytes())?;
+            at += part.rows * part.row_bytes();
+        }
         Ok(out)
     }
 

@@ -1,0 +1,167 @@
+//! A layer for several prompts at once, in passes of a limited number of rows.
+
+use std::ops::Range;
+
+use super::EngineError;
+use super::choice::Choice;
+use super::llama::{Layer, Llama, Part, Projected, Span, passes};
+use super::observe::Observer;
+use super::prefill::{Meter, Run};
+use crate::backend::{Backend, Visible};
+use crate::cache::Steer;
+use crate::policy::{Keep, LayerPlan};
+
+/// A layer under way for one prompt.
+pub(super) struct Reading<'r, 'a, B: Backend> {
+    pub(super) run: &'r mut Run<'a, B>,
+    rules: &'r LayerPlan,
+    pub(super) kv: B::Kv,
+    observer: Observer<'r, B>,
+    /// Original positions of the rows, where somebody needs them.
+    positions: Vec<u32>,
+    /// Rows that are kept whatever the scores.
+    forced: Vec<u32>,
+    /// Rows that the layer reads.
+    pub(super) rows: usize,
+}
+
+/// What is needed of every run: nobody begins a layer for no prompt.
+fn common<'a, B: Backend>(readings: &[Reading<'_, 'a, B>]) -> Option<(&'a B, &'a Llama<B>, &'a Meter<'a>)> {
+    readings.first().map(|Reading { run, .. }| (run.backend, run.llama, run.meter))
+}
+
+/// The rows of a pass, and where the keys and values of each part go.
+fn gather<'p, 'r, B: Backend>(
+    readings: &'p mut [Reading<'r, '_, B>],
+    pass: &[(usize, Range<usize>)],
+) -> (Vec<Part<'p, B>>, Vec<(&'p mut B::Kv, &'p mut Observer<'r, B>)>) {
+    let mut pass = pass.iter().peekable();
+    let takes_part = |(index, reading): (usize, &'p mut Reading<'r, '_, B>)| {
+        let (_, rows) = pass.next_if(|(sequence, _)| *sequence == index)?;
+        let Reading { run, kv, observer, .. } = reading;
+        let Run { hidden, places, .. } = &mut **run;
+        Some((Part { hidden, span: Span { places, rows: rows.clone() } }, (kv, observer)))
+    };
+    readings.iter_mut().enumerate().filter_map(takes_part).unzip()
+}
+
+/// Keys and values of every row, and what is to be observed, without attention.
+pub(super) fn read_keys<B: Backend>(
+    layer: &Layer<B>,
+    readings: &mut [Reading<'_, '_, B>],
+) -> Result<(), EngineError> {
+    let Some((backend, llama, meter)) = common(readings) else { return Ok(()) };
+    let rows: Vec<usize> = readings.iter().map(|reading| reading.run.rows).collect();
+    for pass in passes(&rows, backend.chunk_rows()) {
+        meter.control.check()?;
+        let (parts, stores) = gather(readings, &pass);
+        let normed = layer.attention_input(backend, &llama.config, &parts)?;
+        let spans: Vec<Span<'_, B>> = parts.iter().map(|part| part.span.clone()).collect();
+        let mut end_of_part = 0;
+        let read = layer.keys_values(backend, &normed, &spans)?;
+        for (((keys, values), (kv, observer)), Span { places, rows }) in read.iter().zip(stores).zip(&spans) {
+            backend.append_kv(kv, keys, values, &places.positions, rows.start)?;
+            end_of_part += rows.len();
+            let count = observer.watched(rows);
+            if count > 0 {
+                let observers = backend.slice_rows(&normed, end_of_part - count..end_of_part)?;
+                let span = Span { places, rows: rows.end - count..rows.end };
+                for queries in layer.queries(backend, &observers, &[span])? {
+                    observer.look(&queries, kv, rows.end)?;
+                }
+            }
+        }
+        meter.advance(pass.iter().map(|(_, rows)| rows.len()).sum());
+    }
+    Ok(())
+}
+
+/// Attention and MLP of the rows that go on.
+pub(super) fn attend_selected<B: Backend>(
+    layer: &Layer<B>,
+    readings: &mut [Reading<'_, '_, B>],
+    selected: &[B::Indices],
+) -> Result<(), EngineError> {
+    let Some((backend, llama, meter)) = common(readings) else { return Ok(()) };
+    let rows: Vec<usize> = readings.iter().map(|reading| reading.run.rows).collect();
+    for pass in passes(&rows, backend.chunk_rows()) {
+        meter.control.check()?;
+        let (mut parts, stores) = gather(readings, &pass);
+        let normed = layer.attention_input(backend, &llama.config, &parts)?;
+        let spans: Vec<Span<'_, B>> = parts.iter().map(|part| part.span.clone()).collect();
+        let mut attended = Vec::with_capacity(parts.len());
+        for (queries, ((sequence, rows), (kv, observer))) in
+            layer.queries(backend, &normed, &spans)?.iter().zip(pass.iter().zip(stores))
+        {
+            let visible = Visible::Rows { rows: &selected[*sequence], first: rows.start };
+            attended.push(observer.attention(queries, kv, visible)?);
+        }
+        layer.finish(backend, &llama.config, &mut parts, attended)?;
+    }
+    Ok(())
+}
+
+/// The whole layer for every row, and what is to be observed in passing.
+pub(super) fn attend_all<B: Backend>(
+    layer: &Layer<B>,
+    readings: &mut [Reading<'_, '_, B>],
+) -> Result<(), EngineError> {
+    let Some((backend, llama, meter)) = common(readings) else { return Ok(()) };
+    let rows: Vec<usize> = readings.iter().map(|reading| reading.run.rows).collect();
+    for pass in passes(&rows, backend.chunk_rows()) {
+        meter.control.check()?;
+        let (mut parts, mut stores) = gather(readings, &pass);
+        layer.read(backend, &llama.config, &mut parts, |part, span, projected| {
+            let (kv, observer) = &mut stores[part];
+            let Projected { queries, keys, values } = projected;
+            backend.append_kv(kv, &keys, &values, &span.places.positions, span.rows.start)?;
+            observer.attend(&queries, kv, span.rows.end)
+        })?;
+        meter.advance(pass.iter().map(|(_, rows)| rows.len()).sum());
+    }
+    Ok(())
+}
+
+impl<'r, 'a, B: Backend> Reading<'r, 'a, B> {
+    pub(super) fn begin(
+        run: &'r mut Run<'a, B>,
+        index: usize,
+        rules: &'r LayerPlan,
+        steer: Option<&'r Steer>,
+        trace: bool,
+    ) -> Result<Self, EngineError> {
+        let (backend, shape, rows) = (run.backend, run.llama.shape(), run.rows);
+        let slack = if rules.keep == Keep::All { run.options.slack } else { 0 };
+        let kv = backend.new_kv(shape.kv_heads, shape.head_dim, rows.saturating_add(slack))?;
+        let bias = steer.and_then(|steer| steer.bias(index));
+        let observer = Observer::new(backend, rules, bias, trace);
+        let positions = match steer.is_some() || matches!(rules.keep, Keep::Recovered { .. }) {
+            true => backend.read_indices(&run.places.positions)?.concat(),
+            false => Vec::new(),
+        };
+        let forced = steer.map_or_else(Vec::new, |steer| steer.rows(&positions));
+        Ok(Self { run, rules, kv, observer, positions, forced, rows })
+    }
+
+    /// Whether scores come before attention, so that rows which do not go on need none.
+    pub(super) fn chooses_first(&self, index: usize) -> bool {
+        let is_last = index + 1 == self.run.llama.layers.len();
+        self.run.options.exact_shortcuts && (is_last || self.rules.propagate.is_some())
+    }
+
+    /// Bytes of keys and values that the layer has by now.
+    pub(super) fn kv_bytes(&self) -> usize {
+        self.run.kv_bytes(&self.kv)
+    }
+
+    /// What the scores choose to keep, and which rows go on where not all do.
+    pub(super) fn choose(&self) -> Result<(Choice<B>, Option<B::Indices>), EngineError> {
+        self.run.choose(self.rules, &self.observer, &self.positions, &self.forced)
+    }
+
+    /// Leaves in the cache what is kept.
+    pub(super) fn compact(self, index: usize, choice: Choice<B>) -> Result<(), EngineError> {
+        let Self { run, rules, kv, observer, forced, rows, .. } = self;
+        run.compact(index, rules, rows, kv, choice, &observer, &forced)
+    }
+}
