@@ -470,7 +470,9 @@ fn any_composed(shape: ModelShape) -> BoxedStrategy<Policy> {
     (any_policy_of(shape), tsp)
         .prop_map(|(cache, (saliency, propagation, tsp_layer))| match cache {
             Policy::Full | Policy::FastKv(_) | Policy::GemFilter(_) | Policy::PyramidInfer(_) => cache,
-            cache => Policy::Tsp(Tsp { saliency, propagation, tsp_layer, settling: None, cache: Box::new(cache) }),
+            cache => {
+                Policy::Tsp(Tsp { saliency, propagation, tsp_layer, settling: None, cache: Box::new(cache) })
+            }
         })
         .boxed()
 }

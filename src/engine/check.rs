@@ -49,7 +49,9 @@ fn check_candidates(plan: &Plan) -> Result<Range<usize>, EngineError> {
         return Err(broken(format!("settles at an overlap of {overlap}, no share from 0 to 1")));
     }
     if plan.restart.is_some() || plan.layers[..last].iter().any(|layer| layer.propagate.is_some()) {
-        return Err(broken(format!("is a candidate for the TSP layer, but not all tokens reach layer {last}")));
+        return Err(broken(format!(
+            "is a candidate for the TSP layer, but not all tokens reach layer {last}"
+        )));
     }
     Ok(first..last)
 }

@@ -319,7 +319,8 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 
     fn finish(self, logits: Vec<f32>) -> Prefill<B> {
-        let Self { caches, prompt_tokens, peak_kv_bytes, mut trace, decoding, restarted, settling, .. } = self;
+        let Self { caches, prompt_tokens, peak_kv_bytes, mut trace, decoding, restarted, settling, .. } =
+            self;
         if let Some(trace) = &mut trace {
             trace.restarted = restarted;
             trace.settled = settling.map(|settling| settling.found);

@@ -199,7 +199,9 @@ pub enum PolicyError {
         last: usize,
     },
     /// A first candidate for the TSP layer behind the last one.
-    #[error("the candidates for the TSP layer are {first} to {last}: give a first that is not above the last")]
+    #[error(
+        "the candidates for the TSP layer are {first} to {last}: give a first that is not above the last"
+    )]
     Candidates {
         /// The first candidate, 0-based.
         first: usize,

@@ -185,7 +185,9 @@ impl PolicyOptions {
     /// Several policies; each takes the options it has, and one that none of them has is an error.
     pub(crate) fn policies(&self, names: &[PolicyName]) -> Result<Vec<Policy>> {
         if self.tsp_overlap.is_some() && !matches!(self.tsp_layer, Some(TspLayer::Auto(_))) {
-            bail!(Usage("--tsp-overlap goes with --tsp-layer auto, or with candidates such as 8-24".to_owned()));
+            bail!(Usage(
+                "--tsp-overlap goes with --tsp-layer auto, or with candidates such as 8-24".to_owned()
+            ));
         }
         let applied = names.iter().map(|name| self.apply(*name));
         let (policies, unused): (Vec<Policy>, Vec<Self>) = applied.unzip();
@@ -428,7 +430,9 @@ fn tsp_layer(text: &str) -> Result<TspLayer, String> {
         None if text == "auto" => Some(TspLayer::Auto(None)),
         None => text.parse().map(TspLayer::Fixed).ok(),
     };
-    found.ok_or_else(|| "give the number of a layer, auto, or the first and last candidate, such as 8-24".to_owned())
+    found.ok_or_else(|| {
+        "give the number of a layer, auto, or the first and last candidate, such as 8-24".to_owned()
+    })
 }
 
 /// Head scores that lie in a model's directory.
