@@ -110,7 +110,7 @@ impl<B: Backend> Engine<B> {
         }
         let streams: Vec<&B::Tensor> = runs.iter().map(|run| &run.hidden).collect();
         let logits = llama.logits(backend, &streams)?;
-        Ok(runs.into_iter().zip(logits).map(|(run, logits)| run.finish(logits)).collect())
+        runs.into_iter().zip(logits).map(|(run, logits)| run.finish(logits)).collect()
     }
 }
 
@@ -318,16 +318,16 @@ impl<'a, B: Backend> Run<'a, B> {
         Ok(())
     }
 
-    fn finish(self, logits: Vec<f32>) -> Prefill<B> {
-        let Self { caches, prompt_tokens, peak_kv_bytes, mut trace, decoding, restarted, settling, .. } =
-            self;
+    fn finish(self, logits: Vec<f32>) -> Result<Prefill<B>, EngineError> {
+        let Self { backend, hidden, caches, prompt_tokens, peak_kv_bytes, mut trace, .. } = self;
         if let Some(trace) = &mut trace {
-            trace.restarted = restarted;
-            trace.settled = settling.map(|settling| settling.found);
+            trace.restarted = self.restarted;
+            trace.settled = self.settling.map(|settling| settling.found);
+            trace.hidden = backend.read(&backend.last_rows(&hidden, 1)?)?;
         }
-        let element_bytes = self.backend.kv_element_bytes();
-        let cache = Cache::new(caches, self.llama.shape(), prompt_tokens, element_bytes, decoding);
-        Prefill { cache, logits, peak_kv_bytes, trace }
+        let (shape, element_bytes) = (self.llama.shape(), backend.kv_element_bytes());
+        let cache = Cache::new(caches, shape, prompt_tokens, element_bytes, self.decoding);
+        Ok(Prefill { cache, logits, peak_kv_bytes, trace })
     }
 
     pub(super) fn kv_bytes(&self, kv: &B::Kv) -> usize {

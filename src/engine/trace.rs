@@ -15,6 +15,9 @@ pub struct Trace {
     /// Which of the candidates became the TSP layer, where the plan has candidates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub settled: Option<Settled>,
+    /// The last token's residual stream behind the last layer.
+    #[serde(skip)]
+    pub hidden: Vec<f32>,
 }
 
 /// Which of several candidates became the TSP layer.

@@ -17,6 +17,7 @@ mod profile;
 mod progress;
 mod prompt;
 mod steering;
+mod tsp_layer;
 
 use std::process::ExitCode;
 

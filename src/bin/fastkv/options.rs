@@ -6,10 +6,11 @@ use fastkv::engine::{Sampler, Sampling};
 use fastkv::model::{ModelDir, Tokenizer};
 use fastkv::policy::{
     self, AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, Policy, PoolingKind,
-    PyramidInfer, PyramidKv, Random, Saliency, Settling, SnapKv, StreamingLlm, TokenClasses, Tsp,
+    PyramidInfer, PyramidKv, Random, Saliency, SnapKv, StreamingLlm, TokenClasses, Tsp,
 };
 
 use crate::exit::Usage;
+use crate::tsp_layer::TspLayer;
 
 /// The policies by name; `fastkv-constant` is the preset of the first paper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -116,7 +117,7 @@ pub(crate) struct PolicyOptions {
     kernel: Option<usize>,
     /// fastkv: the last layer that reads the whole prompt, 0-based [default: half depth]; with auto, or first
     /// and last of the candidates (8-24), it is picked during prefill, where the tokens chosen settle
-    #[arg(long, value_name = "LAYER|auto|FIRST-LAST", value_parser = tsp_layer, allow_hyphen_values = true)]
+    #[arg(long, value_name = "LAYER|auto|FIRST-LAST", value_parser = TspLayer::parse, allow_hyphen_values = true)]
     tsp_layer: Option<TspLayer>,
     /// fastkv: share of the tokens chosen that a candidate for the TSP layer has in common with the one before
     /// it, for tokens to go on from there
@@ -161,13 +162,6 @@ pub(crate) struct PolicyOptions {
     /// Run every layer as published: do not skip work that cannot change the answer
     #[arg(long)]
     no_shortcuts: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum TspLayer {
-    Fixed(usize),
-    /// Picked during prefill, out of these where they are given.
-    Auto(Option<(usize, usize)>),
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -231,7 +225,7 @@ impl PolicyOptions {
             self.clone().take_saliency(&mut tsp.saliency);
             left.take_saliency(&mut FastKv::default().saliency);
             take(&mut left.propagation, &mut tsp.propagation);
-            left.take_tsp_layer(&mut tsp.tsp_layer, &mut tsp.settling);
+            TspLayer::take(&mut left.tsp_layer, &mut left.tsp_overlap, &mut tsp.tsp_layer, &mut tsp.settling);
             return (Policy::Tsp(tsp), left);
         }
         let mut left = self.clone();
@@ -315,21 +309,9 @@ impl PolicyOptions {
         self.take_saliency(&mut options.saliency);
         take(&mut self.retention, &mut options.retention);
         take(&mut self.propagation, &mut options.propagation);
-        self.take_tsp_layer(&mut options.tsp_layer, &mut options.settling);
+        let (tsp_layer, settling) = (&mut options.tsp_layer, &mut options.settling);
+        TspLayer::take(&mut self.tsp_layer, &mut self.tsp_overlap, tsp_layer, settling);
         options
-    }
-
-    fn take_tsp_layer(&mut self, tsp_layer: &mut Option<usize>, settling: &mut Option<Settling>) {
-        match self.tsp_layer.take() {
-            None => {}
-            Some(TspLayer::Fixed(layer)) => *tsp_layer = Some(layer),
-            Some(TspLayer::Auto(candidates)) => {
-                *tsp_layer = candidates.map(|(_, last)| last);
-                let first = candidates.map(|(first, _)| first);
-                let settling = settling.insert(Settling { first, ..Settling::default() });
-                take(&mut self.tsp_overlap, &mut settling.overlap);
-            }
-        }
     }
 
     fn take_saliency(&mut self, saliency: &mut Saliency) {
@@ -420,21 +402,6 @@ fn budget(text: &str) -> Result<Budget, String> {
     })
 }
 
-/// A layer, `auto`, or the first and the last candidate.
-fn tsp_layer(text: &str) -> Result<TspLayer, String> {
-    let candidates = |(first, last): (&str, &str)| {
-        Some(TspLayer::Auto(Some((first.trim().parse().ok()?, last.trim().parse().ok()?))))
-    };
-    let found = match text.split_once('-') {
-        Some(range) => candidates(range),
-        None if text == "auto" => Some(TspLayer::Auto(None)),
-        None => text.parse().map(TspLayer::Fixed).ok(),
-    };
-    found.ok_or_else(|| {
-        "give the number of a layer, auto, or the first and last candidate, such as 8-24".to_owned()
-    })
-}
-
 /// Head scores that lie in a model's directory.
 pub(crate) const HEAD_SCORES: &str = "head_scores.json";
 
@@ -499,6 +466,8 @@ impl AnswerOptions {
 
 #[cfg(test)]
 mod tests {
+    use fastkv::policy::Settling;
+
     use super::*;
 
     #[test]
@@ -511,14 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn tsp_layers_are_fixed_or_found() {
-        assert_eq!(tsp_layer("12"), Ok(TspLayer::Fixed(12)));
-        assert_eq!(tsp_layer("auto"), Ok(TspLayer::Auto(None)));
-        assert_eq!(tsp_layer("8-24"), Ok(TspLayer::Auto(Some((8, 24)))));
-        for text in ["", "-1", "8-", "8-24-30", "half"] {
-            assert!(tsp_layer(text).is_err(), "{text}");
-        }
-
+    fn tsp_layers_are_for_whom_they_concern() {
         let (candidates, overlap) = (TspLayer::Auto(Some((1, 3))), Some(0.5));
         let options =
             PolicyOptions { tsp_layer: Some(candidates), tsp_overlap: overlap, ..Default::default() };
