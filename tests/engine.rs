@@ -7,6 +7,8 @@
 mod oracle;
 mod tiny;
 
+#[path = "engine/batches.rs"]
+mod batches;
 #[path = "tiny/probe.rs"]
 mod probe;
 
@@ -17,8 +19,8 @@ use std::path::Path;
 use fastkv::backend::cpu::CpuBackend;
 use fastkv::backend::{Backend, BackendError};
 use fastkv::engine::{
-    Cancel, Control, Engine, EngineError, FinishReason, GenerationOptions, Prefill, PrefillOptions, Progress,
-    Sampler, Sampling, Trace,
+    Cancel, Control, Engine, EngineError, FinishReason, Generation, GenerationOptions, Prefill,
+    PrefillOptions, Progress, Prompt, Sampler, Sampling, Trace, Turn,
 };
 use fastkv::model::ModelDir;
 use fastkv::policy::{

@@ -26,6 +26,10 @@ pub trait Backend: Debug {
     /// One layer's keys and values: for each kv head a list of entries with their original
     /// positions. Lengths may differ from head to head.
     type Kv: Debug;
+    /// One layer's keys and values of several sequences that decode together.
+    type KvBatch: Debug;
+    /// Work that is done again and again.
+    type Recording: Debug + Default;
 
     /// What it runs on, in words.
     fn name(&self) -> String;
@@ -48,6 +52,9 @@ pub trait Backend: Debug {
 
     /// Rows `ids` of the embedding table `[vocabulary, width]`. Every id is below the vocabulary.
     fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Result<Self::Tensor, BackendError>;
+
+    /// [`embed`](Self::embed) of ids in a single list.
+    fn embed_list(&self, table: &Self::Weight, ids: &Self::Indices) -> Result<Self::Tensor, BackendError>;
 
     /// `x / sqrt(mean(x²) + epsilon) · weight` of the given rows.
     fn rms_norm(
@@ -281,6 +288,9 @@ pub trait Backend: Debug {
     /// Makes lists of token numbers usable.
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Self::Indices, BackendError>;
 
+    /// Puts other numbers into a single list, as many as it has.
+    fn write_list(&self, list: &mut Self::Indices, numbers: &[u32]) -> Result<(), BackendError>;
+
     /// The lists. Waits for the device.
     fn read_indices(&self, indices: &Self::Indices) -> Result<Vec<Vec<u32>>, BackendError>;
 
@@ -301,6 +311,37 @@ pub trait Backend: Debug {
         entries: &Self::Indices,
         slack: usize,
     ) -> Result<Self::Kv, BackendError>;
+
+    /// Puts the lists of several sequences side by side, with room for so many tokens more of each. All have as
+    /// many kv heads of one size. One sequence alone that has the room stays where it is.
+    fn join_kv(&self, stores: Vec<Self::Kv>, room: usize) -> Result<Self::KvBatch, BackendError>;
+
+    /// Takes the sequences apart again, after so many steps of [`decode_attention`](Self::decode_attention).
+    /// Entries of a step that is not counted are forgotten.
+    fn split_kv(&self, batch: Self::KvBatch, steps: usize) -> Result<Vec<Self::Kv>, BackendError>;
+
+    /// A step of every sequence: row i of the keys and values joins the lists of sequence i, at original position
+    /// `positions[i]`, and query row i attends to all of them, its own included. There is room.
+    fn decode_attention(
+        &self,
+        queries: &Self::Tensor,
+        keys: &Self::Tensor,
+        values: &Self::Tensor,
+        positions: &Self::Indices,
+        batch: &mut Self::KvBatch,
+    ) -> Result<Self::Tensor, BackendError>;
+
+    /// Does `work`, which asks for the same operations on the same handles every time: only what their memory
+    /// holds differs. A backend may keep what it queues, and queue that again without calling `work`; handles that
+    /// `work` returned last then hold the new results.
+    fn repeat<E: From<BackendError>>(
+        &self,
+        recording: &mut Self::Recording,
+        mut work: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        let _ = recording;
+        work()
+    }
 
     /// The numbers of a tensor, row by row. Waits for the device.
     fn read(&self, x: &Self::Tensor) -> Result<Vec<f32>, BackendError>;

@@ -75,6 +75,25 @@ impl<B: Backend> Cache<B> {
         (&mut self.layers, &mut self.decoding)
     }
 
+    /// Whether decoding does nothing but attend and append.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.decoding.steer.is_none() && self.decoding.evictions.iter().all(Option::is_none)
+    }
+
+    /// The entries of all layers, which are gone from here until they are [put back](Self::put_layers).
+    pub(crate) fn take_layers(&mut self) -> Vec<B::Kv> {
+        std::mem::take(&mut self.layers)
+    }
+
+    pub(crate) fn put_layers(&mut self, layers: Vec<B::Kv>) {
+        self.layers = layers;
+    }
+
+    /// Whether entries that were taken never came back.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.layers.len() != self.shape.layers
+    }
+
     /// Forgets the entries behind these lengths, by layer and kv head.
     pub(crate) fn truncate(&mut self, backend: &B, lengths: &[Vec<usize>]) -> Result<(), BackendError> {
         let layers = self.layers.iter_mut().zip(lengths);

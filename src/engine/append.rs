@@ -1,6 +1,6 @@
 //! Reading behind a filled cache: decoding, a second turn, a question.
 
-use super::llama::{Part, Projected, Span, check_tokens, chunks};
+use super::llama::{Part, Projected, check_tokens, chunks};
 use super::{Control, Engine, EngineError};
 use crate::backend::{Backend, Columns, Visible};
 use crate::cache::Cache;
@@ -60,10 +60,7 @@ impl<B: Backend> Engine<B> {
         control: &Control<'_>,
         watch: &mut Watch<'_, B>,
     ) -> Result<Vec<f32>, EngineError> {
-        let model = self.llama.shape();
-        if cache.shape() != model {
-            return Err(EngineError::WrongCache { cache: cache.shape(), model });
-        }
+        self.check_cache(cache)?;
         check_tokens(&self.llama.config, ids, cache.logical_length())?;
         control.check()?;
         let lengths = cache.physical_lengths(&self.backend);
@@ -73,6 +70,15 @@ impl<B: Backend> Engine<B> {
             Err(_) => cache.truncate(&self.backend, &lengths)?,
         }
         logits
+    }
+
+    /// The cache is of this model, and it is there.
+    pub(super) fn check_cache(&self, cache: &Cache<B>) -> Result<(), EngineError> {
+        let model = self.llama.shape();
+        if cache.shape() != model {
+            return Err(EngineError::WrongCache { cache: cache.shape(), model });
+        }
+        if cache.is_lost() { Err(EngineError::LostCache) } else { Ok(()) }
     }
 
     fn read_behind(
@@ -96,10 +102,10 @@ impl<B: Backend> Engine<B> {
             let evicts = decoding.evictions[index].is_some();
             for rows in chunks(ids.len(), backend.chunk_rows()) {
                 control.check()?;
-                let part = Part { hidden: &mut hidden, span: Span { places: &places, rows } };
+                let part = Part { hidden: &mut hidden, span: places.span(rows) };
                 layer.read(backend, &llama.config, &mut [part], |_, span, projected| {
                     let Projected { queries, keys, values } = projected;
-                    backend.append_kv(kv, &keys, &values, &span.places.positions, span.rows.start)?;
+                    backend.append_kv(kv, &keys, &values, span.positions, span.rows.start)?;
                     watch(&queries, kv)?;
                     if evicts {
                         let sums = backend.column_sums(&queries, kv, EVERY_QUERY, bias.as_ref())?;

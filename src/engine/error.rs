@@ -60,6 +60,9 @@ pub enum EngineError {
         /// The model.
         model: ModelShape,
     },
+    /// A cache whose entries went down with a backend.
+    #[error("the cache was lost when the backend failed: read its tokens anew")]
+    LostCache,
     /// Logits of another vocabulary.
     #[error("there are {logits} logits, but the model's vocabulary is {vocabulary}")]
     WrongLogits {

@@ -41,16 +41,23 @@ pub(super) struct Places<B: Backend> {
     angles: B::Rotary,
 }
 
-/// Rows of a sequence, and where it has its places.
+/// Some rows, among all whose places are known.
 #[derive(Debug)]
 pub(super) struct Span<'a, B: Backend> {
-    pub(super) places: &'a Places<B>,
+    pub(super) positions: &'a B::Indices,
+    pub(super) angles: &'a B::Rotary,
     pub(super) rows: Range<usize>,
 }
 
 impl<B: Backend> Clone for Span<'_, B> {
     fn clone(&self) -> Self {
-        Self { places: self.places, rows: self.rows.clone() }
+        Self { rows: self.rows.clone(), ..*self }
+    }
+}
+
+impl<B: Backend> Places<B> {
+    pub(super) fn span(&self, rows: Range<usize>) -> Span<'_, B> {
+        Span { positions: &self.positions, angles: &self.angles, rows }
     }
 }
 
@@ -274,7 +281,7 @@ fn rotated<B: Backend>(
 ) -> Result<Vec<B::Tensor>, EngineError> {
     let mut each = split(backend, x, spans)?;
     for (x, span) in each.iter_mut().zip(spans) {
-        backend.rotate(x, &span.places.angles, span.rows.start)?;
+        backend.rotate(x, span.angles, span.rows.start)?;
     }
     Ok(each)
 }
@@ -379,4 +386,26 @@ pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = Range<us
         remainder => remainder,
     };
     (first..=rows).step_by(chunk).map(move |end| end.saturating_sub(chunk)..end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_share_passes_and_are_cut_as_if_alone() {
+        for lengths in [&[][..], &[5], &[64, 64], &[1, 2, 3], &[200, 10, 64, 65, 130, 7], &[63, 1, 63, 1]] {
+            let passes = passes(lengths, 64);
+            for (sequence, rows) in lengths.iter().enumerate() {
+                let own = passes.iter().flatten().filter(|(number, _)| *number == sequence);
+                let own: Vec<_> = own.map(|(_, rows)| rows.clone()).collect();
+                assert_eq!(own, chunks(*rows, 64).collect::<Vec<_>>(), "{lengths:?}");
+            }
+            for pass in &passes {
+                assert!(pass.iter().map(|(_, rows)| rows.len()).sum::<usize>() <= 64, "{lengths:?}");
+                assert!(pass.is_sorted_by(|a, b| a.0 < b.0), "{lengths:?}");
+            }
+        }
+        assert_eq!(passes(&[10, 20, 30, 5], 64).len(), 2, "short ones go together");
+    }
 }

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::slice::from_mut;
 
 use super::check::check_plan;
-use super::llama::{Layer, Llama, Part, Places, Span};
+use super::llama::{Layer, Llama, Part, Places};
 use super::reading::{Reading, attend_all, attend_selected, read_keys};
 use super::settling::Settling;
 use super::trace::Trace;
@@ -263,7 +263,7 @@ impl<'a, B: Backend> Run<'a, B> {
         self.peak_kv_bytes = self.peak_kv_bytes.max(full);
 
         let last = self.rows - 1;
-        let span = Span { places: &self.places, rows: last..self.rows };
+        let span = self.places.span(last..self.rows);
         let part = Part { hidden: &mut self.hidden, span: span.clone() };
         let normed = layer.attention_input(backend, &llama.config, &[part])?;
         let query = layer.queries(backend, &normed, &[span])?.remove(0);

@@ -40,7 +40,7 @@ fn gather<'p, 'r, B: Backend>(
         let (_, rows) = pass.next_if(|(sequence, _)| *sequence == index)?;
         let Reading { run, kv, observer, .. } = reading;
         let Run { hidden, places, .. } = &mut **run;
-        Some((Part { hidden, span: Span { places, rows: rows.clone() } }, (kv, observer)))
+        Some((Part { hidden, span: places.span(rows.clone()) }, (kv, observer)))
     };
     readings.iter_mut().enumerate().filter_map(takes_part).unzip()
 }
@@ -59,13 +59,14 @@ pub(super) fn read_keys<B: Backend>(
         let spans: Vec<Span<'_, B>> = parts.iter().map(|part| part.span.clone()).collect();
         let mut end_of_part = 0;
         let read = layer.keys_values(backend, &normed, &spans)?;
-        for (((keys, values), (kv, observer)), Span { places, rows }) in read.iter().zip(stores).zip(&spans) {
-            backend.append_kv(kv, keys, values, &places.positions, rows.start)?;
+        for (((keys, values), (kv, observer)), span) in read.iter().zip(stores).zip(&spans) {
+            let rows = &span.rows;
+            backend.append_kv(kv, keys, values, span.positions, rows.start)?;
             end_of_part += rows.len();
             let count = observer.watched(rows);
             if count > 0 {
                 let observers = backend.slice_rows(&normed, end_of_part - count..end_of_part)?;
-                let span = Span { places, rows: rows.end - count..rows.end };
+                let span = Span { rows: rows.end - count..rows.end, ..span.clone() };
                 for queries in layer.queries(backend, &observers, &[span])? {
                     observer.look(&queries, kv, rows.end)?;
                 }
@@ -114,7 +115,7 @@ pub(super) fn attend_all<B: Backend>(
         layer.read(backend, &llama.config, &mut parts, |part, span, projected| {
             let (kv, observer) = &mut stores[part];
             let Projected { queries, keys, values } = projected;
-            backend.append_kv(kv, &keys, &values, &span.places.positions, span.rows.start)?;
+            backend.append_kv(kv, &keys, &values, span.positions, span.rows.start)?;
             observer.attend(&queries, kv, span.rows.end)
         })?;
         meter.advance(pass.iter().map(|(_, rows)| rows.len()).sum());

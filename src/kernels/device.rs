@@ -60,6 +60,24 @@ pub trait Device {
     /// what the struct's comments say until the kernel is done.
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error>;
 
+    /// Keeps what `work` queues as one piece, to be queued as often as wanted, instead of queueing it. `work` calls
+    /// [`launch`](Self::launch), [`copy`](Self::copy), [`fill`](Self::fill) and matrix products, and nothing else of this
+    /// device. `None`
+    /// from a device that keeps no such pieces: then `work` was not called.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Error::Device`] where the device fails; nothing is queued or kept then.
+    ///
+    /// # Safety
+    /// As for what `work` calls, whenever the piece is queued.
+    unsafe fn capture(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), Error>,
+    ) -> Result<Option<Box<dyn Graph>>, Error> {
+        let _ = work;
+        Ok(None)
+    }
+
     /// Describes a tensor to the copy engine that chips from Hopper on have.
     ///
     /// # Errors
@@ -89,6 +107,18 @@ pub trait Device {
 
     /// Streaming multiprocessors: what a persistent grid is sized by.
     fn multiprocessors(&self) -> u32;
+}
+
+/// Work that a device [captured](Device::capture).
+pub trait Graph: std::fmt::Debug {
+    /// Queues all of it on the stream that it was captured from.
+    ///
+    /// # Errors
+    /// What the device says.
+    ///
+    /// # Safety
+    /// Every address in it holds what it held, or was to hold, when it was captured.
+    unsafe fn launch(&self) -> Result<(), Error>;
 }
 
 /// A tensor of 16-bit elements in five dimensions, innermost first, and the box of it that one copy moves to

@@ -36,7 +36,7 @@ pub mod sample;
 pub mod scores;
 pub mod select;
 
-pub use device::{Device, Launch, TensorMap};
+pub use device::{Device, Graph, Launch, TensorMap};
 pub use error::{Error, cuda_error_name};
 pub use kernel::Kernel;
 pub use matmul::{Matmul, MatrixProduct};

@@ -31,14 +31,17 @@ pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
 }
 
 /// A 16-bit type by its two names, and its unit roundoff.
-const TYPES: [(DType, Stored, f64); 2] =
+pub(super) const TYPES: [(DType, Stored, f64); 2] =
     [(DType::BF16, Stored::Bf16, 1.0 / 256.0), (DType::F16, Stored::F16, 1.0 / 2048.0)];
 
-fn cuda<D: MatrixProduct + Clone + Debug>(device: &D, dtype: DType) -> Result<CudaBackend<D>, String> {
+pub(super) fn cuda<D: MatrixProduct + Clone + Debug>(
+    device: &D,
+    dtype: DType,
+) -> Result<CudaBackend<D>, String> {
     CudaBackend::new(device.clone(), "a device under test", dtype).map_err(|error| error.to_string())
 }
 
-fn cpu() -> Result<CpuBackend, String> {
+pub(super) fn cpu() -> Result<CpuBackend, String> {
     CpuBackend::new(Some(1)).map_err(|error| error.to_string())
 }
 
@@ -46,21 +49,21 @@ fn cpu() -> Result<CpuBackend, String> {
 // Operations
 
 /// What an operation gave.
-struct Output {
-    what: &'static str,
-    numbers: Vec<f32>,
+pub(super) struct Output {
+    pub(super) what: &'static str,
+    pub(super) numbers: Vec<f32>,
     /// Allowed differences: a share of the number, and a share of the largest of these numbers.
-    tolerance: [f64; 2],
+    pub(super) tolerance: [f64; 2],
 }
 
 /// The sizes of a scene.
 #[derive(Clone, Copy, Debug)]
-struct Sizes {
-    group: usize,
-    heads: usize,
-    head_dim: usize,
-    rows: usize,
-    keys: usize,
+pub(super) struct Sizes {
+    pub(super) group: usize,
+    pub(super) heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) rows: usize,
+    pub(super) keys: usize,
 }
 
 fn operations<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(), String> {
@@ -88,7 +91,7 @@ fn operations<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result
     }
 }
 
-fn compare(found: &Output, expected: &Output) -> Result<(), String> {
+pub(super) fn compare(found: &Output, expected: &Output) -> Result<(), String> {
     let (what, [share, of_largest]) = (expected.what, expected.tolerance);
     if found.numbers.len() != expected.numbers.len() {
         return Err(format!("{what}: {} numbers, not {}", found.numbers.len(), expected.numbers.len()));
@@ -107,15 +110,15 @@ fn compare(found: &Output, expected: &Output) -> Result<(), String> {
 }
 
 /// Numbers to run operations on.
-struct Scene {
-    sizes: Sizes,
-    stored: Stored,
-    unit: f64,
-    seed: u64,
+pub(super) struct Scene {
+    pub(super) sizes: Sizes,
+    pub(super) stored: Stored,
+    pub(super) unit: f64,
+    pub(super) seed: u64,
 }
 
 impl Scene {
-    fn weight<B: Backend>(
+    pub(super) fn weight<B: Backend>(
         &self,
         backend: &B,
         shape: &[usize],
@@ -127,7 +130,7 @@ impl Scene {
     }
 
     /// Activations by way of an embedding; in the model's type where they stand for a product's.
-    fn rows<B: Backend>(
+    pub(super) fn rows<B: Backend>(
         &self,
         backend: &B,
         [rows, width]: [usize; 2],
@@ -146,7 +149,7 @@ impl Scene {
     }
 
     /// Keys and values at every third position, in two pieces.
-    fn store<B: Backend>(&self, backend: &B) -> Result<B::Kv, BackendError> {
+    pub(super) fn store<B: Backend>(&self, backend: &B) -> Result<B::Kv, BackendError> {
         let Sizes { heads, head_dim, keys, .. } = self.sizes;
         let width = heads * head_dim;
         let positions = backend.indices(vec![(0..keys as u32).map(|row| 3 * row + 1).collect()])?;
@@ -160,7 +163,7 @@ impl Scene {
         Ok(kv)
     }
 
-    fn queries<B: Backend>(&self, backend: &B, rows: usize) -> Result<B::Tensor, BackendError> {
+    pub(super) fn queries<B: Backend>(&self, backend: &B, rows: usize) -> Result<B::Tensor, BackendError> {
         let Sizes { group, heads, head_dim, .. } = self.sizes;
         self.rows(backend, [rows, group * heads * head_dim], 1.5, 30, true)
     }
@@ -316,7 +319,7 @@ fn best(numbers: &[f32], count: usize, tail: usize) -> Vec<u32> {
     keys.into_iter().chain(numbers.len()..numbers.len() + tail).map(|key| key as u32).collect()
 }
 
-fn flat(lists: &[Vec<u32>]) -> Vec<f32> {
+pub(super) fn flat(lists: &[Vec<u32>]) -> Vec<f32> {
     lists.iter().flatten().map(|number| *number as f32).collect()
 }
 
@@ -383,7 +386,7 @@ fn bad_operands<D: MatrixProduct + Clone + Debug>(device: &D, _: u64) -> Result<
 // Models
 
 /// A random model with heads that there are kernels for.
-fn model(stored: Stored) -> Tiny {
+pub(super) fn model(stored: Stored) -> Tiny {
     Tiny {
         layers: 4,
         hidden: 64,
@@ -589,7 +592,7 @@ fn overlap(found: &[u32], expected: &[u32]) -> f64 {
 }
 
 /// No number is further off than that share of the largest.
-fn near(what: &str, found: &[f32], expected: &[f32], allowed: f64) -> Result<(), String> {
+pub(super) fn near(what: &str, found: &[f32], expected: &[f32], allowed: f64) -> Result<(), String> {
     let largest = expected.iter().fold(0.0, |most: f64, number| most.max(f64::from(number.abs())));
     let off = found.iter().zip(expected).map(|(found, expected)| f64::from((found - expected).abs()));
     let off = off.fold(0.0, f64::max) / largest;

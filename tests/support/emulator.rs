@@ -4,7 +4,7 @@ use std::{cell::RefCell, fmt, rc::Rc};
 
 use fastkv::{
     abi::{self, Rows},
-    kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, TensorMap, images},
+    kernels::{DType, Device, Error, Graph, Kernel, Launch, Matmul, MatrixProduct, TensorMap, images},
 };
 use ptx_emulator::{Counters, Schedule, Swizzle};
 
@@ -19,6 +19,48 @@ pub(crate) struct Emulator {
     loaded: Rc<RefCell<Vec<&'static str>>>,
     /// Of the last launch.
     counters: Rc<RefCell<Counters>>,
+    /// What is queued while a piece of work is captured.
+    captured: Rc<RefCell<Option<Vec<Queued>>>>,
+}
+
+/// What a captured piece does when it is launched.
+#[derive(Clone, Debug)]
+enum Queued {
+    Copy { to: u64, from: u64, bytes: usize },
+    Fill { to: u64, value: u8, bytes: usize },
+    Launch { kernel: Kernel, sizes: [[u32; 3]; 3], shared_bytes: u32, params: Vec<u8> },
+    Matmul(Matmul),
+}
+
+#[derive(Debug)]
+struct Captured {
+    device: Emulator,
+    queued: Vec<Queued>,
+}
+
+impl Graph for Captured {
+    unsafe fn launch(&self) -> Result<(), Error> {
+        self.queued.iter().try_for_each(|queued| {
+            // SAFETY: the caller's promise.
+            unsafe {
+                match queued {
+                    Queued::Copy { to, from, bytes } => self.device.copy(*to, *from, *bytes),
+                    Queued::Fill { to, value, bytes } => self.device.fill(*to, *value, *bytes),
+                    Queued::Matmul(work) => self.device.matmul(work),
+                    Queued::Launch { kernel, sizes: [grid, cluster, block], shared_bytes, params } => {
+                        self.device.launch(&Launch {
+                            kernel: *kernel,
+                            grid: *grid,
+                            cluster: *cluster,
+                            block: *block,
+                            shared_bytes: *shared_bytes,
+                            params,
+                        })
+                    }
+                }
+            }
+        })
+    }
 }
 
 impl fmt::Debug for Emulator {
@@ -39,6 +81,20 @@ impl Emulator {
             compute_capability,
             loaded: Rc::default(),
             counters: Rc::default(),
+            captured: Rc::default(),
+        }
+    }
+
+    /// Whether this is captured instead of done.
+    fn captures(&self, queued: impl FnOnce() -> Queued) -> bool {
+        self.captured.borrow_mut().as_mut().map(|captured| captured.push(queued())).is_some()
+    }
+
+    /// Fails where a graph would.
+    fn not_captured(&self, operation: &'static str) -> Result<(), Error> {
+        match *self.captured.borrow() {
+            Some(_) => Err(Error::Device { operation, reason: "while work is captured".to_owned() }),
+            None => Ok(()),
         }
     }
 
@@ -64,40 +120,65 @@ impl Device for Emulator {
     type Event = ();
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
+        self.not_captured("alloc")?;
         Ok(self.device.borrow_mut().alloc(bytes))
     }
 
     unsafe fn free(&self, address: u64) -> Result<(), Error> {
+        self.not_captured("free")?;
         self.device.borrow_mut().free(address).map_err(failed("free"))
     }
 
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
+        self.not_captured("upload")?;
         self.device.borrow_mut().write(to, from).map_err(failed("upload"))
     }
 
     unsafe fn download(&self, to: &mut [u8], from: u64) -> Result<(), Error> {
+        self.not_captured("download")?;
         let bytes = self.device.borrow().read(from, to.len()).map_err(failed("download"))?;
         to.copy_from_slice(&bytes);
         Ok(())
     }
 
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        if self.captures(|| Queued::Copy { to, from, bytes }) {
+            return Ok(());
+        }
         let mut device = self.device.borrow_mut();
         let read = device.read(from, bytes).map_err(failed("copy"))?;
         device.write(to, &read).map_err(failed("copy"))
     }
 
     unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
+        if self.captures(|| Queued::Fill { to, value, bytes }) {
+            return Ok(());
+        }
         self.device.borrow_mut().fill(to, value, bytes).map_err(failed("fill"))
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
         let Launch { kernel, grid, cluster, block, shared_bytes, params } = *launch;
+        let sizes = [grid, cluster, block];
+        if self.captures(|| Queued::Launch { kernel, sizes, shared_bytes, params: params.to_vec() }) {
+            return Ok(());
+        }
         self.load(kernel.image());
         let launch =
             ptx_emulator::Launch { kernel: kernel.entry(), grid, cluster, block, shared_bytes, params };
         *self.counters.borrow_mut() = self.device.borrow_mut().launch(&launch).map_err(failed("launch"))?;
         Ok(())
+    }
+
+    unsafe fn capture(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), Error>,
+    ) -> Result<Option<Box<dyn Graph>>, Error> {
+        *self.captured.borrow_mut() = Some(Vec::new());
+        let done = work();
+        let queued = self.captured.take().unwrap_or_default();
+        done?;
+        Ok(Some(Box::new(Captured { device: self.clone(), queued })))
     }
 
     fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
@@ -141,7 +222,7 @@ impl MatrixProduct for Emulator {
     }
 
     unsafe fn matmul(&self, work: &Matmul) -> Result<(), Error> {
-        if !work.check()? {
+        if !work.check()? || self.captures(|| Queued::Matmul(*work)) {
             return Ok(());
         }
         let Matmul { rows, columns, inner, dtype, out_dtype, .. } = *work;

@@ -5,6 +5,8 @@
 pub(crate) mod attention;
 #[cfg(feature = "pipeline")]
 pub(crate) mod backend;
+#[cfg(feature = "pipeline")]
+pub(crate) mod batch;
 pub(crate) mod decode;
 pub(crate) mod emulator;
 pub(crate) mod gather;
@@ -53,6 +55,8 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
     [
         #[cfg(feature = "pipeline")]
         backend::checks(),
+        #[cfg(feature = "pipeline")]
+        batch::checks(),
         attention::checks(),
         decode::checks(),
         gather::checks(),

@@ -4,10 +4,10 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-use fastkv::backend::cpu::{CpuBackend, Indices, Kv, Rotary, Scores, Tensor, Weight};
+use fastkv::backend::cpu::{CpuBackend, Indices, Kv, KvBatch, Rotary, Scores, Tensor, Weight};
 use fastkv::backend::{Backend, BackendError, Bias, Columns, Select, Share, Visible};
 use fastkv::model::StoredTensor;
 use fastkv::policy::Pooling;
@@ -25,6 +25,14 @@ pub(crate) struct Probe {
     pub(crate) chunk_rows: usize,
     alive: Arc<Alive>,
     forced: Mutex<VecDeque<Vec<Vec<u32>>>>,
+    failing_steps: AtomicUsize,
+    fails_joining: AtomicBool,
+}
+
+/// Not counted: prefills are what is measured.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    batch: KvBatch,
 }
 
 #[derive(Debug)]
@@ -45,7 +53,16 @@ impl Alive {
 impl Probe {
     pub(crate) fn new(chunk_rows: usize) -> Self {
         let inner = CpuBackend::new(Some(1)).expect("a thread");
-        Self { inner, chunk_rows, alive: Arc::default(), forced: Mutex::default() }
+        let failing_steps = AtomicUsize::new(0);
+        let fails_joining = AtomicBool::new(false);
+        Self {
+            inner,
+            chunk_rows,
+            alive: Arc::default(),
+            forced: Mutex::default(),
+            failing_steps,
+            fails_joining,
+        }
     }
 
     /// What the next selections give, in their order, whatever the scores.
@@ -63,6 +80,16 @@ impl Probe {
             Some(lists) => self.inner.indices(lists),
             None => select(),
         }
+    }
+
+    /// Lets the attention of the n-th layer that decodes from now on fail, once.
+    pub(crate) fn fail_decoding(&self, layers: usize) {
+        self.failing_steps.store(layers, Relaxed);
+    }
+
+    /// Lets sequences not be joined, once.
+    pub(crate) fn fail_joining(&self) {
+        self.fails_joining.store(true, Relaxed);
     }
 
     /// Entries alive now.
@@ -108,6 +135,8 @@ impl Backend for Probe {
     type Scores = Scores;
     type Indices = Indices;
     type Kv = Counted;
+    type KvBatch = Joined;
+    type Recording = ();
 
     fn name(&self) -> String {
         "probe".to_owned()
@@ -127,6 +156,10 @@ impl Backend for Probe {
 
     fn embed(&self, table: &Weight, ids: &[u32]) -> Result<Tensor> {
         self.inner.embed(table, ids)
+    }
+
+    fn embed_list(&self, table: &Weight, ids: &Indices) -> Result<Tensor> {
+        self.inner.embed_list(table, ids)
     }
 
     fn rms_norm(&self, x: &Tensor, rows: Range<usize>, weight: &Weight, epsilon: f32) -> Result<Tensor> {
@@ -275,6 +308,10 @@ impl Backend for Probe {
         self.inner.indices(lists)
     }
 
+    fn write_list(&self, list: &mut Indices, numbers: &[u32]) -> Result<()> {
+        self.inner.write_list(list, numbers)
+    }
+
     fn read_indices(&self, indices: &Indices) -> Result<Vec<Vec<u32>>> {
         self.inner.read_indices(indices)
     }
@@ -289,6 +326,32 @@ impl Backend for Probe {
 
     fn gather_kv(&self, kv: &Counted, entries: &Indices, slack: usize) -> Result<Counted> {
         Ok(self.counted(self.inner.gather_kv(&kv.kv, entries, slack)?))
+    }
+
+    fn join_kv(&self, stores: Vec<Counted>, room: usize) -> Result<Joined> {
+        if self.fails_joining.swap(false, Relaxed) {
+            return Err(BackendError::OutOfMemory { what: "a test", bytes: 1 });
+        }
+        let stores = stores.iter().map(|kv| kv.kv.clone()).collect();
+        Ok(Joined { batch: self.inner.join_kv(stores, room)? })
+    }
+
+    fn split_kv(&self, batch: Joined, steps: usize) -> Result<Vec<Counted>> {
+        Ok(self.inner.split_kv(batch.batch, steps)?.into_iter().map(|kv| self.counted(kv)).collect())
+    }
+
+    fn decode_attention(
+        &self,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        positions: &Indices,
+        batch: &mut Joined,
+    ) -> Result<Tensor> {
+        if self.failing_steps.load(Relaxed) > 0 && self.failing_steps.fetch_sub(1, Relaxed) == 1 {
+            return Err(BackendError::OutOfMemory { what: "a test", bytes: 1 });
+        }
+        self.inner.decode_attention(queries, keys, values, positions, &mut batch.batch)
     }
 
     fn read(&self, x: &Tensor) -> Result<Vec<f32>> {

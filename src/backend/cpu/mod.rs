@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use self::tensor::KvHead;
-pub use self::tensor::{Indices, Kv, Rotary, Scores, Tensor};
+pub use self::tensor::{Indices, Kv, KvBatch, Rotary, Scores, Tensor};
 pub use self::weight::Weight;
 use super::{Backend, BackendError, Bias, Columns, Select, Share, Visible};
 use crate::model::StoredTensor;
@@ -107,6 +107,8 @@ impl Backend for CpuBackend {
     type Scores = Scores;
     type Indices = Indices;
     type Kv = Kv;
+    type KvBatch = KvBatch;
+    type Recording = ();
 
     fn name(&self) -> String {
         format!("cpu, {} threads, f32", self.threads())
@@ -137,6 +139,10 @@ impl Backend for CpuBackend {
             row.copy_from_slice(table.widened(first..first + width, &mut scratch));
         }
         Ok(out)
+    }
+
+    fn embed_list(&self, table: &Weight, ids: &Indices) -> Result<Tensor, BackendError> {
+        self.embed(table, ids.single("embed_list")?)
     }
 
     fn rms_norm(
@@ -434,6 +440,15 @@ impl Backend for CpuBackend {
         Ok(Indices { lists })
     }
 
+    fn write_list(&self, list: &mut Indices, numbers: &[u32]) -> Result<(), BackendError> {
+        let length = list.single("write_list")?.len();
+        if numbers.len() != length {
+            return Err(shape("write_list", format!("{} numbers for a list of {length}", numbers.len())));
+        }
+        list.lists = vec![numbers.to_vec()];
+        Ok(())
+    }
+
     fn read_indices(&self, indices: &Indices) -> Result<Vec<Vec<u32>>, BackendError> {
         Ok(indices.lists.clone())
     }
@@ -469,6 +484,33 @@ impl Backend for CpuBackend {
             Ok(kept)
         });
         Ok(Kv { head_dim: kv.head_dim, heads: heads.collect::<Result<_, BackendError>>()? })
+    }
+
+    fn join_kv(&self, stores: Vec<Kv>, room: usize) -> Result<KvBatch, BackendError> {
+        KvBatch::join(stores, room)
+    }
+
+    fn split_kv(&self, batch: KvBatch, steps: usize) -> Result<Vec<Kv>, BackendError> {
+        Ok(batch.split(steps))
+    }
+
+    fn decode_attention(
+        &self,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        positions: &Indices,
+        batch: &mut KvBatch,
+    ) -> Result<Tensor, BackendError> {
+        let sequences = batch.stores.len();
+        same_shape("decode_attention", queries, sequences, queries.width)?;
+        let attend = |(row, kv): (usize, &mut Kv)| {
+            let of_row = |x| self.slice_rows(x, row..row + 1);
+            self.append_kv(kv, &of_row(keys)?, &of_row(values)?, positions, row)?;
+            self.attention(&of_row(queries)?, kv, Visible::Aligned)
+        };
+        let attended = batch.stores.iter_mut().enumerate().map(attend).collect::<Result<Vec<_>, _>>()?;
+        self.concat_rows(&attended.iter().collect::<Vec<_>>())
     }
 
     fn read(&self, x: &Tensor) -> Result<Vec<f32>, BackendError> {

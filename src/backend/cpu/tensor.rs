@@ -39,6 +39,14 @@ pub struct Kv {
     pub(super) heads: Vec<KvHead>,
 }
 
+/// One layer's keys and values of several sequences.
+#[derive(Debug)]
+pub struct KvBatch {
+    pub(super) stores: Vec<Kv>,
+    /// Of each sequence, the lengths of its lists when it joined.
+    lengths: Vec<Vec<usize>>,
+}
+
 /// The entries of one kv head: `[entries, head_dim]` each.
 #[derive(Clone, Debug)]
 pub(super) struct KvHead {
@@ -77,6 +85,34 @@ impl Indices {
     }
 }
 
+impl KvBatch {
+    /// Reserves room for so many entries more in each list.
+    pub(super) fn join(mut stores: Vec<Kv>, room: usize) -> Result<Self, BackendError> {
+        let Some(first) = stores.first() else {
+            return Err(BackendError::Shape { operation: "join_kv", problem: "no sequences".to_owned() });
+        };
+        let (heads, head_dim) = (first.heads.len(), first.head_dim);
+        if let Some(kv) = stores.iter().find(|kv| (kv.heads.len(), kv.head_dim) != (heads, head_dim)) {
+            let problem = format!("{}×{} beside {heads}×{head_dim}", kv.heads.len(), kv.head_dim);
+            return Err(BackendError::Shape { operation: "join_kv", problem });
+        }
+        let lengths = stores.iter().map(|kv| kv.heads.iter().map(KvHead::len).collect()).collect();
+        for head in stores.iter_mut().flat_map(|kv| &mut kv.heads) {
+            head.reserve(head_dim, room)?;
+        }
+        Ok(Self { stores, lengths })
+    }
+
+    pub(super) fn split(mut self, steps: usize) -> Vec<Kv> {
+        for (kv, lengths) in self.stores.iter_mut().zip(&self.lengths) {
+            for (head, length) in kv.heads.iter_mut().zip(lengths) {
+                head.truncate(length.saturating_add(steps), kv.head_dim);
+            }
+        }
+        self.stores
+    }
+}
+
 impl KvHead {
     pub(super) fn with_capacity(head_dim: usize, entries: usize) -> Result<Self, BackendError> {
         Ok(Self {
@@ -84,6 +120,17 @@ impl KvHead {
             values: reserve("values", entries, head_dim)?,
             positions: Vec::with_capacity(entries),
         })
+    }
+
+    fn reserve(&mut self, head_dim: usize, entries: usize) -> Result<(), BackendError> {
+        let elements = entries.saturating_mul(head_dim);
+        let reserved =
+            [&mut self.keys, &mut self.values].into_iter().all(|data| data.try_reserve(elements).is_ok());
+        if !reserved || self.positions.try_reserve(entries).is_err() {
+            let bytes = elements.saturating_mul(2 * size_of::<f32>());
+            return Err(BackendError::OutOfMemory { what: "keys and values of tokens to come", bytes });
+        }
+        Ok(())
     }
 
     pub(super) fn len(&self) -> usize {

@@ -1,6 +1,7 @@
 //! [`Device`] on the CUDA driver.
 
 use std::{
+    cell::Cell,
     ffi::{CString, c_uint, c_void},
     mem::MaybeUninit,
     ptr,
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::{
     abi,
-    kernels::{Device, Error, Kernel, Launch, Matmul, MatrixProduct, TensorMap, images},
+    kernels::{Device, Error, Graph, Kernel, Launch, Matmul, MatrixProduct, TensorMap, images},
 };
 
 /// One stream of one GPU, with every kernel loaded.
@@ -98,6 +99,14 @@ impl CudaLauncher {
         Ok(asked == sys::CUresult::CUDA_SUCCESS && kind != 0)
     }
 
+    /// Where work is queued: on the stream, unless this thread captures it.
+    fn target(&self) -> sys::CUstream {
+        match CAPTURE.get() {
+            Some((stream, side)) if stream == self.stream => side,
+            _ => self.stream,
+        }
+    }
+
     /// Calls the driver with the device's context current.
     fn call(&self, operation: &'static str, f: impl FnOnce() -> sys::CUresult) -> Result<(), Error> {
         let _current = self.loaded.enter()?;
@@ -158,7 +167,9 @@ impl Device for CudaLauncher {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        self.call("cuMemcpyDtoDAsync", || unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
+        self.call("cuMemcpyDtoDAsync", || unsafe {
+            sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.target())
+        })
     }
 
     unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
@@ -166,7 +177,7 @@ impl Device for CudaLauncher {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        self.call("cuMemsetD8Async", || unsafe { sys::cuMemsetD8Async(to, value, bytes, self.stream) })
+        self.call("cuMemsetD8Async", || unsafe { sys::cuMemsetD8Async(to, value, bytes, self.target()) })
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
@@ -181,7 +192,7 @@ impl Device for CudaLauncher {
             blockDimY: launch.block[1],
             blockDimZ: launch.block[2],
             sharedMemBytes: launch.shared_bytes,
-            hStream: self.stream,
+            hStream: self.target(),
             attrs: attributes.as_mut_ptr(),
             numAttrs: if launch.cluster == [1, 1, 1] { 0 } else { 1 },
         };
@@ -191,6 +202,35 @@ impl Device for CudaLauncher {
         self.call("cuLaunchKernelEx", || unsafe {
             sys::cuLaunchKernelEx(&config, function.0, params.as_mut_ptr(), ptr::null_mut())
         })
+    }
+
+    unsafe fn capture(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), Error>,
+    ) -> Result<Option<Box<dyn Graph>>, Error> {
+        let _current = self.loaded.enter()?;
+        // On a stream of its own, so that what other threads queue meanwhile is not captured too.
+        let mut stream = ptr::null_mut();
+        let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: `stream` outlives the call.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, non_blocking) })?;
+        let _side = Side { stream, before: CAPTURE.replace(Some((self.stream, stream))) };
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: a stream that nobody else knows.
+        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(stream, mode) })?;
+        let queued = work();
+        let mut graph = ptr::null_mut();
+        // SAFETY: the capture that was begun above; `graph` outlives the call.
+        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(stream, &mut graph) });
+        let graph = Captured(graph);
+        queued?;
+        ended?;
+        let mut executable = ptr::null_mut();
+        // SAFETY: a graph that was just captured; `executable` outlives the call.
+        check("cuGraphInstantiate", unsafe {
+            sys::cuGraphInstantiateWithFlags(&mut executable, graph.0, 0)
+        })?;
+        Ok(Some(Box::new(CudaGraph { executable, launcher: self.clone() })))
     }
 
     fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
@@ -262,7 +302,64 @@ impl MatrixProduct for CudaLauncher {
         let products = self.loaded.products()?;
         let _current = self.loaded.enter()?;
         // SAFETY: the caller's promise; the context is current and the stream is of it.
-        unsafe { products.matmul(work, self.stream.cast()) }
+        unsafe { products.matmul(work, self.target().cast()) }
+    }
+}
+
+/// The stream of a launcher, and the one that takes what this thread would queue on it.
+type Capturing = Option<(sys::CUstream, sys::CUstream)>;
+
+thread_local! {
+    static CAPTURE: Cell<Capturing> = const { Cell::new(None) };
+}
+
+/// A stream to capture on, for as long as this lives.
+struct Side {
+    stream: sys::CUstream,
+    before: Capturing,
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        CAPTURE.set(self.before);
+        // SAFETY: ours; nothing was queued on it.
+        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+    }
+}
+
+/// A graph, or null where the capture failed.
+struct Captured(sys::CUgraph);
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: ours; an executable made of it does not need it.
+            let _ = unsafe { sys::cuGraphDestroy(self.0) };
+        }
+    }
+}
+
+/// A graph that was captured.
+#[derive(Debug)]
+struct CudaGraph {
+    executable: sys::CUgraphExec,
+    launcher: CudaLauncher,
+}
+
+impl Graph for CudaGraph {
+    unsafe fn launch(&self) -> Result<(), Error> {
+        let stream = self.launcher.target();
+        // SAFETY: both handles are alive, and the caller vouches for the addresses.
+        self.launcher.call("cuGraphLaunch", || unsafe { sys::cuGraphLaunch(self.executable, stream) })
+    }
+}
+
+impl Drop for CudaGraph {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.launcher.loaded.enter() {
+            // SAFETY: nobody else has the handle; the driver lets launches that are under way finish.
+            let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
+        }
     }
 }
 

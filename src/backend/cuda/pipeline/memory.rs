@@ -1,18 +1,20 @@
 //! Device memory that gives itself back, and the books on it.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, ThreadId};
 
 use crate::backend::BackendError;
 use crate::kernels::{Device, Error};
 
 /// A device, and how much of its memory is in use.
-#[derive(Debug)]
-pub(super) struct Machine<D> {
+pub(super) struct Machine<D: Device> {
     pub(super) device: D,
     live: AtomicUsize,
     peak: AtomicUsize,
+    /// Where the blocks of a thread come from while it does work that repeats.
+    pools: Mutex<Vec<(ThreadId, Arc<Pool<D>>)>>,
 }
 
 /// A block of device memory. It goes back once the work queued so far is done with it.
@@ -20,11 +22,21 @@ pub(super) struct Block<D: Device> {
     machine: Arc<Machine<D>>,
     address: u64,
     bytes: usize,
+    pool: Option<Arc<Pool<D>>>,
+}
+
+/// Memory of work that repeats: what is given back is kept, so that the same work finds the same blocks.
+pub(super) struct Pool<D: Device> {
+    machine: Arc<Machine<D>>,
+    /// Bytes and addresses.
+    spare: Mutex<Vec<(usize, u64)>>,
+    /// Whether work is being captured: it has to do with the blocks there are, and without the host's memory.
+    pub(super) captures: AtomicBool,
 }
 
 impl<D: Device> Machine<D> {
     pub(super) fn new(device: D) -> Self {
-        Self { device, live: AtomicUsize::new(0), peak: AtomicUsize::new(0) }
+        Self { device, live: AtomicUsize::new(0), peak: AtomicUsize::new(0), pools: Mutex::default() }
     }
 
     /// A block with undefined contents.
@@ -33,13 +45,60 @@ impl<D: Device> Machine<D> {
         what: &'static str,
         bytes: usize,
     ) -> Result<Block<D>, BackendError> {
+        let pool = self.pool();
+        if let Some(pool) = &pool {
+            if let Some(address) = pool.take(bytes) {
+                return Ok(Block { machine: Arc::clone(self), address, bytes, pool: Some(Arc::clone(pool)) });
+            }
+            if pool.captures.load(Relaxed) {
+                return Err(not_captured(format!("{bytes} bytes for {what}, which it did not need before")));
+            }
+        }
         let address = self.device.alloc(bytes).map_err(|error| match error {
             Error::Driver { code: OUT_OF_MEMORY, .. } => BackendError::OutOfMemory { what, bytes },
             error => error.into(),
         })?;
         let live = self.live.fetch_add(bytes, Relaxed) + bytes;
         self.peak.fetch_max(live, Relaxed);
-        Ok(Block { machine: Arc::clone(self), address, bytes })
+        Ok(Block { machine: Arc::clone(self), address, bytes, pool })
+    }
+
+    /// Does `work` with the blocks of a pool.
+    pub(super) fn with_pool<T>(&self, pool: &Arc<Pool<D>>, work: impl FnOnce() -> T) -> T {
+        /// Even where `work` panics.
+        struct Entered<'a, D: Device>(&'a Machine<D>);
+        impl<D: Device> Drop for Entered<'_, D> {
+            fn drop(&mut self) {
+                let this = thread::current().id();
+                self.0
+                    .pools
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .retain(|(thread, _)| *thread != this);
+            }
+        }
+        let entered = Entered(self);
+        let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
+        pools.push((thread::current().id(), Arc::clone(pool)));
+        drop(pools);
+        let done = work();
+        drop(entered);
+        done
+    }
+
+    /// The pool of this thread.
+    fn pool(&self) -> Option<Arc<Pool<D>>> {
+        let this = thread::current().id();
+        let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
+        pools.iter().find(|(thread, _)| *thread == this).map(|(_, pool)| Arc::clone(pool))
+    }
+
+    /// Copies from and to the host take place once, so they are no part of work that repeats.
+    fn check_host(&self) -> Result<(), BackendError> {
+        match self.pool() {
+            Some(pool) if pool.captures.load(Relaxed) => Err(not_captured("memory of the host".to_owned())),
+            _ => Ok(()),
+        }
     }
 
     /// A block for `count` elements of `width` bytes each.
@@ -81,6 +140,7 @@ impl<D: Device> Block<D> {
     /// Copies host bytes to a place in the block.
     pub(super) fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), BackendError> {
         self.check(offset, bytes.len());
+        self.machine.check_host()?;
         // SAFETY: the range lies in this block, which nothing else writes while it is borrowed.
         Ok(unsafe { self.machine.device.upload(self.address + offset as u64, bytes) }?)
     }
@@ -92,6 +152,7 @@ impl<D: Device> Block<D> {
         count: usize,
     ) -> Result<Vec<T>, BackendError> {
         self.check(offset, count * size_of::<T>());
+        self.machine.check_host()?;
         let mut values = vec![T::default(); count];
         let bytes = bytemuck::cast_slice_mut(&mut values);
         // SAFETY: the range lies in this block, and the caller knows it to be written.
@@ -119,12 +180,59 @@ impl<D: Device> Block<D> {
     }
 }
 
-impl<D: Device> Drop for Block<D> {
-    fn drop(&mut self) {
-        self.machine.live.fetch_sub(self.bytes, Relaxed);
+impl<D: Device> Pool<D> {
+    pub(super) fn new(machine: &Arc<Machine<D>>) -> Self {
+        Self { machine: Arc::clone(machine), spare: Mutex::default(), captures: AtomicBool::new(false) }
+    }
+
+    /// A spare block of this size.
+    fn take(&self, bytes: usize) -> Option<u64> {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = spare.iter().rposition(|(size, _)| *size == bytes)?;
+        Some(spare.remove(index).1)
+    }
+}
+
+impl<D: Device> Machine<D> {
+    fn free(&self, bytes: usize, address: u64) {
+        self.live.fetch_sub(bytes, Relaxed);
         // SAFETY: from `alloc`, once; handles queue nothing after they are dropped. A device that fails here
         // has failed before.
-        let _ = unsafe { self.machine.device.free(self.address) };
+        let _ = unsafe { self.device.free(address) };
+    }
+}
+
+impl<D: Device> Drop for Block<D> {
+    fn drop(&mut self) {
+        match &self.pool {
+            Some(pool) => {
+                let mut spare = pool.spare.lock().unwrap_or_else(PoisonError::into_inner);
+                spare.push((self.bytes, self.address));
+            }
+            None => self.machine.free(self.bytes, self.address),
+        }
+    }
+}
+
+impl<D: Device> Drop for Pool<D> {
+    fn drop(&mut self) {
+        let spare = self.spare.get_mut().unwrap_or_else(PoisonError::into_inner);
+        spare.iter().for_each(|(bytes, address)| self.machine.free(*bytes, *address));
+    }
+}
+
+impl<D: Device + fmt::Debug> fmt::Debug for Machine<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine")
+            .field("device", &self.device)
+            .field("live", &self.live)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<D: Device> fmt::Debug for Pool<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("spare", &self.spare).finish_non_exhaustive()
     }
 }
 
@@ -136,3 +244,11 @@ impl<D: Device> fmt::Debug for Block<D> {
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: u32 = 2;
+
+/// Work asked for what a captured piece cannot have.
+fn not_captured(what: String) -> BackendError {
+    BackendError::Device(Error::Device {
+        operation: "to capture a step",
+        reason: format!("it asks for {what}"),
+    })
+}

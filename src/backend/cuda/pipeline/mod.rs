@@ -4,6 +4,7 @@
 //! counts of a plan. The exception is [`Backend::select_shared`], whose counts are data.
 
 mod attention;
+mod batch;
 mod handles;
 mod memory;
 mod selection;
@@ -14,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use half::{bf16, f16};
 
+pub use self::batch::{KvBatch, Recording};
 pub use self::handles::{Indices, Kv, Rotary, Scores, Tensor, Weight};
 use self::handles::{List, Span};
 use self::memory::{Block, Machine};
@@ -245,19 +247,31 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
 
     /// The same entries with room for more in every list.
     fn grown(&self, kv: &Kv<D>, room: usize) -> Result<Kv<D>, BackendError> {
-        let lengths: Vec<usize> = kv.lists.iter().map(|list| list.length).collect();
-        let grown = self.store(kv.head_dim, &lengths, room, kv.shared)?;
-        for (from, to) in kv.lists.iter().zip(&grown.lists) {
+        let lists: Vec<_> = kv.lists.iter().map(|list| (kv, *list)).collect();
+        self.copied(kv.head_dim, &lists, room, kv.shared)
+    }
+
+    /// A store of lists that lie elsewhere, with room for more in each.
+    fn copied(
+        &self,
+        head_dim: usize,
+        lists: &[(&Kv<D>, List)],
+        room: usize,
+        shared: bool,
+    ) -> Result<Kv<D>, BackendError> {
+        let lengths: Vec<usize> = lists.iter().map(|(_, list)| list.length).collect();
+        let copied = self.store(head_dim, &lengths, room, shared)?;
+        for ((kv, from), to) in lists.iter().zip(&copied.lists) {
             for (to_block, from_block, row_bytes) in [
-                (&grown.keys, &kv.keys, 2 * kv.head_dim),
-                (&grown.values, &kv.values, 2 * kv.head_dim),
-                (&grown.positions, &kv.positions, 4),
+                (&copied.keys, &kv.keys, 2 * head_dim),
+                (&copied.values, &kv.values, 2 * head_dim),
+                (&copied.positions, &kv.positions, 4),
             ] {
                 let (to, from_at) = (to.start * row_bytes, from.start * row_bytes);
                 to_block.copy(to, from_block, from_at, from.length * row_bytes)?;
             }
         }
-        Ok(grown)
+        Ok(copied)
     }
 }
 
@@ -268,6 +282,8 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
     type Scores = Scores<D>;
     type Indices = Indices<D>;
     type Kv = Kv<D>;
+    type KvBatch = KvBatch<D>;
+    type Recording = Recording<D>;
 
     fn name(&self) -> String {
         self.name.clone()
@@ -311,18 +327,23 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
     }
 
     fn embed(&self, table: &Weight<D>, ids: &[u32]) -> Result<Tensor<D>, BackendError> {
-        let (vocabulary, width) = table.matrix("embed")?;
+        let (vocabulary, _) = table.matrix("embed")?;
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
             return Err(shape("embed", format!("token {id} in a vocabulary of {vocabulary}")));
         }
-        let out = self.tensor("the residual stream", ids.len(), width, DType::F32)?;
-        let ids = self.machine.upload("token ids", ids)?;
+        self.embed_list(table, &self.indices(vec![ids.to_vec()])?)
+    }
+
+    fn embed_list(&self, table: &Weight<D>, ids: &Indices<D>) -> Result<Tensor<D>, BackendError> {
+        let (vocabulary, width) = table.matrix("embed_list")?;
+        let rows = ids.single("embed_list")?;
+        let out = self.tensor("the residual stream", rows, width, DType::F32)?;
         let work = Embed {
             table: table.block.address(),
-            ids: ids.address(),
+            ids: ids.block.address(),
             out: out.block.address(),
             fault: 0,
-            rows: out.rows as u32,
+            rows: rows as u32,
             vocabulary: vocabulary as u32,
             width: width as u32,
             table_dtype: self.dtype,
@@ -641,6 +662,14 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         Ok(Indices { block: Arc::new(self.machine.upload("lists", &padded)?), lengths, capacity })
     }
 
+    fn write_list(&self, list: &mut Indices<D>, numbers: &[u32]) -> Result<(), BackendError> {
+        let length = list.single("write_list")?;
+        if numbers.len() != length {
+            return Err(shape("write_list", format!("{} numbers for a list of {length}", numbers.len())));
+        }
+        list.block.write(0, bytemuck::cast_slice(numbers))
+    }
+
     fn read_indices(&self, indices: &Indices<D>) -> Result<Vec<Vec<u32>>, BackendError> {
         let Indices { block, lengths, capacity } = indices;
         lengths.iter().enumerate().map(|(list, length)| block.read(4 * list * capacity, *length)).collect()
@@ -723,6 +752,33 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
             unsafe { gather_kv(self.device(), &work) }?;
         }
         Ok(out)
+    }
+
+    fn join_kv(&self, stores: Vec<Kv<D>>, room: usize) -> Result<KvBatch<D>, BackendError> {
+        batch::join(self, stores, room)
+    }
+
+    fn split_kv(&self, batch: KvBatch<D>, steps: usize) -> Result<Vec<Kv<D>>, BackendError> {
+        batch::split(self, batch, steps)
+    }
+
+    fn decode_attention(
+        &self,
+        queries: &Tensor<D>,
+        keys: &Tensor<D>,
+        values: &Tensor<D>,
+        positions: &Indices<D>,
+        batch: &mut KvBatch<D>,
+    ) -> Result<Tensor<D>, BackendError> {
+        batch::decode_attention(self, queries, keys, values, positions, batch)
+    }
+
+    fn repeat<E: From<BackendError>>(
+        &self,
+        recording: &mut Recording<D>,
+        work: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        batch::repeat(self, recording, work)
     }
 
     fn read(&self, x: &Tensor<D>) -> Result<Vec<f32>, BackendError> {
