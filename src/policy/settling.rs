@@ -78,7 +78,8 @@ impl Candidates {
     /// The rules of a layer that comes behind the TSP layer at `settled`, where they are not the plan's.
     pub(super) fn late(&self, layer: usize, settled: usize) -> Option<&LayerPlan> {
         let behind = settled < layer && layer <= self.last;
-        layer.checked_sub(self.first + 1).filter(|_| behind).and_then(|index| self.late.get(index))
+        let index = layer.checked_sub(self.first)?.checked_sub(1)?;
+        self.late.get(index).filter(|_| behind)
     }
 }
 

@@ -13,7 +13,7 @@ pub struct Tsp {
     pub saliency: Saliency,
     /// Tokens that go on past the TSP layer: T, or the TSP rate ρ.
     pub propagation: Budget,
-    /// As [`FastKv::tsp_layer`].
+    /// As [`FastKv::tsp_layer`](field@FastKv::tsp_layer).
     pub tsp_layer: Option<usize>,
     /// As [`FastKv::settling`].
     #[serde(default)]

@@ -240,6 +240,8 @@ fn head_scores_of_another_model() {
 #[test]
 fn steering_at_what_is_not_there() {
     policy_refused(&["--steer-tokens", "3..5"], &["--steer-heads"]);
+    policy_refused(&["--alpha", "0.5"], &["--steer-heads"]);
+    policy_refused(&["--steer-best", "2"], &["--steer-heads"]);
     let heads = ["--steer-heads", "0-0,1-2"];
     let with = |options: &[&'static str]| [&heads[..], options].concat();
     policy_refused(&with(&["--steer-tokens", "90..101"]), &["90..101", "100 tokens"]);
