@@ -249,7 +249,7 @@ fn orders(model: &Model, layers: usize, n: usize, policy: &Policy, kept: &[Vec<V
     let mut found = Orders { given: Some(kept.to_vec()), ..Orders::default() };
     let (plan, observation) = match policy {
         Policy::Full => (rules::full(layers, n), None),
-        Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer }) => {
+        Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer, .. }) => {
             let observed = (saliency.window, saliency.pooling.kernel);
             let plan =
                 rules::fastkv(layers, n, observed, spoken(*retention), spoken(*propagation), *tsp_layer);
@@ -295,7 +295,7 @@ fn orders(model: &Model, layers: usize, n: usize, policy: &Policy, kept: &[Vec<V
             found.restart = restart.map(|(layer, count)| (layer, count, pooling.kernel));
             (plan, None)
         }
-        Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache }) => {
+        Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache, .. }) => {
             let t = rules::propagated(spoken(*propagation), n, saliency.window).expect("a plan");
             let early = orders(model, layers, n, cache, kept);
             let late = orders(model, layers, t, &behind_tsp(cache, *propagation), kept);
@@ -458,7 +458,7 @@ fn policies() -> Vec<Policy> {
     use PoolingKind::{Average, Max};
     let (rate, tokens) = (Budget::Rate, Budget::Tokens);
     let fast = |saliency, retention, propagation, tsp_layer| {
-        Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer })
+        Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer, settling: None })
     };
     vec![
         fast(saliency(8, Max, 7), rate(0.1), rate(0.2), None),
@@ -641,6 +641,7 @@ fn every_tsp_layer_hands_on() {
             retention: Budget::Tokens(12),
             propagation: Budget::Tokens(30),
             tsp_layer: Some(tsp_layer),
+            settling: None,
         });
         for seed in 0..3 {
             let ids = Rng::new(seed).ids(80, tiny.vocabulary);
@@ -661,7 +662,7 @@ fn kept_and_handed_on_tokens_may_be_pooled_differently() {
     let pooled = |kind, kernel| {
         let (retention, propagation) = (Budget::Tokens(20), Budget::Tokens(30));
         let saliency = saliency(4, kind, kernel);
-        rig.plan(&Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer: None }), 100)
+        rig.plan(&Policy::FastKv(FastKv { saliency, retention, propagation, ..FastKv::default() }), 100)
     };
     let chosen = |plan: &Plan| {
         let prefill = rig.engine.prefill(&ids, plan, &TRACED, &Control::default()).expect("a prefill");
@@ -757,7 +758,7 @@ fn chunks_of_rows_leave_the_result_alone() {
                     saliency: saliency(window, PoolingKind::Max, 5),
                     retention: Budget::Tokens(12),
                     propagation: Budget::Tokens(n.max(26) / 2),
-                    tsp_layer: None,
+                    ..FastKv::default()
                 });
                 for exact_shortcuts in [true, false] {
                     let options = PrefillOptions { exact_shortcuts, ..TRACED };
@@ -841,7 +842,7 @@ fn long_prompts_in_chunks_are_the_oracles() {
         saliency: saliency(8, PoolingKind::Max, 7),
         retention: Budget::Rate(0.1),
         propagation: Budget::Tokens(1500),
-        tsp_layer: None,
+        ..FastKv::default()
     });
     let mut seen = 0;
     for (threads, n) in [(1, 2600), (2, 1025), (5, 2600)] {

@@ -27,7 +27,7 @@ fn shape(layers: usize) -> ModelShape {
 
 fn fast(window: usize, retention: Budget, propagation: Budget, tsp_layer: Option<usize>) -> FastKv {
     let saliency = Saliency { window, pooling: Pooling { kind: PoolingKind::Max, kernel: 7 } };
-    FastKv { saliency, retention, propagation, tsp_layer }
+    FastKv { saliency, retention, propagation, tsp_layer, settling: None }
 }
 
 fn budget(budget: Budget) -> expected::Budget {
@@ -43,7 +43,7 @@ fn expectation(policy: &Policy, shape: ModelShape, n: usize) -> Option<Vec<expec
     let legal = |saliency: &Saliency| expected::is_observation(saliency.window, saliency.pooling.kernel);
     match policy {
         Policy::Full => (n > 0).then(|| expected::full(layers, n)),
-        Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer }) => expected::fastkv(
+        Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer, .. }) => expected::fastkv(
             layers,
             n,
             (saliency.window, saliency.pooling.kernel),
@@ -83,7 +83,7 @@ fn expectation(policy: &Policy, shape: ModelShape, n: usize) -> Option<Vec<expec
         Policy::StreamingLlm(StreamingLlm { sinks, retention }) => {
             expected::streaming(layers, n, *sinks, budget(*retention))
         }
-        Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache }) => {
+        Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache, .. }) => {
             let tsp_layer = tsp_layer.unwrap_or(expected::half_depth(layers));
             if !legal(saliency) || tsp_layer >= layers {
                 return None;
@@ -185,7 +185,8 @@ fn fastkv_layers(options: FastKv, layers: usize, n: usize) -> Vec<(usize, usize,
 
 #[test]
 fn proportional_preset_is_the_latest_papers() {
-    let FastKv { saliency, retention, propagation, tsp_layer } = FastKv::default();
+    let FastKv { saliency, retention, propagation, tsp_layer, settling } = FastKv::default();
+    assert_eq!(settling, None);
     assert_eq!(saliency.window, 8);
     assert_eq!(saliency.pooling, Pooling { kind: PoolingKind::Max, kernel: 7 });
     assert_eq!((retention, propagation, tsp_layer), (Budget::Rate(0.1), Budget::Rate(0.2), None));
@@ -469,7 +470,9 @@ fn any_composed(shape: ModelShape) -> BoxedStrategy<Policy> {
     (any_policy_of(shape), tsp)
         .prop_map(|(cache, (saliency, propagation, tsp_layer))| match cache {
             Policy::Full | Policy::FastKv(_) | Policy::GemFilter(_) | Policy::PyramidInfer(_) => cache,
-            cache => Policy::Tsp(Tsp { saliency, propagation, tsp_layer, cache: Box::new(cache) }),
+            cache => {
+                Policy::Tsp(Tsp { saliency, propagation, tsp_layer, settling: None, cache: Box::new(cache) })
+            }
         })
         .boxed()
 }
@@ -511,7 +514,7 @@ fn any_policy() -> BoxedStrategy<Policy> {
         1 => Just(Policy::Full),
         6 => (any_saliency(), any_budget(), any_budget(), prop::option::of(0_usize..12)).prop_map(
             |(saliency, retention, propagation, tsp_layer)| {
-                Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer })
+                Policy::FastKv(FastKv { saliency, retention, propagation, tsp_layer, settling: None })
             }
         ),
         2 => (any_saliency(), any_budget())

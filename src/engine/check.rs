@@ -1,7 +1,10 @@
 //! Whether a plan can be followed.
 
+use std::borrow::Cow;
+use std::ops::Range;
+
 use super::EngineError;
-use crate::policy::{Keep, ModelShape, Plan, Propagate, Restart, Saliency};
+use crate::policy::{Candidates, Keep, ModelShape, Plan, Propagate, Restart, Saliency};
 
 /// The plan is for this model and prompt, and its numbers fit together.
 pub(super) fn check_plan(plan: &Plan, model: ModelShape, tokens: usize) -> Result<(), EngineError> {
@@ -24,7 +27,44 @@ pub(super) fn check_plan(plan: &Plan, model: ModelShape, tokens: usize) -> Resul
         pooling.check().map_err(|error| broken(format!("cannot rank: {error}")))?;
         rows = count;
     }
-    for (layer, rules) in plan.layers.iter().enumerate() {
+    let settled = check_candidates(plan)?.map(Some).chain([None]);
+    for settled in settled {
+        check_layers(plan, settled, rows)?;
+    }
+    Ok(())
+}
+
+/// The layers that tokens may go on from before the last candidate.
+fn check_candidates(plan: &Plan) -> Result<Range<usize>, EngineError> {
+    let Some(Candidates { first, last, overlap, late, .. }) = &plan.candidates else { return Ok(0..0) };
+    let (first, last) = (*first, *last);
+    let broken = |problem: String| EngineError::BrokenPlan { layer: first, problem };
+    if first > last || last >= plan.layers.len() || late.len() != last - first {
+        let known = late.len();
+        return Err(broken(format!(
+            "is the first candidate for the TSP layer and {last} the last, with {known} rules for those between"
+        )));
+    }
+    if !(0.0..=1.0).contains(overlap) {
+        return Err(broken(format!("settles at an overlap of {overlap}, no share from 0 to 1")));
+    }
+    if plan.restart.is_some() || plan.layers[..last].iter().any(|layer| layer.propagate.is_some()) {
+        return Err(broken(format!(
+            "is a candidate for the TSP layer, but not all tokens reach layer {last}"
+        )));
+    }
+    Ok(first..last)
+}
+
+/// Every layer can be followed, with the TSP layer where it is told.
+fn check_layers(plan: &Plan, settled: Option<usize>, mut rows: usize) -> Result<(), EngineError> {
+    let model = plan.shape;
+    for layer in 0..plan.layers.len() {
+        // Without a TSP layer so far, what candidates choose goes no further.
+        let rules = match settled {
+            Some(_) => plan.rules(layer, settled),
+            None => Cow::Borrowed(&plan.layers[layer]),
+        };
         let broken = |problem: String| EngineError::BrokenPlan { layer, problem };
         if rules.rows != rows {
             return Err(broken(format!("reads {} tokens, but {rows} reach it", rules.rows)));

@@ -13,7 +13,7 @@ pub(super) struct Choice<B: Backend> {
     /// Rows kept for each kv head, by score.
     kept: Option<B::Indices>,
     /// Whether some rows do not go on.
-    narrows: bool,
+    pub(super) narrows: bool,
     /// The set of each kv head, where heads have sets.
     sets: Option<Vec<HeadSet>>,
 }

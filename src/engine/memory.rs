@@ -132,7 +132,8 @@ fn activations(config: &LlamaConfig, plan: &Plan, chunk_rows: usize) -> u64 {
     let chunk = rows.min(chunk_rows as u64);
 
     // Cosines and sines of half a head, and where tokens are selected the narrowed copy beside the stream.
-    let selected = plan.layers.iter().filter_map(|layer| layer.propagate);
+    let candidates = plan.candidates.iter().map(|candidates| candidates.propagate);
+    let selected = plan.layers.iter().filter_map(|layer| layer.propagate).chain(candidates);
     let selected = selected.map(|propagate| propagate.count() as u64).max().unwrap_or(1);
     let stream = (rows + selected) * (hidden + config.head_dim as u64);
     // The normed rows and the queries live through a chunk; beside them attention has its output twice,
@@ -141,7 +142,8 @@ fn activations(config: &LlamaConfig, plan: &Plan, chunk_rows: usize) -> u64 {
     let mlp = queries + 3 * hidden + 2 * config.intermediate_size as u64;
     let temporaries = chunk * (hidden + queries + attention.max(mlp));
     // A key's probability for every query head, and pooled for every kv head and their sum.
-    let scores = match plan.layers.iter().any(|layer| !layer.windows().is_empty()) {
+    let scored = plan.candidates.is_some() || plan.layers.iter().any(|layer| !layer.windows().is_empty());
+    let scores = match scored {
         true => rows * (config.query_heads + config.kv_heads + 1) as u64,
         false => 0,
     };

@@ -14,6 +14,7 @@ mod observe;
 mod prefill;
 mod reading;
 mod sampler;
+mod settling;
 mod trace;
 
 use crate::backend::{Backend, BackendError};
@@ -28,7 +29,7 @@ pub use llama::check_tokens;
 pub use memory::{Bytes, MemoryEstimate, MemoryOptions};
 pub use prefill::{Prefill, PrefillOptions, Prompt};
 pub use sampler::{Sampler, Sampling};
-pub use trace::{HeadSet, LayerTrace, Trace};
+pub use trace::{HeadSet, LayerTrace, Overlap, Settled, Trace};
 
 use llama::Llama;
 

@@ -1,12 +1,14 @@
 //! The layerwise prefill. A layer's full keys and values live only while that layer runs: score,
 //! select, gather, free.
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::slice::from_mut;
 
 use super::check::check_plan;
 use super::llama::{Layer, Llama, Part, Places};
 use super::reading::{Reading, attend_all, attend_selected, read_keys};
+use super::settling::Settling;
 use super::trace::Trace;
 use super::{Control, Engine, EngineError, check_tokens};
 use crate::backend::{Backend, Select};
@@ -91,7 +93,8 @@ impl<B: Backend> Engine<B> {
         if prompts.is_empty() {
             return Ok(Vec::new());
         }
-        let meter = Meter { control, done: Cell::new(0), total: prompts.iter().map(rows_read).sum() };
+        let total = prompts.iter().map(rows_read).sum();
+        let meter = Meter { control, done: Cell::new(0), total: Cell::new(total) };
         let mut runs = Vec::with_capacity(prompts.len());
         for Prompt { ids, plan } in prompts {
             let mut run = Run::start(backend, llama, ids, options, &meter, plan)?;
@@ -101,12 +104,13 @@ impl<B: Backend> Engine<B> {
             runs.push(run);
         }
         for (index, layer) in llama.layers.iter().enumerate() {
-            let rules: Vec<&LayerPlan> = prompts.iter().map(|prompt| &prompt.plan.layers[index]).collect();
+            let rules = runs.iter().zip(prompts).map(|(run, prompt)| run.rules(prompt.plan, index));
+            let rules: Vec<Cow<'_, LayerPlan>> = rules.collect();
             read_layer(index, layer, &mut runs, &rules)?;
         }
         let streams: Vec<&B::Tensor> = runs.iter().map(|run| &run.hidden).collect();
         let logits = llama.logits(backend, &streams)?;
-        Ok(runs.into_iter().zip(logits).map(|(run, logits)| run.finish(logits)).collect())
+        runs.into_iter().zip(logits).map(|(run, logits)| run.finish(logits)).collect()
     }
 }
 
@@ -114,13 +118,18 @@ impl<B: Backend> Engine<B> {
 pub(super) struct Meter<'a> {
     pub(super) control: &'a Control<'a>,
     done: Cell<usize>,
-    total: usize,
+    total: Cell<usize>,
 }
 
 impl Meter<'_> {
     pub(super) fn advance(&self, rows: usize) {
         self.done.set(self.done.get() + rows);
-        self.control.report(self.done.get(), self.total);
+        self.control.report(self.done.get(), self.total.get());
+    }
+
+    /// That many rows need not be read after all.
+    fn spare(&self, rows: usize) {
+        self.total.set(self.total.get() - rows);
     }
 }
 
@@ -148,6 +157,7 @@ pub(super) struct Run<'a, B: Backend> {
     pub(super) kept_kv_bytes: usize,
     pub(super) peak_kv_bytes: usize,
     pub(super) trace: Option<Trace>,
+    settling: Option<Settling<'a>>,
 }
 
 /// One layer for all prompts.
@@ -155,7 +165,7 @@ fn read_layer<B: Backend>(
     index: usize,
     layer: &Layer<B>,
     runs: &mut [Run<'_, B>],
-    rules: &[&LayerPlan],
+    rules: &[Cow<'_, LayerPlan>],
 ) -> Result<(), EngineError> {
     let steers: Vec<Option<Steer>> = runs.iter().map(|run| run.decoding.steer.clone()).collect();
     let begun = runs.iter_mut().zip(rules).zip(&steers).map(|((run, rules), steer)| {
@@ -167,8 +177,8 @@ fn read_layer<B: Backend>(
         begun.into_iter().partition(|reading| reading.chooses_first(index));
 
     attend_all(layer, &mut whole)?;
-    for reading in whole {
-        let (choice, going_on) = reading.choose()?;
+    for mut reading in whole {
+        let (choice, going_on) = reading.choose(index)?;
         if let Some(rows) = &going_on {
             reading.run.go_on_with(rows)?;
         }
@@ -178,12 +188,22 @@ fn read_layer<B: Backend>(
     read_keys(layer, &mut ahead)?;
     let (mut choices, mut selected) = (Vec::new(), Vec::new());
     for reading in &mut ahead {
-        let (choice, going_on) = reading.choose()?;
-        let rows = match going_on {
-            Some(rows) => rows,
-            None => reading.run.backend.indices(vec![vec![reading.rows as u32 - 1]])?,
+        let (choice, going_on) = reading.choose(index)?;
+        let last = reading.rows as u32 - 1;
+        let narrowed = match going_on {
+            None if index + 1 == reading.run.llama.layers.len() => {
+                Some(reading.run.backend.indices(vec![vec![last]])?)
+            }
+            going_on => going_on,
         };
-        reading.run.go_on_with(&rows)?;
+        let rows = match narrowed {
+            Some(rows) => {
+                reading.run.go_on_with(&rows)?;
+                rows
+            }
+            // A candidate for the TSP layer that did not become it.
+            None => reading.run.backend.indices(vec![(0..=last).collect()])?,
+        };
         choices.push(choice);
         selected.push(rows);
     }
@@ -198,7 +218,7 @@ impl<'a, B: Backend> Run<'a, B> {
         ids: &[u32],
         options: &'a PrefillOptions,
         meter: &'a Meter<'a>,
-        plan: &Plan,
+        plan: &'a Plan,
     ) -> Result<Self, EngineError> {
         let highlighted =
             plan.steering.as_ref().map_or_else(Vec::new, |steering| steering.positions(ids.len()));
@@ -220,6 +240,7 @@ impl<'a, B: Backend> Run<'a, B> {
             kept_kv_bytes: 0,
             peak_kv_bytes: 0,
             trace: options.trace.then(Trace::default),
+            settling: plan.candidates.as_ref().map(Settling::new),
         })
     }
 
@@ -270,6 +291,24 @@ impl<'a, B: Backend> Run<'a, B> {
         Ok(())
     }
 
+    /// What a layer of the plan is to do, as things stand.
+    fn rules<'p>(&self, plan: &'p Plan, layer: usize) -> Cow<'p, LayerPlan> {
+        plan.rules(layer, self.settling.as_ref().and_then(|settling| settling.found.layer))
+    }
+
+    /// Whether tokens go on with the rows that a layer chose: a candidate for the TSP layer may leave it at
+    /// that. Waits for the device where it is one.
+    pub(super) fn settles(&mut self, layer: usize, rows: &B::Indices) -> Result<bool, EngineError> {
+        let Some(settling) = self.settling.as_mut().filter(|settling| settling.is_open(layer)) else {
+            return Ok(true);
+        };
+        let settles = settling.settles(layer, self.backend.read_indices(rows)?.concat());
+        if settles {
+            self.meter.spare(settling.spared(layer, self.rows));
+        }
+        Ok(settles)
+    }
+
     /// Narrows the residual stream to some of its rows.
     pub(super) fn go_on_with(&mut self, rows: &B::Indices) -> Result<(), EngineError> {
         self.hidden = self.backend.gather_rows(&self.hidden, rows)?;
@@ -279,14 +318,16 @@ impl<'a, B: Backend> Run<'a, B> {
         Ok(())
     }
 
-    fn finish(self, logits: Vec<f32>) -> Prefill<B> {
-        let Self { caches, prompt_tokens, peak_kv_bytes, mut trace, decoding, restarted, .. } = self;
+    fn finish(self, logits: Vec<f32>) -> Result<Prefill<B>, EngineError> {
+        let Self { backend, hidden, caches, prompt_tokens, peak_kv_bytes, mut trace, .. } = self;
         if let Some(trace) = &mut trace {
-            trace.restarted = restarted;
+            trace.restarted = self.restarted;
+            trace.settled = self.settling.map(|settling| settling.found);
+            trace.hidden = backend.read(&backend.last_rows(&hidden, 1)?)?;
         }
-        let element_bytes = self.backend.kv_element_bytes();
-        let cache = Cache::new(caches, self.llama.shape(), prompt_tokens, element_bytes, decoding);
-        Prefill { cache, logits, peak_kv_bytes, trace }
+        let (shape, element_bytes) = (self.llama.shape(), backend.kv_element_bytes());
+        let cache = Cache::new(caches, shape, prompt_tokens, element_bytes, self.decoding);
+        Ok(Prefill { cache, logits, peak_kv_bytes, trace })
     }
 
     pub(super) fn kv_bytes(&self, kv: &B::Kv) -> usize {

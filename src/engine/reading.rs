@@ -160,8 +160,16 @@ impl<'r, 'a, B: Backend> Reading<'r, 'a, B> {
     }
 
     /// What the scores choose to keep, and which rows go on where not all do.
-    pub(super) fn choose(&self) -> Result<(Choice<B>, Option<B::Indices>), EngineError> {
-        self.run.choose(self.rules, &self.observer, &self.positions, &self.forced)
+    pub(super) fn choose(&mut self, index: usize) -> Result<(Choice<B>, Option<B::Indices>), EngineError> {
+        let (mut choice, going_on) =
+            self.run.choose(self.rules, &self.observer, &self.positions, &self.forced)?;
+        match going_on {
+            Some(rows) if !self.run.settles(index, &rows)? => {
+                choice.narrows = false;
+                Ok((choice, None))
+            }
+            going_on => Ok((choice, going_on)),
+        }
     }
 
     /// Leaves in the cache what is kept.

@@ -12,6 +12,30 @@ pub struct Trace {
     /// Original positions that a restart read anew; the layers then read no others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restarted: Option<Vec<u32>>,
+    /// Which of the candidates became the TSP layer, where the plan has candidates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub settled: Option<Settled>,
+    /// The last token's residual stream behind the last layer.
+    #[serde(skip)]
+    pub hidden: Vec<f32>,
+}
+
+/// Which of several candidates became the TSP layer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Settled {
+    /// The layer tokens went on from; `None`: from none, the last candidate being the model's last layer.
+    pub layer: Option<usize>,
+    /// For each candidate that was looked at, but the first, in order.
+    pub overlaps: Vec<Overlap>,
+}
+
+/// What a candidate for the TSP layer has in common with the candidate before it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Overlap {
+    /// The candidate.
+    pub layer: usize,
+    /// The share of the tokens it chose, beside the newest, that the one before chose too.
+    pub share: f64,
 }
 
 /// What a prefill kept in one layer.

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Keep, LayerPlan, Pooling, PoolingKind, Propagate, Saliency};
+use super::settling::{Candidates, Settling};
 use super::{Budget, DEFAULT_RETENTION, ModelShape, PolicyError, check_rate, share};
 
 /// FastKV's options. [`Default`] is the latest paper's proportional setting.
@@ -16,8 +17,11 @@ pub struct FastKv {
     /// Tokens that go on past the TSP layer: T, or the TSP rate ρ.
     pub propagation: Budget,
     /// The last layer that reads the whole prompt, 0-based; `None`: half depth, `layers / 2 − 1`,
-    /// the authors' choice for each model they publish.
+    /// the authors' choice for each model they publish. With `settling` the last that may; `None`: at
+    /// 13/16 of the depth.
     pub tsp_layer: Option<usize>,
+    /// Pick the TSP layer during prefill, no deeper than `tsp_layer`.
+    pub settling: Option<Settling>,
 }
 
 impl Default for FastKv {
@@ -34,6 +38,7 @@ impl FastKv {
             retention: Budget::Rate(DEFAULT_RETENTION),
             propagation: Budget::Rate(0.2),
             tsp_layer: None,
+            settling: None,
         }
     }
 
@@ -44,36 +49,55 @@ impl FastKv {
             retention: Budget::Tokens(512),
             propagation: Budget::Tokens(2048),
             tsp_layer: None,
+            settling: None,
         }
     }
 
-    pub(super) fn layers(&self, shape: ModelShape, prompt: usize) -> Result<Vec<LayerPlan>, PolicyError> {
+    pub(super) fn plan(
+        &self,
+        shape: ModelShape,
+        prompt: usize,
+    ) -> Result<(Vec<LayerPlan>, Option<Candidates>), PolicyError> {
         self.saliency.check()?;
         let window = self.saliency.window;
-        let last = shape.layers - 1;
-        let tsp_layer = self.tsp_layer(shape)?;
+        let last = self.tsp_layer(shape)?;
         let early = self.retention.tokens("retention", prompt, window, "the observation window")?;
         let propagated = self.propagated(prompt)?;
         let late = self.late_retention(early, prompt, propagated);
-
-        Ok((0..shape.layers)
-            .map(|layer| {
-                let rows = if layer <= tsp_layer { prompt } else { propagated };
-                let count = if layer <= tsp_layer { early } else { late };
-                let keep =
-                    if rows <= count { Keep::All } else { Keep::Top { count, saliency: self.saliency } };
-                let goes_on = layer == tsp_layer && layer < last && propagated < rows;
-                let propagate =
-                    goes_on.then_some(Propagate::Top { count: propagated, saliency: self.saliency });
-                LayerPlan { rows, keep, propagate }
-            })
-            .collect())
+        let rules = |tsp_layer| self.layers(shape, tsp_layer, (prompt, early), (propagated, late));
+        match self.settling {
+            Some(settling) => settling.plan(shape, last, rules),
+            None => Ok((rules(last), None)),
+        }
     }
 
-    /// The last layer that reads the whole prompt.
+    /// Rules with this TSP layer, given how many tokens layers up to it and behind it read and keep.
+    fn layers(
+        &self,
+        shape: ModelShape,
+        tsp_layer: usize,
+        early: (usize, usize),
+        late: (usize, usize),
+    ) -> Vec<LayerPlan> {
+        let (propagated, saliency) = (late.0, self.saliency);
+        let rules = |layer| {
+            let (rows, count) = if layer <= tsp_layer { early } else { late };
+            let keep = if rows <= count { Keep::All } else { Keep::Top { count, saliency } };
+            let goes_on = layer == tsp_layer && layer + 1 < shape.layers && propagated < rows;
+            let propagate = goes_on.then_some(Propagate::Top { count: propagated, saliency });
+            LayerPlan { rows, keep, propagate }
+        };
+        (0..shape.layers).map(rules).collect()
+    }
+
+    /// The last layer that reads, or may read, the whole prompt.
     pub(super) fn tsp_layer(&self, shape: ModelShape) -> Result<usize, PolicyError> {
-        let (half, last) = ((shape.layers / 2).saturating_sub(1), shape.layers - 1);
-        match self.tsp_layer.unwrap_or(half) {
+        let last = shape.layers - 1;
+        let default = match self.settling {
+            Some(_) => Settling::default_last(shape.layers),
+            None => (shape.layers / 2).saturating_sub(1),
+        };
+        match self.tsp_layer.unwrap_or(default) {
             layer if layer > last => Err(PolicyError::TspLayer { layer, last }),
             layer => Ok(layer),
         }

@@ -12,6 +12,7 @@ mod plan;
 mod pyramidinfer;
 mod pyramidkv;
 mod random;
+mod settling;
 mod snapkv;
 mod steering;
 mod streaming;
@@ -31,6 +32,7 @@ pub use plan::{
 pub use pyramidinfer::PyramidInfer;
 pub use pyramidkv::PyramidKv;
 pub use random::{Random, random_positions};
+pub use settling::{Candidates, Settling};
 pub use snapkv::SnapKv;
 pub use steering::{DEFAULT_ALPHA, Steering};
 pub use streaming::StreamingLlm;
@@ -196,6 +198,16 @@ pub enum PolicyError {
         /// The model's last layer.
         last: usize,
     },
+    /// A first candidate for the TSP layer behind the last one.
+    #[error(
+        "the candidates for the TSP layer are {first} to {last}: give a first that is not above the last"
+    )]
+    Candidates {
+        /// The first candidate, 0-based.
+        first: usize,
+        /// The last one.
+        last: usize,
+    },
     /// A layer that the model does not have.
     #[error("the TSP layer is {layer}, but the model's layers are 0 to {last}")]
     TspLayer {
@@ -275,11 +287,15 @@ impl Policy {
         if [layers, query_heads, kv_heads, head_dim].contains(&0) || !query_heads.is_multiple_of(kv_heads) {
             return Err(PolicyError::Shape(shape));
         }
-        let mut restart = None;
+        let (mut restart, mut candidates) = (None, None);
         let mut classes = TokenClasses::default();
         let layers = match self {
             Self::Full => vec![LayerPlan::full(prompt_tokens); shape.layers],
-            Self::FastKv(options) => options.layers(shape, prompt_tokens)?,
+            Self::FastKv(options) => {
+                let (layers, among) = options.plan(shape, prompt_tokens)?;
+                candidates = among;
+                layers
+            }
             Self::SnapKv(options) => options.layers(shape, prompt_tokens)?,
             Self::PyramidKv(options) => options.layers(shape, prompt_tokens)?,
             Self::AdaKv(options) => options.layers(shape, prompt_tokens)?,
@@ -301,7 +317,8 @@ impl Policy {
                 return Ok(Plan { policy: self.clone(), ..options.plan(shape, prompt_tokens)? });
             }
         };
-        Ok(Plan { policy: self.clone(), shape, prompt_tokens, restart, layers, classes, steering: None })
+        let policy = self.clone();
+        Ok(Plan { policy, shape, prompt_tokens, restart, layers, candidates, classes, steering: None })
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::settling::Candidates;
 use super::steering::Steering;
 use super::{MAX_POOLING, ModelShape, Policy, PolicyError, check_window};
 
@@ -22,6 +23,10 @@ pub struct Plan {
     pub restart: Option<Restart>,
     /// One entry for each layer, the first layer first.
     pub layers: Vec<LayerPlan>,
+    /// Where the TSP layer is picked during prefill: what differs from `layers`, which are the rules for
+    /// the last candidate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub candidates: Option<Candidates>,
     /// Tokens that [`Keep::Recovered`] tells apart.
     #[serde(default, skip_serializing_if = "TokenClasses::is_empty")]
     pub classes: TokenClasses,
@@ -272,9 +277,10 @@ impl LayerPlan {
 }
 
 impl Plan {
-    /// Bytes of the KV cache that prefill leaves, at this many bytes an element.
+    /// Upper bound of the bytes of the KV cache that prefill leaves, at this many bytes an element.
     pub fn kept_kv_bytes(&self, element_bytes: usize) -> usize {
-        self.layers.iter().map(|layer| self.kept_bytes(layer, element_bytes)).sum()
+        let most = |layer| self.either(layer).map(|rules| self.kept_bytes(rules, element_bytes)).max();
+        (0..self.layers.len()).filter_map(most).sum()
     }
 
     /// Upper bound of the bytes of K and V alive at any moment of prefill: the layer at work in full,
@@ -286,14 +292,24 @@ impl Plan {
             Some(_) => self.prompt_tokens * self.shape.kv_elements() * element_bytes,
             None => 0,
         };
-        for layer in &self.layers {
-            let full = layer.rows * self.shape.kv_elements() * element_bytes;
-            let compacted = self.kept_bytes(layer, element_bytes);
-            let at_work = if layer.keep == Keep::All { full } else { full + compacted };
-            peak = peak.max(kept + at_work);
-            kept += compacted;
+        for layer in 0..self.layers.len() {
+            let mut most = 0;
+            for rules in self.either(layer) {
+                let full = rules.rows * self.shape.kv_elements() * element_bytes;
+                let compacted = self.kept_bytes(rules, element_bytes);
+                let at_work = if rules.keep == Keep::All { full } else { full + compacted };
+                peak = peak.max(kept + at_work);
+                most = most.max(compacted);
+            }
+            kept += most;
         }
         peak
+    }
+
+    /// The rules of a layer, and those it has where the TSP layer comes earlier.
+    fn either(&self, layer: usize) -> impl Iterator<Item = &LayerPlan> {
+        let late = self.candidates.as_ref().and_then(|candidates| candidates.late(layer, candidates.first));
+        [&self.layers[layer]].into_iter().chain(late)
     }
 
     fn kept_bytes(&self, layer: &LayerPlan, element_bytes: usize) -> usize {
@@ -337,6 +353,12 @@ impl fmt::Display for Plan {
         }
         if let Some(steering) = &self.steering {
             writeln!(f, "  {steering}")?;
+        }
+        if let Some(Candidates { first, last, overlap, .. }) = self.candidates {
+            writeln!(
+                f,
+                "  the TSP layer is one of {first}-{last}, where {overlap} of the tokens stay the same; at the last:"
+            )?;
         }
         let mut first = 0;
         while first < self.layers.len() {

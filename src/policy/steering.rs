@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Keep, Plan};
+use super::plan::{Keep, LayerPlan, Plan, Propagate};
 use super::{PolicyError, check_share};
 
 /// Chosen heads look less at tokens of the prompt outside the highlighted spans: `log α` is added to
@@ -53,16 +53,26 @@ impl Plan {
             restart.count = restart.count.max(highlighted);
             rows = restart.count;
         }
-        for layer in &mut self.layers {
-            layer.rows = rows;
-            if let Keep::Heavy { count, window } = &mut layer.keep {
-                *count = (*count).max(*window + highlighted);
+        let make_room = |propagate: &mut Propagate, rows: usize| {
+            let least = (propagate.reserved() + highlighted).min(rows);
+            *propagate.count_mut() = propagate.count().max(least);
+            propagate.count()
+        };
+        let steer = |layers: &mut [LayerPlan], mut rows: usize| {
+            for layer in layers {
+                layer.rows = rows;
+                if let Keep::Heavy { count, window } = &mut layer.keep {
+                    *count = (*count).max(*window + highlighted);
+                }
+                if let Some(propagate) = &mut layer.propagate {
+                    rows = make_room(propagate, rows);
+                }
             }
-            if let Some(propagate) = &mut layer.propagate {
-                let least = (propagate.reserved() + highlighted).min(rows);
-                *propagate.count_mut() = propagate.count().max(least);
-                rows = propagate.count();
-            }
+        };
+        steer(&mut self.layers, rows);
+        if let Some(candidates) = &mut self.candidates {
+            let handed_on = make_room(&mut candidates.propagate, rows);
+            steer(&mut candidates.late, handed_on);
         }
         self.steering = Some(steering);
         Ok(self)

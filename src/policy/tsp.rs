@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Plan, Propagate, Saliency};
-use super::{Budget, FastKv, ModelShape, Policy, PolicyError};
+use super::{Budget, FastKv, ModelShape, Policy, PolicyError, Settling};
 
 /// Layers up to the TSP layer read the whole prompt, deeper ones the tokens that it picks; each keeps
 /// what another policy keeps of the tokens it reads.
@@ -13,8 +13,11 @@ pub struct Tsp {
     pub saliency: Saliency,
     /// Tokens that go on past the TSP layer: T, or the TSP rate ρ.
     pub propagation: Budget,
-    /// The last layer that reads the whole prompt, 0-based; `None`: half depth.
+    /// As [`FastKv::tsp_layer`](field@FastKv::tsp_layer).
     pub tsp_layer: Option<usize>,
+    /// As [`FastKv::settling`].
+    #[serde(default)]
+    pub settling: Option<Settling>,
     /// The policy of the caches. Behind the TSP layer its rate r becomes r/ρ of fewer tokens, as
     /// FastKV's does.
     pub cache: Box<Policy>,
@@ -23,8 +26,8 @@ pub struct Tsp {
 impl Tsp {
     /// FastKV's propagation and this policy's caches.
     pub fn with(cache: Policy) -> Self {
-        let FastKv { saliency, propagation, tsp_layer, .. } = FastKv::default();
-        Self { saliency, propagation, tsp_layer, cache: Box::new(cache) }
+        let FastKv { saliency, propagation, tsp_layer, settling, .. } = FastKv::default();
+        Self { saliency, propagation, tsp_layer, settling, cache: Box::new(cache) }
     }
 
     pub(super) fn plan(&self, shape: ModelShape, prompt: usize) -> Result<Plan, PolicyError> {
@@ -38,19 +41,26 @@ impl Tsp {
         ) {
             return Err(PolicyError::Composition(self.cache.name()));
         }
-        let Self { saliency, propagation, tsp_layer, .. } = *self;
+        let Self { saliency, propagation, tsp_layer, settling, .. } = *self;
         saliency.check()?;
-        let fastkv = FastKv { saliency, propagation, tsp_layer, ..FastKv::default() };
-        let tsp_layer = fastkv.tsp_layer(shape)?;
+        let fastkv = FastKv { saliency, propagation, tsp_layer, settling, ..FastKv::default() };
+        let last = fastkv.tsp_layer(shape)?;
         let propagated = fastkv.propagated(prompt)?;
         let mut plan = self.cache.plan(shape, prompt)?;
-        if propagated == prompt || tsp_layer + 1 == shape.layers {
-            return Ok(plan);
-        }
-        let late = self.late().plan(shape, propagated)?;
-        plan.layers.truncate(tsp_layer + 1);
-        plan.layers.extend_from_slice(&late.layers[tsp_layer + 1..]);
-        plan.layers[tsp_layer].propagate = Some(Propagate::Top { count: propagated, saliency });
+        let late = self.late().plan(shape, propagated)?.layers;
+        let early = plan.layers;
+        let rules = |tsp_layer: usize| {
+            if propagated == prompt || tsp_layer + 1 == shape.layers {
+                return early.clone();
+            }
+            let mut layers = [&early[..=tsp_layer], &late[tsp_layer + 1..]].concat();
+            layers[tsp_layer].propagate = Some(Propagate::Top { count: propagated, saliency });
+            layers
+        };
+        (plan.layers, plan.candidates) = match settling {
+            Some(settling) => settling.plan(shape, last, rules)?,
+            None => (rules(last), None),
+        };
         Ok(plan)
     }
 

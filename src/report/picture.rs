@@ -29,9 +29,10 @@ pub fn describe(policy: &Policy) -> String {
     match policy {
         Policy::Full => "full context".to_owned(),
         Policy::FastKv(options) => format!(
-            "FastKV: retention {}, propagation {}, {}",
+            "FastKV: retention {}, propagation {}{}, {}",
             budget(options.retention),
             budget(options.propagation),
+            if options.settling.is_some() { " where it settles" } else { "" },
             options.saliency
         ),
         Policy::SnapKv(options) => {
@@ -456,7 +457,7 @@ mod tests {
                 layer(2000, [vec![0, 1, 1999], vec![5]], Some(vec![0, 1, 2, 1999])),
                 layer(4, [vec![0, 1999], vec![2]], None),
             ],
-            restarted: None,
+            ..Trace::default()
         }
     }
 

@@ -168,6 +168,12 @@ fn budgets_smaller_than_the_window() {
 #[test]
 fn tsp_layers_that_the_model_lacks() {
     policy_refused(&["--tsp-layer", "2"], &["TSP layer is 2", "0 to 1"]);
+    policy_refused(&["--tsp-layer", "0-2"], &["TSP layer is 2", "0 to 1"]);
+    policy_refused(&["--tsp-layer", "1-0"], &["candidates", "1 to 0", "not above the last"]);
+    policy_refused(&["--tsp-layer", "deep"], &["deep", "number of a layer, auto", "8-24"]);
+    policy_refused(&["--tsp-layer", "auto", "--tsp-overlap", "1.5"], &["overlap is 1.5", "0 to 1"]);
+    policy_refused(&["--tsp-layer", "1", "--tsp-overlap", "0.5"], &["--tsp-overlap", "--tsp-layer auto"]);
+    policy_refused(&["--policy", "h2o", "--tsp-layer", "auto"], &["--tsp-layer is not an option", "h2o has"]);
 }
 
 #[test]
@@ -234,6 +240,8 @@ fn head_scores_of_another_model() {
 #[test]
 fn steering_at_what_is_not_there() {
     policy_refused(&["--steer-tokens", "3..5"], &["--steer-heads"]);
+    policy_refused(&["--alpha", "0.5"], &["--steer-heads"]);
+    policy_refused(&["--steer-best", "2"], &["--steer-heads"]);
     let heads = ["--steer-heads", "0-0,1-2"];
     let with = |options: &[&'static str]| [&heads[..], options].concat();
     policy_refused(&with(&["--steer-tokens", "90..101"]), &["90..101", "100 tokens"]);

@@ -159,6 +159,26 @@ fn profiles_say_what_to_choose() {
     assert!(text.contains("recommended: --tsp-layer"), "{text}");
     assert!(text.matches("2 of 2").count() >= 5, "ρ = 1 changes nothing: {text}");
     refused(tsp.into_iter().chain(["--agreement", "2"]), 2, &["--agreement 2"]);
+    refused(tsp.into_iter().chain(["--rates", "1.5"]), 2, &["propagation is 1.5"]);
+    let report = json_of(tsp.into_iter().chain(["--json"]));
+    let candidates = report["candidates"].as_array().expect("a list");
+    assert_eq!(candidates.len(), 2 * 6, "five layers and auto, at two rates");
+    let number = |candidate: &Value, field: &str| candidate[field].as_f64().expect("a number");
+    for (index, candidate) in candidates.iter().enumerate() {
+        let layer = candidate["tsp_layer"].as_u64();
+        assert_eq!(layer, (index % 6 < 5).then_some(index as u64 % 6));
+        let (rate, cost) = (number(candidate, "propagation"), number(candidate, "cost"));
+        if let Some(layer) = layer {
+            let expected = ((layer + 1) as f64 + (5 - layer) as f64 * rate) / 6.0;
+            assert!((cost - expected).abs() < 0.01, "{cost} of the rows, not {expected}");
+        }
+        let error = number(candidate, "hidden_error");
+        assert!(if rate == 1.0 { error < 1e-6 } else { error > 1e-3 }, "{candidate}");
+    }
+    let best = &report["recommended"];
+    assert_eq!(best["same_answers"], 2, "at the agreement asked for");
+    let cheaper = candidates.iter().filter(|other| number(other, "cost") < number(best, "cost"));
+    assert!(cheaper.into_iter().all(|other| other["same_answers"] != 2), "{report}");
     let prompt = stdout_of(["prompt", "--tokens", "300", "--facts", "4", "--model", model]);
     let report =
         json_of(["profile", "fastgen", "--recovery", "0.8", "--json", "--model", model, prompt.trim()]);

@@ -235,6 +235,39 @@ fn inspect_shows_what_the_library_kept() {
 }
 
 #[test]
+fn inspect_says_where_tokens_went_on() {
+    let scratch = Scratch::new();
+    let model = needle();
+    let prompt = stdout_of(["prompt", "--tokens", "200", "--model", model.to_str().expect("UTF-8")]);
+    let file = scratch.path("prompt.txt");
+    fs::write(&file, prompt).expect("written");
+    let base =
+        ["inspect", "--model", model.to_str().expect("UTF-8"), "--file", file.to_str().expect("UTF-8")];
+    let inspect = |options: &[&str]| json_of(base.iter().chain(options));
+    for (overlap, last) in [("0", "4"), ("1", "4"), ("0.5", "2")] {
+        let candidates = format!("1-{last}");
+        let auto = inspect(&["--tsp-layer", &candidates, "--tsp-overlap", overlap]);
+        let settled = &auto["settled"];
+        let picked = settled["layer"].as_u64().expect("a layer");
+        let overlaps = settled["overlaps"].as_array().expect("a list");
+        assert_eq!(overlaps.len() as u64, picked - 1, "from the second candidate on");
+        let wanted: f64 = overlap.parse().expect("a number");
+        let reaches = |overlap: &Value| overlap["share"].as_f64().expect("a share") >= wanted;
+        assert!(overlaps.iter().rev().skip(1).all(|overlap| !reaches(overlap)), "{overlaps:?}");
+        assert!(overlaps.last().is_some_and(reaches) || picked.to_string() == last, "{overlaps:?}");
+        let fixed = inspect(&["--tsp-layer", &picked.to_string()]);
+        for field in ["kept", "propagated", "rows"] {
+            assert_eq!(auto[field], fixed[field], "{field}, overlap {overlap}");
+        }
+        assert!(fixed.get("settled").is_none());
+        assert_close(&floats(&auto["logits"]), &floats(&fixed["logits"]), 1e-5, "logits");
+    }
+    let out = scratch.path("kept.json");
+    let table = stdout_of(base.iter().chain(&["--tsp-layer", "auto", "--out", out.to_str().expect("UTF-8")]));
+    assert!(table.contains("tokens go on from layer"), "{table}");
+}
+
+#[test]
 fn inspect_of_the_full_context_has_the_logits_of_transformers() {
     for model in ["bf16-gqa4", "f32-dynamic"] {
         let scratch = Scratch::new();

@@ -14,8 +14,8 @@ use fastkv::eval::{Dialect, NeedlePrompt};
 use fastkv::kernels::{DType, MatrixProduct};
 use fastkv::model::{Checkpoint, ModelDir, StoredTensor};
 use fastkv::policy::{
-    AdaKv, Budget, FastKv, GemFilter, Plan, Policy, Pooling, PoolingKind, PyramidKv, Random, SnapKv,
-    StreamingLlm,
+    AdaKv, Budget, FastKv, GemFilter, Plan, Policy, Pooling, PoolingKind, PyramidKv, Random, Settling,
+    SnapKv, StreamingLlm,
 };
 
 use super::Check;
@@ -417,7 +417,41 @@ fn models<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(),
     let own = [seed as usize, seed as usize + 3].map(|at| policies[at % policies.len()].clone());
     let tiny = Tiny { seed: seed + 1, ..model(TYPES[seed as usize % 2].1) };
     // Chunks of 64 rows: the prompt takes two.
-    read_prompts(device, seed, &tiny, [100, 64], &[&[Policy::Full], &own[..]].concat())
+    read_prompts(device, seed, &tiny, [100, 64], &[&[Policy::Full], &own[..]].concat())?;
+    if seed == 0 { settles(device, &tiny) } else { Ok(()) }
+}
+
+/// The TSP layer is picked on the device, and all else is as with one that is fixed there.
+fn settles<D: MatrixProduct + Clone + Debug>(device: &D, tiny: &Tiny) -> Result<(), String> {
+    let (dtype, _, unit) = TYPES[0];
+    let directory = tiny.write();
+    let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
+    let error = |error: EngineError| error.to_string();
+    let cuda = Engine::load(cuda(device, dtype)?.with_chunk_rows(64), &model).map_err(error)?;
+    let ids = Rng::new(8).ids(100, tiny.vocabulary);
+    let read = |tsp_layer, settling, exact_shortcuts| {
+        let (retention, propagation) = (Budget::Rate(0.25), Budget::Rate(0.5));
+        let policy =
+            FastKv { retention, propagation, tsp_layer: Some(tsp_layer), settling, ..FastKv::proportional() };
+        let plan = Policy::FastKv(policy).plan(cuda.shape(), 100).map_err(|error| error.to_string())?;
+        let options = PrefillOptions { exact_shortcuts, trace: true, slack: 0 };
+        let prefill = cuda.prefill(&ids, &plan, &options, &Control::default()).map_err(error)?;
+        let trace = prefill.trace.ok_or("no trace")?;
+        Ok::<_, String>((trace.layers, trace.settled, prefill.logits))
+    };
+    // Sets of two layers share about half of their tokens by chance.
+    let settling = Some(Settling { first: Some(0), overlap: 0.3 });
+    let (layers, found, logits) = read(2, settling, false)?;
+    let picked = found.and_then(|found| found.layer).ok_or("no layer was picked")?;
+    let (expected, _, expected_logits) = read(picked, None, false)?;
+    if picked != 1 || layers != expected || logits != expected_logits {
+        return Err(format!("picked layer {picked}, and it is not as if that were fixed"));
+    }
+    let (_, found, shortcut) = read(2, settling, true)?;
+    if found.and_then(|found| found.layer) != Some(picked) {
+        return Err("another layer is picked where scores come before attention".into());
+    }
+    near("logits", &shortcut, &logits, 12.0 * unit)
 }
 
 /// Layers of a width, and a prompt of a length, that only a GPU has the time for.

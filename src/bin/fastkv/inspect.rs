@@ -9,7 +9,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use fastkv::backend::Backend;
 use fastkv::engine::{
     Bytes, Cancel, Control, Engine, FinishReason, GenerationOptions, PrefillOptions, Progress, Sampling,
-    Trace,
+    Settled, Trace,
 };
 use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Plan, Policy};
@@ -71,6 +71,8 @@ struct Report<'a> {
     kept: Vec<&'a [Vec<u32>]>,
     propagated: Vec<Option<&'a [u32]>>,
     mass: Vec<&'a [f32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settled: Option<&'a Settled>,
     logits: &'a [f32],
     #[serde(flatten)]
     continuation: Option<Continuation>,
@@ -144,6 +146,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
             kept: trace.layers.iter().map(|layer| layer.kept.as_slice()).collect(),
             propagated: trace.layers.iter().map(|layer| layer.propagated.as_deref()).collect(),
             mass: trace.layers.iter().map(|layer| layer.mass.as_slice()).collect(),
+            settled: trace.settled.as_ref(),
             logits: &logits,
             continuation,
             plan: &plan,
@@ -242,5 +245,14 @@ fn table(report: &Report<'_>) -> String {
             report.propagated[layer].map_or_else(String::new, |positions| positions.len().to_string()),
         ]);
     }
-    format!("{}\n{table}\n{}\n", describe(&report.plan.policy), cache_figures(report))
+    let settled = report.settled.map_or_else(String::new, settled);
+    format!("{}\n{table}\n{settled}{}\n", describe(&report.plan.policy), cache_figures(report))
+}
+
+/// Where tokens went on, and why.
+fn settled(settled: &Settled) -> String {
+    let overlaps = settled.overlaps.iter().map(|overlap| format!("{} {:.2}", overlap.layer, overlap.share));
+    let overlaps: Vec<String> = overlaps.collect();
+    let from = settled.layer.map_or_else(|| "no layer".to_owned(), |layer| format!("layer {layer}"));
+    format!("tokens go on from {from}; overlap with the layer before: {}\n", overlaps.join(", "))
 }

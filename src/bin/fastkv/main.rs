@@ -18,6 +18,7 @@ mod profile;
 mod progress;
 mod prompt;
 mod steering;
+mod tsp_layer;
 
 use std::process::ExitCode;
 

@@ -10,6 +10,7 @@ use fastkv::policy::{
 };
 
 use crate::exit::Usage;
+use crate::tsp_layer::TspLayer;
 
 /// The policies by name; `fastkv-constant` is the preset of the first paper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -114,9 +115,14 @@ pub(crate) struct PolicyOptions {
     /// fastkv, snapkv and its kin, gemfilter: width of the pooling kernel, odd
     #[arg(long, value_name = "WIDTH")]
     kernel: Option<usize>,
-    /// fastkv: the last layer that reads the whole prompt, 0-based [default: half depth]
-    #[arg(long, value_name = "LAYER")]
-    tsp_layer: Option<usize>,
+    /// fastkv: the last layer that reads the whole prompt, 0-based [default: half depth]; with auto, or first
+    /// and last of the candidates (8-24), it is picked during prefill, where the tokens chosen settle
+    #[arg(long, value_name = "LAYER|auto|FIRST-LAST", value_parser = TspLayer::parse, allow_hyphen_values = true)]
+    tsp_layer: Option<TspLayer>,
+    /// fastkv: share of the tokens chosen that a candidate for the TSP layer has in common with the one before
+    /// it, for tokens to go on from there
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    tsp_overlap: Option<f64>,
     /// pyramidkv: the last layer keeps the average over this
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     steepness: Option<f64>,
@@ -172,6 +178,11 @@ impl PolicyOptions {
 
     /// Several policies; each takes the options it has, and one that none of them has is an error.
     pub(crate) fn policies(&self, names: &[PolicyName]) -> Result<Vec<Policy>> {
+        if self.tsp_overlap.is_some() && !matches!(self.tsp_layer, Some(TspLayer::Auto(_))) {
+            bail!(Usage(
+                "--tsp-overlap goes with --tsp-layer auto, or with candidates such as 8-24".to_owned()
+            ));
+        }
         let applied = names.iter().map(|name| self.apply(*name));
         let (policies, unused): (Vec<Policy>, Vec<Self>) = applied.unzip();
         let nobodys = |option: &&'static str| unused.iter().all(|unused| unused.given().contains(option));
@@ -214,7 +225,7 @@ impl PolicyOptions {
             self.clone().take_saliency(&mut tsp.saliency);
             left.take_saliency(&mut FastKv::default().saliency);
             take(&mut left.propagation, &mut tsp.propagation);
-            tsp.tsp_layer = left.tsp_layer.take();
+            TspLayer::take(&mut left.tsp_layer, &mut left.tsp_overlap, &mut tsp.tsp_layer, &mut tsp.settling);
             return (Policy::Tsp(tsp), left);
         }
         let mut left = self.clone();
@@ -298,7 +309,8 @@ impl PolicyOptions {
         self.take_saliency(&mut options.saliency);
         take(&mut self.retention, &mut options.retention);
         take(&mut self.propagation, &mut options.propagation);
-        options.tsp_layer = self.tsp_layer.take().or(options.tsp_layer);
+        let (tsp_layer, settling) = (&mut options.tsp_layer, &mut options.settling);
+        TspLayer::take(&mut self.tsp_layer, &mut self.tsp_overlap, tsp_layer, settling);
         options
     }
 
@@ -326,6 +338,7 @@ impl PolicyOptions {
             ("pooling", self.pooling.is_some()),
             ("kernel", self.kernel.is_some()),
             ("tsp-layer", self.tsp_layer.is_some()),
+            ("tsp-overlap", self.tsp_overlap.is_some()),
             ("steepness", self.steepness.is_some()),
             ("floor", self.floor.is_some()),
             ("heads", self.heads.is_some()),
@@ -350,7 +363,8 @@ impl PolicyOptions {
             window: Some(0),
             pooling: Some(Pooling::Max),
             kernel: Some(0),
-            tsp_layer: Some(0),
+            tsp_layer: Some(TspLayer::Auto(None)),
+            tsp_overlap: Some(0.0),
             steepness: Some(0.0),
             floor: Some(0.0),
             heads: Some(HeadScores::default()),
@@ -452,6 +466,8 @@ impl AnswerOptions {
 
 #[cfg(test)]
 mod tests {
+    use fastkv::policy::Settling;
+
     use super::*;
 
     #[test]
@@ -461,6 +477,21 @@ mod tests {
         assert_eq!(budget("1.0"), Ok(Budget::Rate(1.0)));
         assert_eq!(budget("-0.5"), Ok(Budget::Rate(-0.5)), "out of range, which the policy says");
         assert!(budget("much").is_err());
+    }
+
+    #[test]
+    fn tsp_layers_are_for_whom_they_concern() {
+        let (candidates, overlap) = (TspLayer::Auto(Some((1, 3))), Some(0.5));
+        let options =
+            PolicyOptions { tsp_layer: Some(candidates), tsp_overlap: overlap, ..Default::default() };
+        let settling = Some(Settling { first: Some(1), overlap: 0.5 });
+        let expected = FastKv { tsp_layer: Some(3), settling, ..FastKv::default() };
+        assert_eq!(options.policies(&[PolicyName::Fastkv]).expect("candidates"), [Policy::FastKv(expected)]);
+        let composed = options.policies(&[PolicyName::FastkvH2o]).expect("candidates");
+        let Policy::Tsp(tsp) = &composed[0] else { panic!("composed") };
+        assert_eq!((tsp.tsp_layer, tsp.settling), (Some(3), settling));
+        let fixed = PolicyOptions { tsp_layer: Some(TspLayer::Fixed(3)), ..options };
+        assert!(fixed.policies(&[PolicyName::Fastkv]).is_err(), "nothing overlaps");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `fastkv profile`.
 
+mod tsp;
+
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -8,12 +10,11 @@ use clap::{Args, Subcommand, ValueEnum};
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use fastkv::backend::Backend;
-use fastkv::engine::{Cancel, Control, Engine, EngineError, GenerationOptions, PrefillOptions, Trace};
+use fastkv::engine::{Cancel, Control, Engine, EngineError, PrefillOptions, Trace};
 use fastkv::eval::{Dialect, HeadScoring, NeedlePrompt, NeedleTask, is_exact};
 use fastkv::model::{ModelDir, Tokenizer};
-use fastkv::policy::{Budget, FastKv, HeadScores, ModelShape, Plan, Policy};
+use fastkv::policy::{HeadScores, ModelShape, Policy};
 
-use crate::exit::Usage;
 use crate::input::PromptOptions;
 use crate::loading::ModelOptions;
 use crate::options::{PolicyName, PolicyOptions};
@@ -31,7 +32,7 @@ pub(crate) struct Arguments {
 enum Command {
     Heads(Heads),
     Fastgen(Box<FastGen>),
-    Tsp(Tsp),
+    Tsp(tsp::Arguments),
 }
 
 /// Score the heads by how they find facts: the file that `--policy headkv --heads` takes.
@@ -61,23 +62,6 @@ struct FastGen {
     /// Print one JSON object instead of the table
     #[arg(long, help_heading = "Output")]
     json: bool,
-}
-
-/// Find the TSP layer and rate: for each, how far the next-token logits and the answers are those of the
-/// full context, and what the prefill costs.
-///
-/// Caches are kept whole, so that only the propagation is measured. The cheapest pair whose answers agree
-/// as often as asked for is recommended.
-#[derive(Args, Debug)]
-struct Tsp {
-    #[command(flatten)]
-    prompts: Prompts,
-    /// TSP rates to try
-    #[arg(long, value_name = "RATE", value_delimiter = ',', num_args = 1.., default_values_t = [0.1, 0.2, 0.4])]
-    rates: Vec<f64>,
-    /// Share of answers that have to agree with those of the full context
-    #[arg(long, value_name = "SHARE", default_value_t = 0.95)]
-    agreement: f64,
 }
 
 /// Prompts in the model's own words.
@@ -112,7 +96,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     match &arguments.command {
         Command::Heads(arguments) => heads(arguments, cancel),
         Command::Fastgen(arguments) => fastgen(arguments, cancel),
-        Command::Tsp(arguments) => tsp(arguments, cancel),
+        Command::Tsp(arguments) => tsp::run(arguments, cancel),
     }
 }
 
@@ -277,104 +261,4 @@ fn sets(trace: &Trace) -> Table {
         }
     }
     table
-}
-
-/// What one TSP layer and rate did to the prompts.
-struct Candidate {
-    layer: usize,
-    rate: f64,
-    /// Rows read by all layers, over those of the full context.
-    cost: f64,
-    /// Largest difference of logits over the largest logit, mean over prompts.
-    error: f64,
-    agreeing: u32,
-}
-
-fn tsp(arguments: &Tsp, cancel: &Cancel) -> Result<()> {
-    if !(0.0..=1.0).contains(&arguments.agreement) {
-        bail!(Usage(format!("--agreement {}: give a share from 0 to 1", arguments.agreement)));
-    }
-    let bench = arguments.prompts.open(cancel)?;
-    let shape = bench.engine.shape();
-    let policy = |layer: usize, rate: f64| {
-        let (retention, propagation) = (Budget::Rate(1.0), Budget::Rate(rate));
-        Policy::FastKv(FastKv { retention, propagation, tsp_layer: Some(layer), ..FastKv::proportional() })
-    };
-    let mut candidates = Vec::new();
-    for &rate in &arguments.rates {
-        for layer in 0..shape.layers.saturating_sub(1) {
-            let plan = policy(layer, rate).plan(shape, arguments.prompts.tokens)?;
-            let rows: usize = plan.layers.iter().map(|layer| layer.rows).sum();
-            let cost = rows as f64 / (shape.layers * arguments.prompts.tokens) as f64;
-            candidates.push(Candidate { layer, rate, cost, error: 0.0, agreeing: 0 });
-        }
-    }
-    let samples = arguments.prompts.samples;
-    let bar = progress::bar(false, u64::from(samples) * (candidates.len() + 1) as u64, "trying TSP layers");
-    for sample in 0..samples {
-        let (_, ids) = arguments.prompts.prompt(&bench, sample)?;
-        let (logits, answer) = answered(&bench, &ids, &Policy::Full.plan(shape, ids.len())?, cancel)?;
-        let largest = logits.iter().fold(0.0_f32, |largest, logit| largest.max(logit.abs()));
-        bar.inc(1);
-        for candidate in &mut candidates {
-            let plan = policy(candidate.layer, candidate.rate).plan(shape, ids.len())?;
-            let (other, other_answer) = answered(&bench, &ids, &plan, cancel)?;
-            let distance = logits.iter().zip(&other).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
-            candidate.error += f64::from(distance / largest) / f64::from(samples);
-            candidate.agreeing += u32::from(answer == other_answer);
-            bar.inc(1);
-        }
-    }
-    bar.finish_and_clear();
-    let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header([
-        "TSP layer",
-        "rate",
-        "cost",
-        "logit error",
-        "same answer",
-    ]);
-    for Candidate { layer, rate, cost, error, agreeing } in &candidates {
-        table.add_row([
-            layer.to_string(),
-            rate.to_string(),
-            format!("{:.0} %", 100.0 * cost),
-            format!("{error:.4}"),
-            format!("{agreeing} of {samples}"),
-        ]);
-    }
-    let enough =
-        |candidate: &&Candidate| f64::from(candidate.agreeing) >= arguments.agreement * f64::from(samples);
-    let best = candidates
-        .iter()
-        .filter(enough)
-        .min_by(|a, b| a.cost.total_cmp(&b.cost).then(a.error.total_cmp(&b.error)));
-    let verdict = match best {
-        Some(Candidate { layer, rate, cost, .. }) => format!(
-            "recommended: --tsp-layer {layer} --propagation {rate:?}, which reads {:.0} % of the rows",
-            100.0 * cost
-        ),
-        None => "no layer agrees that often: give higher --rates or a lower --agreement".to_owned(),
-    };
-    output::print(format!("{table}\n{verdict}\n").as_bytes())
-}
-
-/// Next-token logits of a prompt, and the answer's tokens.
-fn answered<B: Backend>(
-    bench: &Bench<B>,
-    ids: &[u32],
-    plan: &Plan,
-    cancel: &Cancel,
-) -> Result<(Vec<f32>, Vec<u32>)> {
-    let control = Control { cancel: Some(cancel), progress: None };
-    let options = PrefillOptions { slack: ANSWER_TOKENS, ..Default::default() };
-    let mut prefill = bench.engine.prefill(ids, plan, &options, &control)?;
-    let logits = prefill.logits.clone();
-    let stop_tokens = bench.model.generation.stop_tokens.clone();
-    let generation = GenerationOptions { max_tokens: ANSWER_TOKENS, stop_tokens, ..Default::default() };
-    let answer = bench.engine.generate(&mut prefill.cache, prefill.logits, &generation, &control, |_| ())?;
-    if cancel.is_cancelled() {
-        return Err(EngineError::Cancelled.into());
-    }
-    Ok((logits, answer.tokens))
 }

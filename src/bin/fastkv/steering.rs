@@ -25,10 +25,16 @@ pub(crate) struct SteeringOptions {
     #[arg(long, value_name = "LIST|FILE")]
     steer_heads: Option<String>,
     /// Of a file of head scores, steer this many of the best
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "steer_heads")]
     steer_best: usize,
     /// What is left of the attention to other tokens, above 0 and at most 1
-    #[arg(long, value_name = "ALPHA", default_value_t = DEFAULT_ALPHA, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "ALPHA",
+        default_value_t = DEFAULT_ALPHA,
+        allow_negative_numbers = true,
+        requires = "steer_heads"
+    )]
     alpha: f64,
 }
 

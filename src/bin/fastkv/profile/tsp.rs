@@ -1,0 +1,181 @@
+//! `fastkv profile tsp`.
+
+use anyhow::{Result, bail};
+use clap::Args;
+use comfy_table::Table;
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use fastkv::backend::Backend;
+use fastkv::engine::{Cancel, Control, EngineError, GenerationOptions, PrefillOptions, Trace};
+use fastkv::policy::{Budget, FastKv, Plan, Policy, Settling};
+use serde::Serialize;
+
+use super::{ANSWER_TOKENS, Bench, Prompts};
+use crate::exit::Usage;
+use crate::output;
+use crate::progress;
+
+/// Find the TSP layer and rate: for each, how far the final hidden state and the answers are those of the
+/// full context, and what the prefill costs.
+///
+/// Every layer is tried, and `auto`, which picks one for each prompt. Caches are kept whole, so that only the
+/// propagation is measured. The cheapest pair whose answers agree as often as asked for is recommended.
+#[derive(Args, Debug)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    prompts: Prompts,
+    /// TSP rates to try
+    #[arg(long, value_name = "RATE", value_delimiter = ',', num_args = 1.., default_values_t = [0.1, 0.2, 0.4])]
+    rates: Vec<f64>,
+    /// Share of answers that have to agree with those of the full context
+    #[arg(long, value_name = "SHARE", default_value_t = 0.95)]
+    agreement: f64,
+    /// Print one JSON object instead of the table
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+}
+
+/// What one TSP layer and rate did to the prompts. Its fields are described in docs/json.md.
+#[derive(Clone, Serialize)]
+struct Candidate {
+    /// `None`: picked for each prompt.
+    tsp_layer: Option<usize>,
+    propagation: f64,
+    /// Rows read by all layers, over those of the full context; mean over prompts, and so below.
+    cost: f64,
+    /// Length of the difference of the last token's final hidden states, over the length of that of the
+    /// full context.
+    hidden_error: f64,
+    /// Prompts with the answer of the full context.
+    same_answers: u32,
+}
+
+/// The JSON object of `profile tsp`.
+#[derive(Serialize)]
+struct Calibration {
+    samples: u32,
+    candidates: Vec<Candidate>,
+    recommended: Option<Candidate>,
+}
+
+impl Candidate {
+    fn policy(&self) -> Policy {
+        let (retention, propagation) = (Budget::Rate(1.0), Budget::Rate(self.propagation));
+        let settling = self.tsp_layer.is_none().then(Settling::default);
+        let tsp_layer = self.tsp_layer;
+        Policy::FastKv(FastKv { retention, propagation, tsp_layer, settling, ..FastKv::proportional() })
+    }
+
+    /// As `--tsp-layer` takes it.
+    fn layer(&self) -> String {
+        self.tsp_layer.map_or_else(|| "auto".to_owned(), |layer| layer.to_string())
+    }
+}
+
+pub(super) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
+    if !(0.0..=1.0).contains(&arguments.agreement) {
+        bail!(Usage(format!("--agreement {}: give a share from 0 to 1", arguments.agreement)));
+    }
+    let bench = arguments.prompts.open(cancel)?;
+    let shape = bench.engine.shape();
+    let layers = (0..shape.layers.saturating_sub(1)).map(Some).chain([None]);
+    let pairs = arguments.rates.iter().flat_map(|rate| layers.clone().map(|layer| (layer, *rate)));
+    let mut candidates: Vec<Candidate> = pairs
+        .map(|(tsp_layer, propagation)| Candidate {
+            tsp_layer,
+            propagation,
+            cost: 0.0,
+            hidden_error: 0.0,
+            same_answers: 0,
+        })
+        .collect();
+    for candidate in &candidates {
+        candidate.policy().plan(shape, arguments.prompts.tokens)?;
+    }
+    let samples = arguments.prompts.samples;
+    let steps = u64::from(samples) * (candidates.len() + 1) as u64;
+    let bar = progress::bar(arguments.json, steps, "trying TSP layers");
+    for sample in 0..samples {
+        let (_, ids) = arguments.prompts.prompt(&bench, sample)?;
+        let (full, answer) = answered(&bench, &ids, &Policy::Full.plan(shape, ids.len())?, cancel)?;
+        let rows = |trace: &Trace| trace.layers.iter().map(|layer| layer.rows).sum::<usize>();
+        let length = |state: &mut dyn Iterator<Item = f32>| {
+            state.map(|element| f64::from(element).powi(2)).sum::<f64>().sqrt()
+        };
+        let size = length(&mut full.hidden.iter().copied());
+        bar.inc(1);
+        for candidate in &mut candidates {
+            let plan = candidate.policy().plan(shape, ids.len())?;
+            let (trace, other_answer) = answered(&bench, &ids, &plan, cancel)?;
+            let mut difference = full.hidden.iter().zip(&trace.hidden).map(|(a, b)| a - b);
+            candidate.cost += rows(&trace) as f64 / rows(&full) as f64 / f64::from(samples);
+            candidate.hidden_error += length(&mut difference) / size / f64::from(samples);
+            candidate.same_answers += u32::from(answer == other_answer);
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    let enough = |candidate: &&Candidate| {
+        f64::from(candidate.same_answers) >= arguments.agreement * f64::from(samples)
+    };
+    let recommended = candidates
+        .iter()
+        .filter(enough)
+        .min_by(|a, b| a.cost.total_cmp(&b.cost).then(a.hidden_error.total_cmp(&b.hidden_error)))
+        .cloned();
+    let calibration = Calibration { samples, candidates, recommended };
+    match arguments.json {
+        true => output::print(&output::json(&calibration)?),
+        false => output::print(calibration.text().as_bytes()),
+    }
+}
+
+impl Calibration {
+    fn text(&self) -> String {
+        let mut table = Table::new();
+        table.load_style(UTF8_FULL_CONDENSED).set_header([
+            "TSP layer",
+            "rate",
+            "cost",
+            "hidden state error",
+            "same answer",
+        ]);
+        for candidate in &self.candidates {
+            table.add_row([
+                candidate.layer(),
+                candidate.propagation.to_string(),
+                format!("{:.0} %", 100.0 * candidate.cost),
+                format!("{:.4}", candidate.hidden_error),
+                format!("{} of {}", candidate.same_answers, self.samples),
+            ]);
+        }
+        let verdict = match &self.recommended {
+            Some(candidate) => format!(
+                "recommended: --tsp-layer {} --propagation {:?}, which reads {:.0} % of the rows",
+                candidate.layer(),
+                candidate.propagation,
+                100.0 * candidate.cost
+            ),
+            None => "no layer agrees that often: give higher --rates or a lower --agreement".to_owned(),
+        };
+        format!("{table}\n{verdict}\n")
+    }
+}
+
+/// What the layers did with a prompt, and the answer's tokens.
+fn answered<B: Backend>(
+    bench: &Bench<B>,
+    ids: &[u32],
+    plan: &Plan,
+    cancel: &Cancel,
+) -> Result<(Trace, Vec<u32>)> {
+    let control = Control { cancel: Some(cancel), progress: None };
+    let options = PrefillOptions { slack: ANSWER_TOKENS, trace: true, ..Default::default() };
+    let mut prefill = bench.engine.prefill(ids, plan, &options, &control)?;
+    let stop_tokens = bench.model.generation.stop_tokens.clone();
+    let generation = GenerationOptions { max_tokens: ANSWER_TOKENS, stop_tokens, ..Default::default() };
+    let answer = bench.engine.generate(&mut prefill.cache, prefill.logits, &generation, &control, |_| ())?;
+    if cancel.is_cancelled() {
+        return Err(EngineError::Cancelled.into());
+    }
+    Ok((prefill.trace.unwrap_or_default(), answer.tokens))
+}
