@@ -26,7 +26,7 @@ pub use heads::HeadScoring;
 pub use needle::{NeedlePrompt, NeedleTask, Planted};
 pub use question::Question;
 pub use score::{Key, Scoring};
-pub use selection::{OutputError, output_errors, planted_recall};
+pub use selection::{Numbers, OutputError, Scene, SelectionError};
 pub use tasks::{Measure, Needles, Size, TASKS_VERSION, Task};
 
 /// Whether a prediction is the reference, blanks at either end aside.

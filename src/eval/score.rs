@@ -79,7 +79,7 @@ impl Scoring {
         let plain = |text: &str| text.trim().trim_end_matches('.').trim_end().to_lowercase();
         let prediction = plain(prediction);
         match self {
-            Self::Whole | Self::FirstNumber => self.score(&prediction, key) == 100.0,
+            Self::FirstNumber => self.score(&prediction, key) == 100.0,
             Self::Contains if key.references.len() > 1 => {
                 let mut items: Vec<&str> = prediction
                     .split(|char: char| char.is_whitespace() || ",;".contains(char))

@@ -16,7 +16,9 @@ mod output;
 mod profile;
 mod progress;
 mod prompt;
+mod selection;
 mod steering;
+mod suggest;
 
 use std::process::ExitCode;
 

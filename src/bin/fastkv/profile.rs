@@ -18,7 +18,7 @@ use crate::input::PromptOptions;
 use crate::loading::ModelOptions;
 use crate::options::{PolicyName, PolicyOptions};
 use crate::output::{self, Output};
-use crate::progress;
+use crate::{progress, selection};
 
 /// Measure a model, to choose a policy's options by.
 #[derive(Args, Debug)]
@@ -32,6 +32,7 @@ enum Command {
     Heads(Heads),
     Fastgen(Box<FastGen>),
     Tsp(Tsp),
+    Selection(selection::Arguments),
 }
 
 /// Score the heads by how they find facts: the file that `--policy headkv --heads` takes.
@@ -113,6 +114,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         Command::Heads(arguments) => heads(arguments, cancel),
         Command::Fastgen(arguments) => fastgen(arguments, cancel),
         Command::Tsp(arguments) => tsp(arguments, cancel),
+        Command::Selection(arguments) => selection::run(arguments),
     }
 }
 

@@ -1,0 +1,155 @@
+//! The file of answers: a line of settings, and a line for each answer as it comes.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::exit::Usage;
+
+/// The first line.
+#[derive(Debug, Serialize)]
+pub(super) struct Header<'a> {
+    /// `eval`: what wrote the file.
+    pub(super) fastkv: &'static str,
+    pub(super) version: &'static str,
+    pub(super) model: &'a Path,
+    pub(super) device: &'a str,
+    /// What has to agree for answers to go into one file.
+    pub(super) settings: &'a Map<String, Value>,
+}
+
+/// An answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) policy: String,
+    pub(super) options: Value,
+    /// A rate, a number of tokens, or `null` where the policy has no such budget.
+    pub(super) retention: Value,
+    pub(super) task: String,
+    /// The length asked for.
+    pub(super) tokens: usize,
+    /// The question's number, from 0, within its task and length.
+    pub(super) sample: u32,
+    pub(super) depth: Option<f64>,
+    pub(super) prompt_tokens: usize,
+    pub(super) prediction: String,
+    pub(super) references: Vec<String>,
+    pub(super) score: f64,
+    pub(super) exact: bool,
+    pub(super) kv_kept_bytes: Option<usize>,
+    pub(super) kv_full_bytes: u64,
+    pub(super) kv_peak_bytes: Option<usize>,
+    pub(super) ttft_s: Option<f64>,
+}
+
+/// A file that answers are added to.
+#[derive(Debug)]
+pub(super) struct Results {
+    file: File,
+}
+
+/// Finds out early whether a file may be written: an existing one only to go on with.
+pub(super) fn check(path: &Path, resume: bool) -> Result<()> {
+    match fs::metadata(path) {
+        Ok(found) if !found.is_file() => bail!("{} cannot be written: it is no plain file", path.display()),
+        Ok(_) if !resume => bail!(Usage(format!(
+            "--out {}: the file is there already; go on with it by --resume, or give another name",
+            path.display()
+        ))),
+        Ok(_) => Ok(()),
+        Err(_) => {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            let found = fs::metadata(folder.unwrap_or(Path::new(".")));
+            found.with_context(|| format!("{} cannot be written", path.display())).map(|_| ())
+        }
+    }
+}
+
+impl Results {
+    /// A new file, or one to go on with, and the answers that are in it. A last line without its line
+    /// break was cut off in writing, and goes.
+    pub(super) fn open(path: &Path, resume: bool, header: &Header<'_>) -> Result<(Self, Vec<Record>)> {
+        let unwritable = || format!("{} cannot be written", path.display());
+        let first = line(header)?;
+        if !resume || !path.exists() {
+            let mut file = File::create_new(path).with_context(unwritable)?;
+            file.write_all(&first).with_context(unwritable)?;
+            return Ok((Self { file }, Vec::new()));
+        }
+        let bytes = fs::read(path).with_context(|| path.display().to_string())?;
+        let end = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let records = match end {
+            0 if first.starts_with(&bytes) => Vec::new(),
+            0 => bail!("--resume {}: this is no file of answers", path.display()),
+            end => read(path, &bytes[..end], &first)?,
+        };
+        let mut file = File::options().append(true).open(path).with_context(unwritable)?;
+        file.set_len(end as u64).with_context(unwritable)?;
+        if end == 0 {
+            file.write_all(&first).with_context(unwritable)?;
+        }
+        Ok((Self { file }, records))
+    }
+
+    /// Adds an answer.
+    pub(super) fn add(&mut self, record: &Record) -> Result<()> {
+        self.file.write_all(&line(record)?).context("--out: the answer cannot be written")
+    }
+}
+
+fn line(value: &impl Serialize) -> Result<Vec<u8>> {
+    crate::output::json(value)
+}
+
+fn read(path: &Path, bytes: &[u8], first: &[u8]) -> Result<Vec<Record>> {
+    let text = std::str::from_utf8(bytes).with_context(|| format!("--resume {}", path.display()))?;
+    let mut lines = text.lines();
+    let there: Value = lines.next().and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
+    if there["fastkv"] != "eval" {
+        bail!(
+            "--resume {}: this is no file of answers: its first line is not `fastkv eval`'s",
+            path.display()
+        );
+    }
+    let here: Value = serde_json::from_slice(first)?;
+    let differences = differences(&there, &here);
+    if !differences.is_empty() {
+        bail!(Usage(format!(
+            "--resume {}: the file is of other settings, and is left as it is:\n{}",
+            path.display(),
+            differences.join("\n")
+        )));
+    }
+    lines
+        .enumerate()
+        .map(|(index, line)| {
+            let at = || format!("--resume {}, line {}: no answer", path.display(), index + 2);
+            serde_json::from_str(line).with_context(at)
+        })
+        .collect()
+}
+
+/// What differs between two headers, a line each. Where the model lies may.
+fn differences(there: &Value, here: &Value) -> Vec<String> {
+    let flat = |header: &Value| {
+        let mut fields = header["settings"].as_object().cloned().unwrap_or_default();
+        for name in ["version", "device"] {
+            fields.insert(name.to_owned(), header[name].clone());
+        }
+        fields
+    };
+    let (there, here) = (flat(there), flat(here));
+    let names = here.keys().chain(there.keys().filter(|name| !here.contains_key(*name)));
+    let value = |fields: &Map<String, Value>, name: &str| match fields.get(name) {
+        None => "nothing".to_owned(),
+        Some(value) => value.to_string(),
+    };
+    names
+        .filter(|name| there.get(*name) != here.get(*name))
+        .map(|name| format!("  {name}: {} there, {} here", value(&there, name), value(&here, name)))
+        .collect()
+}
