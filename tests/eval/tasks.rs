@@ -293,8 +293,8 @@ fn a_depth_map_plants_where_it_is_told() {
 fn lengths_that_nothing_fits_are_refused() {
     let prose = Prose::default();
     for task in Task::ALL {
-        let error = Size::find(task, 100, &prose, &measure).expect_err("too short");
-        let EvalError::TooShort { length: 100, least, .. } = error else { panic!("{error}") };
+        let error = Size::find(task, 40, &prose, &measure).expect_err("too short");
+        let EvalError::TooShort { length: 40, least, .. } = error else { panic!("{error}") };
         assert!(error.to_string().contains(task.name()), "{error}");
         let found = Size::find(task, least, &prose, &measure);
         assert!(found.is_ok() || task.name() == "frequent_words", "{task:?} at {least}: {found:?}");

@@ -57,7 +57,9 @@ fn words() -> Vec<String> {
     let fixed = "the number of . question : went home saw there";
     let mut words: Vec<String> = SPECIAL.iter().copied().chain(fixed.split(' ')).map(str::to_owned).collect();
     for list in dialect()["words"].as_object().expect("lists").values() {
-        words.extend(list.as_array().expect("words").iter().map(|word| word.as_str().expect("text").to_owned()));
+        words.extend(
+            list.as_array().expect("words").iter().map(|word| word.as_str().expect("text").to_owned()),
+        );
     }
     words
 }
@@ -77,8 +79,10 @@ pub(crate) fn write() -> TempDir {
         ..Tiny::default()
     };
     let mut rng = Rng::new(3);
-    let code: Vec<Vec<f32>> =
-        words.iter().map(|_| (0..CODE).map(|_| if rng.below(2) == 0 { 1.0 } else { -1.0 }).collect()).collect();
+    let code: Vec<Vec<f32>> = words
+        .iter()
+        .map(|_| (0..CODE).map(|_| if rng.below(2) == 0 { 1.0 } else { -1.0 }).collect())
+        .collect();
     let mut tensors = tiny.tensors();
     for tensor in &mut tensors {
         set(tensor, &code);
@@ -162,12 +166,16 @@ fn set(tensor: &mut Tensor, code: &[Vec<f32>]) {
         }
         "model.layers.1.self_attn.q_proj.weight" => {
             for head in 0..QUERY_HEADS {
-                compared(&mut |place, element| put(head * HEAD + place, [TOKEN, BEFORE][element / CODE] + element % CODE, SHARP));
+                compared(&mut |place, element| {
+                    put(head * HEAD + place, [TOKEN, BEFORE][element / CODE] + element % CODE, SHARP)
+                });
             }
         }
         "model.layers.1.self_attn.k_proj.weight" => {
             for head in 0..KV_HEADS {
-                compared(&mut |place, element| put(head * HEAD + place, [BEFORE, TWO_BEFORE][element / CODE] + element % CODE, SHARP));
+                compared(&mut |place, element| {
+                    put(head * HEAD + place, [BEFORE, TWO_BEFORE][element / CODE] + element % CODE, SHARP)
+                });
             }
         }
         _ if name.ends_with("v_proj.weight") => {

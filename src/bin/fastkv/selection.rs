@@ -43,7 +43,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 16)]
     planted: usize,
     /// What is added to the scores of planted keys, in deviations of the others
-    #[arg(long, value_name = "NUMBER", default_value_t = 3.0)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1.5)]
     raise: f32,
     /// Width of the pooling kernels, odd
     #[arg(long, value_name = "WIDTH", default_value_t = 7)]

@@ -24,20 +24,34 @@ const STEP: usize = 50;
 const CUTS: usize = 32;
 
 impl Size {
+    /// Tokens of a task's shortest prompt and its answer.
+    ///
+    /// # Errors
+    /// [`EvalError::TooShort`] where that is more than `length`, or what `measure` says.
+    pub fn least(
+        task: Task,
+        length: usize,
+        prose: &Prose,
+        measure: &Measure<'_>,
+    ) -> Result<usize, EvalError> {
+        let shortest = task.question(prose, length, task.units().0, 0, 0.5)?;
+        let least = measure(&shortest)? + task.answer_tokens();
+        if least <= length {
+            Ok(least)
+        } else {
+            Err(EvalError::TooShort { task: task.name(), length, least })
+        }
+    }
+
     /// Finds how many units fill `length` tokens, the answer's included, by bisection.
     ///
     /// # Errors
-    /// [`EvalError::TooShort`], or what `measure` says.
+    /// As for [`least`](Self::least).
     pub fn find(task: Task, length: usize, prose: &Prose, measure: &Measure<'_>) -> Result<Self, EvalError> {
         let (fewest, most) = task.units();
         let tokens = |units: usize| measure(&task.question(prose, length, units, 0, 0.5)?);
-        let Some(room) = length.checked_sub(task.answer_tokens()) else {
-            return Err(too_short(task, length, tokens(fewest)?));
-        };
-        let least = tokens(fewest)?;
-        if least > room {
-            return Err(too_short(task, length, least));
-        }
+        let least = Self::least(task, length, prose, measure)? - task.answer_tokens();
+        let room = length - task.answer_tokens();
         let step = STEP.min(most - fewest).max(1);
         let tokens_per_unit = (tokens(fewest.saturating_add(step).min(most))?.saturating_sub(least) as f64
             / step as f64)
@@ -94,8 +108,4 @@ impl Size {
         }
         Err(EvalError::NothingFits { task: task.name(), length, seed })
     }
-}
-
-fn too_short(task: Task, length: usize, least: usize) -> EvalError {
-    EvalError::TooShort { task: task.name(), length, least: least + task.answer_tokens() }
 }

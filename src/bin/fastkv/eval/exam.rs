@@ -4,7 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use fastkv::eval::{
-    Dialect, FileQuestion, Key, NeedlePrompt, NeedleTask, Prose, Question, Size, Task, read_questions,
+    Dialect, EvalError, FileQuestion, Key, NeedlePrompt, NeedleTask, Prose, Question, Size, Task,
+    read_questions,
 };
 use fastkv::model::ModelDir;
 
@@ -107,7 +108,15 @@ impl Exam {
         }
     }
 
-    fn has_depths(&self) -> bool {
+    /// Tokens of a generated question.
+    fn measure(&self, question: &Question, reader: &Reader<'_>) -> Result<usize, EvalError> {
+        let tokens = reader.read(question, true);
+        let tokens = tokens.map_err(|error| EvalError::Tokens(format!("{}: {error:#}", self.name)))?;
+        Ok(tokens.len())
+    }
+
+    /// Whether its questions go by depth.
+    pub(super) fn has_depths(&self) -> bool {
         match &self.source {
             Source::Dialect { at_depths, .. } => *at_depths,
             Source::Generated(task) => task.has_depths(),
@@ -115,16 +124,27 @@ impl Exam {
         }
     }
 
-    /// Tokens of the longest prompt and its answer, where that is less than a length.
-    pub(super) fn longest(&self, reader: &Reader<'_>, length: usize) -> Result<usize> {
-        let Source::File(questions) = &self.source else { return Ok(length) };
-        let mut longest = 0;
-        for question in questions {
-            let tokens = reader.read(&question.question, question.chat);
-            let tokens = tokens.with_context(|| format!("line {} of {}", question.line, self.name))?;
-            longest = longest.max(tokens.len() + question.question.answer_tokens);
+    /// Tokens of the longest prompt and its answer at a length.
+    ///
+    /// Refuses what cannot be asked, before a model is loaded.
+    pub(super) fn longest(&self, length: usize, material: &Material, reader: &Reader<'_>) -> Result<usize> {
+        match &self.source {
+            Source::Dialect { .. } => self.question(0, length, None, 1, material, reader).map(|_| length),
+            Source::Generated(task) => {
+                let measure = |question: &Question| self.measure(question, reader);
+                let least = Size::least(*task, length, &material.prose, &measure);
+                Ok(least.map(|_| length)?)
+            }
+            Source::File(questions) => {
+                let mut longest = 0;
+                for FileQuestion { question, chat, line, .. } in questions {
+                    let at = || format!("line {line} of {}", self.name);
+                    let cut = reader.cut(question, *chat, length).with_context(at)?;
+                    longest = longest.max(reader.read(&cut, *chat)?.len() + question.answer_tokens);
+                }
+                Ok(longest)
+            }
         }
-        Ok(longest.min(length))
     }
 
     /// Finds how large the prompts of a length are.
@@ -135,9 +155,9 @@ impl Exam {
         reader: &Reader<'_>,
     ) -> Result<Option<Size>> {
         let Source::Generated(task) = self.source else { return Ok(None) };
-        let measure = |question: &Question| reader.measure(question, true);
+        let measure = |question: &Question| self.measure(question, reader);
         let size = Size::find(task, length, &material.prose, &measure);
-        Ok(Some(size.with_context(|| format!("the task {}", self.name))?))
+        Ok(Some(size?))
     }
 
     /// The question of a number, at most `length` tokens long with its answer.
@@ -165,7 +185,7 @@ impl Exam {
             }
             Source::Generated(_) => {
                 let Some(size) = size else { bail!("the task {} was not sized", self.name) };
-                let measure = |question: &Question| reader.measure(question, true);
+                let measure = |question: &Question| self.measure(question, reader);
                 (size.question(&material.prose, seed, depth.unwrap_or(0.5), &measure)?, true)
             }
             Source::File(questions) => {

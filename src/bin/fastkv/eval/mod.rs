@@ -243,7 +243,7 @@ impl Arguments {
             ("task_files", self.task_file.iter().map(file).collect::<Result<_>>()?),
             ("lengths", json!(lengths)),
             ("samples", json!(self.samples(material.dialect.is_some()))),
-            ("depths", json!(material.depths)),
+            ("depths", json!(exams.iter().any(Exam::has_depths).then_some(&material.depths))),
             ("prompt_seed", json!(self.prompt_seed)),
             ("haystack", self.haystack.as_ref().map(file).transpose()?.unwrap_or(json!("own"))),
             ("query_agnostic", json!(self.query_agnostic)),
@@ -278,7 +278,8 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let answer_tokens = exams.iter().map(Exam::answer_tokens).max().unwrap_or(0);
     let mut plans = Vec::new();
     for length in &lengths {
-        let longest = exams.iter().map(|exam| exam.longest(&reader, *length)).collect::<Result<Vec<_>>>()?;
+        let longest =
+            exams.iter().map(|exam| exam.longest(*length, &material, &reader)).collect::<Result<Vec<_>>>()?;
         let longest = longest.into_iter().max().unwrap_or(*length);
         plans.extend(arms.iter().map(|arm| arm.policy.plan(shape, longest)).collect::<Result<Vec<_>, _>>()?);
     }

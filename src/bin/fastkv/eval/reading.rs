@@ -1,7 +1,7 @@
 //! Questions as tokens.
 
 use anyhow::{Context, Result, bail};
-use fastkv::eval::{EvalError, Question};
+use fastkv::eval::Question;
 use fastkv::model::{ChatMessage, ChatTemplate, Tokenizer};
 
 /// How a model reads questions.
@@ -43,12 +43,6 @@ impl Reader<'_> {
         let ids = self.encode(&front, template.is_none())?;
         let question = if behind.is_empty() { Vec::new() } else { self.encode(&behind, false)? };
         Ok(Tokens { ids, question })
-    }
-
-    /// How many tokens a question takes.
-    pub(super) fn measure(&self, question: &Question, chat: bool) -> Result<usize, EvalError> {
-        let tokens = self.read(question, chat).map_err(|error| EvalError::Tokens(format!("{error:#}")))?;
-        Ok(tokens.len())
     }
 
     /// A question of at most so many tokens with its answer: from the middle of a longer context, tokens

@@ -144,12 +144,25 @@ fn differences(there: &Value, here: &Value) -> Vec<String> {
     };
     let (there, here) = (flat(there), flat(here));
     let names = here.keys().chain(there.keys().filter(|name| !here.contains_key(*name)));
-    let value = |fields: &Map<String, Value>, name: &str| match fields.get(name) {
-        None => "nothing".to_owned(),
-        Some(value) => value.to_string(),
-    };
     names
         .filter(|name| there.get(*name) != here.get(*name))
-        .map(|name| format!("  {name}: {} there, {} here", value(&there, name), value(&here, name)))
+        .map(|name| {
+            let [there, here] = [(&there, &here), (&here, &there)].map(|(fields, others)| {
+                fields.get(name).map_or("nothing".to_owned(), |value| apart(value, others.get(name)))
+            });
+            format!("  {name}: {there} there, {here} here")
+        })
         .collect()
+}
+
+/// A value for a message; of a list what the other one does not have.
+fn apart(value: &Value, other: Option<&Value>) -> String {
+    match (value, other) {
+        (Value::Array(values), Some(Value::Array(others))) => {
+            let own: Vec<String> =
+                values.iter().filter(|value| !others.contains(value)).map(Value::to_string).collect();
+            if own.is_empty() { format!("{} of these", values.len()) } else { own.join(", ") }
+        }
+        _ => value.to_string(),
+    }
 }
