@@ -29,7 +29,7 @@ const SPECIAL: [&str; 3] = ["<s>", "<unk>", "<pad>"];
 /// The language.
 fn dialect() -> Value {
     let list = |words: &str| words.split(' ').map(str::to_owned).collect::<Vec<_>>();
-    let numbers: Vec<String> = (10..34).map(|number| number.to_string()).collect();
+    let numbers: Vec<String> = (10..70).map(|number| number.to_string()).collect();
     json!({
         "answer_end": ".",
         "needle": {

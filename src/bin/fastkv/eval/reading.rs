@@ -49,31 +49,28 @@ impl Reader<'_> {
     /// are left out, as LongBench does.
     pub(super) fn cut(&self, question: &Question, chat: bool, length: usize) -> Result<Question> {
         let room = length.saturating_sub(question.answer_tokens);
-        let mut over = self.read(question, chat)?.len().saturating_sub(room);
-        if over == 0 {
-            return Ok(question.clone());
+        let mut cut = question.clone();
+        if self.read(&cut, chat)?.len() <= room {
+            return Ok(cut);
         }
-        let context = self.encode(&question.context, false)?;
-        let mut kept = context.len();
-        while over > 0 {
-            // Where halves meet, text may take other tokens than it did.
-            kept = kept.checked_sub(over).filter(|kept| *kept > 0).with_context(|| {
-                format!(
-                    "{length} tokens have no room for the question and an answer of {}",
-                    question.answer_tokens
-                )
-            })?;
-            let (first, last) = (kept / 2, kept - kept / 2);
-            let halves = [&context[..first], &context[context.len() - last..]];
-            let halves = halves.map(|half| self.tokenizer.decode(half, true));
-            let [first, last] = halves;
-            let cut = Question { context: first? + &last?, ..question.clone() };
-            over = self.read(&cut, chat)?.len().saturating_sub(room);
+        let ids = self.encode(&question.context, false)?;
+        let mut kept = ids.len();
+        loop {
+            let over = self.read(&cut, chat)?.len().saturating_sub(room);
             if over == 0 {
                 return Ok(cut);
             }
+            // Where halves meet, text may take other tokens than it did: so more than once.
+            kept = kept.checked_sub(over).filter(|kept| *kept > 0).with_context(|| {
+                let answer = question.answer_tokens;
+                format!("{length} tokens have no room for the question and an answer of {answer}")
+            })?;
+            let [first, last] = [&ids[..kept / 2], &ids[ids.len() - (kept - kept / 2)..]];
+            let (first, last) = (self.tokenizer.decode(first, true)?, self.tokenizer.decode(last, true)?);
+            // Two words must not become one.
+            let apart = first.ends_with(char::is_whitespace) || last.starts_with(char::is_whitespace);
+            cut.context = first + if apart { "" } else { " " } + &last;
         }
-        Ok(question.clone())
     }
 
     /// The text up to where the cache is compressed, and that behind it.
