@@ -201,7 +201,7 @@ fn ctrl_c_keeps_what_was_answered() {
         .map(|task| task["samples"].as_u64().expect("a count"))
         .sum();
     let answered = answers(&out).1.len() as u64;
-    assert!(answered >= 5 && answered < 72 && counted == answered, "{answered}, {counted}");
+    assert!((5..72).contains(&answered) && counted == answered, "{answered}, {counted}");
 }
 
 #[test]

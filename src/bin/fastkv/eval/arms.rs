@@ -5,7 +5,7 @@ use fastkv::model::ModelDir;
 use fastkv::policy::{Budget, Policy};
 use serde_json::{Value, json};
 
-use super::digest;
+use super::settings::digest;
 use crate::options::{PolicyName, PolicyOptions};
 
 /// A policy under test.

@@ -92,7 +92,7 @@ impl Exam {
     pub(super) fn questions(&self, samples: u32, material: &Material) -> u32 {
         match &self.source {
             Source::File(questions) => questions.len() as u32,
-            _ if self.has_depths() => samples * material.depths.len() as u32,
+            _ if self.has_depths() => samples.saturating_mul(material.depths.len() as u32),
             _ => samples,
         }
     }

@@ -1,36 +1,36 @@
 //! `fastkv eval`: questions whose answers are known, asked under each policy.
 
 mod arms;
+mod asking;
 mod exam;
 mod reading;
 mod results;
+mod settings;
 mod summary;
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use fastkv::backend::Backend;
-use fastkv::engine::{Cancel, Engine, FinishReason, GenerationOptions};
-use fastkv::eval::{Dialect, Prose, TASKS_VERSION, Task as Generated};
+use fastkv::engine::Cancel;
+use fastkv::eval::{Dialect, Prose, Task as Generated};
 use fastkv::model::ModelDir;
 use fastkv::policy::{Budget, ModelShape};
-use serde_json::{Map, Value, json};
 
-use self::arms::{Arm, arms};
-use self::exam::{Asked, Exam, Material};
+use self::arms::arms;
+use self::asking::Run;
+use self::exam::{Exam, Material};
 use self::reading::Reader;
-use self::results::{Header, Record, Results};
+use self::results::{Header, Kept};
 use self::summary::{Report, Row};
-use crate::answer::Task;
 use crate::device::on;
 use crate::exit::Usage;
 use crate::input::Prompt;
-use crate::loading::{self, ModelOptions};
+use crate::loading::ModelOptions;
 use crate::options::{PolicyName, PolicyOptions, budget};
+use crate::output;
 use crate::suggest::suggestion;
-use crate::{output, progress};
 
 /// Measure how well each policy answers questions about long prompts.
 ///
@@ -221,38 +221,6 @@ impl Arguments {
             None => Ok(depths),
         }
     }
-
-    /// What has to agree for answers to go into one file.
-    fn settings(
-        &self,
-        model: &ModelDir,
-        exams: &[Exam],
-        lengths: &[usize],
-        material: &Material,
-        arms: &[Arm],
-        chat: bool,
-    ) -> Result<Map<String, Value>> {
-        let file = |path: &PathBuf| -> Result<Value> {
-            Ok(json!(digest(&std::fs::read(path).with_context(|| path.display().to_string())?)))
-        };
-        let policies = arms.iter().map(|arm| json!({ "policy": arm.name, "options": arm.options }));
-        let settings = [
-            ("model", json!(fingerprint(model)?)),
-            ("tasks", json!(exams.iter().map(|exam| exam.name.as_str()).collect::<Vec<_>>())),
-            ("tasks_version", json!(TASKS_VERSION)),
-            ("task_files", self.task_file.iter().map(file).collect::<Result<_>>()?),
-            ("lengths", json!(lengths)),
-            ("samples", json!(self.samples(material.dialect.is_some()))),
-            ("depths", json!(exams.iter().any(Exam::has_depths).then_some(&material.depths))),
-            ("prompt_seed", json!(self.prompt_seed)),
-            ("haystack", self.haystack.as_ref().map(file).transpose()?.unwrap_or(json!("own"))),
-            ("query_agnostic", json!(self.query_agnostic)),
-            ("chat", json!(chat)),
-            ("exact_shortcuts", json!(self.policy_options.exact_shortcuts())),
-            ("policies", policies.collect()),
-        ];
-        Ok(settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
-    }
 }
 
 pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
@@ -266,6 +234,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let dialect = exam::dialect(&model)?;
     let exams = arguments.exams(dialect.as_ref())?;
     let lengths = arguments.lengths(&model, dialect.is_some())?;
+    let samples = arguments.samples(dialect.is_some());
     let material = Material { dialect, prose, seed: arguments.prompt_seed, depths };
     let template = if arguments.no_chat { None } else { model.chat_template()? };
     let settings = arguments.settings(&model, &exams, &lengths, &material, &arms, template.is_some())?;
@@ -293,24 +262,25 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
             device: &device,
             settings: &settings,
         };
+        // What is in a file is checked before the model is loaded, and nothing is written before it is.
+        let kept = arguments.out.as_ref().map(|out| Kept::read(out, arguments.resume, &header)).transpose()?;
+        let records = kept.as_ref().map_or(&[][..], |kept| &kept.records);
+        let answered = asking::answered(records, &exams, &lengths, &arms, samples, &material)?;
         let engine = arguments.model.load(&model, backend, &plans, answer_tokens, arguments.json, cancel)?;
-        let opened = arguments.out.as_ref().map(|out| Results::open(out, arguments.resume, &header)).transpose()?;
-        let (results, answered) = opened.unzip();
         let mut run = Run {
-            arguments,
             model: &model,
             engine: &engine,
+            exact_shortcuts: arguments.policy_options.exact_shortcuts(),
             reader: &reader,
             material: &material,
-            samples: arguments.samples(material.dialect.is_some()),
+            samples,
             arms: &arms,
             rows: arms.iter().map(|arm| Row::new(arm, arguments.budgets.len() > 1)).collect(),
-            answered: HashMap::new(),
-            results,
+            answered,
+            results: kept.map(Kept::go_on).transpose()?,
             cancel,
         };
-        run.take(answered.unwrap_or_default(), &exams, &lengths)?;
-        run.ask(&exams, &lengths, &mut prompt)?;
+        run.ask(&exams, &lengths, &mut prompt, arguments.json)?;
         let report = Report {
             model: &model.path,
             device: &device,
@@ -322,169 +292,4 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         };
         output::print(&if arguments.json { output::json(&report)? } else { summary::readable(&report).into_bytes() })
     })
-}
-
-/// The asking of all questions.
-struct Run<'a, B: Backend> {
-    arguments: &'a Arguments,
-    model: &'a ModelDir,
-    engine: &'a Engine<B>,
-    reader: &'a Reader<'a>,
-    material: &'a Material,
-    samples: u32,
-    arms: &'a [Arm],
-    rows: Vec<Row>,
-    /// Scores that a file has, by arm, exam, length and number.
-    answered: HashMap<(usize, usize, usize, u32), (f64, bool)>,
-    results: Option<Results>,
-    cancel: &'a Cancel,
-}
-
-impl<B: Backend> Run<'_, B> {
-    /// Takes over the answers of a file.
-    fn take(&mut self, records: Vec<Record>, exams: &[Exam], lengths: &[usize]) -> Result<()> {
-        for (index, record) in records.into_iter().enumerate() {
-            let arm = self.arms.iter().position(|arm| arm.is(&record.policy, &record.options));
-            let exam = exams.iter().position(|exam| exam.name == record.task);
-            let number = record.sample;
-            let place = match (arm, exam, lengths.contains(&record.tokens)) {
-                (Some(arm), Some(exam), true)
-                    if number < exams[exam].questions(self.samples, self.material) =>
-                {
-                    (arm, exam, record.tokens, number)
-                }
-                _ => bail!("--resume: line {} answers no question of this run", index + 2),
-            };
-            if self.answered.insert(place, (record.score, record.exact)).is_some() {
-                bail!("--resume: line {} answers a question that is answered before it", index + 2);
-            }
-        }
-        Ok(())
-    }
-
-    /// Asks what is not answered yet, until Ctrl-C.
-    fn ask(&mut self, exams: &[Exam], lengths: &[usize], prompt: &mut Prompt) -> Result<()> {
-        let questions: u32 = exams.iter().map(|exam| exam.questions(self.samples, self.material)).sum();
-        let all = u64::from(questions) * (lengths.len() * self.arms.len()) as u64;
-        let bar = progress::bar(self.arguments.json, all, "answering");
-        for length in lengths {
-            for (index, exam) in exams.iter().enumerate() {
-                bar.set_message(format!("{} {length}", exam.name));
-                // Sizing reads prompts of every size: not where all is answered.
-                let mut size = None;
-                for number in 0..exam.questions(self.samples, self.material) {
-                    let place = |arm| (arm, index, *length, number);
-                    let asked = match (0..self.arms.len()).all(|arm| self.answered.contains_key(&place(arm)))
-                    {
-                        true => None,
-                        false => {
-                            let known =
-                                size.map_or_else(|| exam.size(*length, self.material, self.reader), Ok)?;
-                            size = Some(known);
-                            Some(exam.question(
-                                number,
-                                *length,
-                                known,
-                                self.samples,
-                                self.material,
-                                self.reader,
-                            )?)
-                        }
-                    };
-                    for arm in 0..self.arms.len() {
-                        let scored = match (&asked, self.answered.get(&place(arm))) {
-                            (Some(asked), None) => self.answer(exam, number, *length, asked, arm, prompt)?,
-                            (_, answered) => answered.copied(),
-                        };
-                        let Some((score, exact)) = scored else {
-                            bar.finish_and_clear();
-                            return Ok(());
-                        };
-                        self.rows[arm].add(&exam.name, *length, score, exact);
-                        bar.inc(1);
-                    }
-                }
-            }
-        }
-        bar.finish_and_clear();
-        Ok(())
-    }
-
-    /// Asks one policy one question, and notes the answer; `None` after Ctrl-C.
-    fn answer(
-        &mut self,
-        exam: &Exam,
-        number: u32,
-        length: usize,
-        asked: &Asked,
-        arm: usize,
-        prompt: &mut Prompt,
-    ) -> Result<Option<(f64, bool)>> {
-        let arm = &self.arms[arm];
-        let Asked { question, tokens } = asked;
-        prompt.ids.clone_from(&tokens.ids);
-        prompt.question.clone_from(&tokens.question);
-        let plan = arm.policy.plan(self.engine.shape(), tokens.ids.len())?;
-        let task = Task {
-            prompt,
-            exact_shortcuts: self.arguments.policy_options.exact_shortcuts(),
-            generation: GenerationOptions {
-                max_tokens: question.answer_tokens,
-                stop_tokens: self.model.generation.stop_tokens.clone(),
-                ..Default::default()
-            },
-            stop_texts: Vec::new(),
-            cancel: self.cancel,
-        };
-        let answer = task.run(self.engine, &plan, &|_| (), &mut |_| Ok(()))?;
-        if answer.finish == FinishReason::Cancelled || self.cancel.is_cancelled() {
-            return Ok(None);
-        }
-        let prediction = answer.text.unwrap_or_default();
-        let (score, exact) = exam.score(number, question, &prediction);
-        if let Some(results) = &mut self.results {
-            results.add(&Record {
-                policy: arm.name.clone(),
-                options: arm.options.clone(),
-                retention: arm.retention.clone(),
-                task: exam.name.clone(),
-                tokens: length,
-                sample: number,
-                depth: question.depth,
-                prompt_tokens: tokens.len(),
-                prediction,
-                references: question.references.clone(),
-                score,
-                exact,
-                kv_kept_bytes: answer.kv_kept_bytes,
-                kv_full_bytes: loading::estimate(self.model, &plan, 0, self.engine.backend()).kv_full,
-                kv_peak_bytes: answer.kv_peak_bytes,
-                ttft_s: answer.ttft_s,
-            })?;
-        }
-        Ok(Some((score, exact)))
-    }
-}
-
-/// What tells a model from others: its configuration, tokenizer and dialect, and of its weights the size and
-/// the last norm.
-fn fingerprint(model: &ModelDir) -> Result<String> {
-    let mut bytes = model.weights.total_bytes().to_le_bytes().to_vec();
-    bytes.extend(model.weights.norm.bytes());
-    for name in ["config.json", "tokenizer.json", "dialect.json"] {
-        match std::fs::read(model.path.join(name)) {
-            Ok(text) => bytes.extend(text),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).with_context(|| name.to_owned()),
-        }
-    }
-    Ok(digest(&bytes))
-}
-
-/// FNV-1a, 64 bits, in hexadecimal.
-fn digest(bytes: &[u8]) -> String {
-    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{hash:016x}")
 }

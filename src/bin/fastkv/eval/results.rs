@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -69,32 +69,57 @@ pub(super) fn check(path: &Path, resume: bool) -> Result<()> {
     }
 }
 
-impl Results {
-    /// A new file, or one to go on with, and the answers that are in it. A last line without its line
-    /// break was cut off in writing, and goes.
-    pub(super) fn open(path: &Path, resume: bool, header: &Header<'_>) -> Result<(Self, Vec<Record>)> {
-        let unwritable = || format!("{} cannot be written", path.display());
-        let first = line(header)?;
-        if !resume || !path.exists() {
-            let mut file = File::create_new(path).with_context(unwritable)?;
-            file.write_all(&first).with_context(unwritable)?;
-            return Ok((Self { file }, Vec::new()));
+/// What a file holds before anything is written to it.
+#[derive(Debug)]
+pub(super) struct Kept {
+    path: PathBuf,
+    /// The header as this run writes it.
+    header: Vec<u8>,
+    /// Bytes of the lines that stay; `None` where there is no file yet.
+    end: Option<usize>,
+    pub(super) records: Vec<Record>,
+}
+
+impl Kept {
+    /// Reads a file to go on with. A last line without its line break was cut off in writing, and does not
+    /// count.
+    pub(super) fn read(path: &Path, resume: bool, header: &Header<'_>) -> Result<Self> {
+        let mut kept =
+            Self { path: path.to_path_buf(), header: line(header)?, end: None, records: Vec::new() };
+        if resume && path.exists() {
+            let bytes = fs::read(path).with_context(|| path.display().to_string())?;
+            let end = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            if end > 0 {
+                kept.records = read(path, &bytes[..end], &kept.header)?;
+            } else if !kept.header.starts_with(&bytes) {
+                bail!("--resume {}: this is no file of answers", path.display());
+            }
+            kept.end = Some(end);
         }
-        let bytes = fs::read(path).with_context(|| path.display().to_string())?;
-        let end = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-        let records = match end {
-            0 if first.starts_with(&bytes) => Vec::new(),
-            0 => bail!("--resume {}: this is no file of answers", path.display()),
-            end => read(path, &bytes[..end], &first)?,
-        };
-        let mut file = File::options().append(true).open(path).with_context(unwritable)?;
-        file.set_len(end as u64).with_context(unwritable)?;
-        if end == 0 {
-            file.write_all(&first).with_context(unwritable)?;
-        }
-        Ok((Self { file }, records))
+        Ok(kept)
     }
 
+    /// Opens the file behind what is kept.
+    pub(super) fn go_on(self) -> Result<Results> {
+        let opened = || {
+            let mut file = match self.end {
+                None => File::create_new(&self.path)?,
+                Some(end) => {
+                    let file = File::options().append(true).open(&self.path)?;
+                    file.set_len(end as u64)?;
+                    file
+                }
+            };
+            if self.end.unwrap_or(0) == 0 {
+                file.write_all(&self.header)?;
+            }
+            Ok::<_, std::io::Error>(Results { file })
+        };
+        opened().with_context(|| format!("{} cannot be written", self.path.display()))
+    }
+}
+
+impl Results {
     /// Adds an answer.
     pub(super) fn add(&mut self, record: &Record) -> Result<()> {
         self.file.write_all(&line(record)?).context("--out: the answer cannot be written")
