@@ -744,6 +744,41 @@ fn budgets_that_hold_everything_are_the_full_context() {
 }
 
 #[test]
+fn budgets_by_layer_and_head_that_hold_everything_are_the_full_context() {
+    let tiny = Tiny::default();
+    let rig = rig(&tiny);
+    let ids = Rng::new(9).ids(71, tiny.vocabulary);
+    let full = rig.prefill(&ids, &Policy::Full, &TRACED);
+    let (heads, _) = head_scores(tiny.layers, tiny.query_heads);
+    // Room for everything even in the layer or head that gets the least.
+    let retention = Budget::Tokens(100_000);
+    for policy in [
+        Policy::PyramidKv(PyramidKv { retention, ..PyramidKv::default() }),
+        Policy::AdaKv(AdaKv { retention, ..AdaKv::default() }),
+        Policy::HeadKv(HeadKv { retention, heads, ..HeadKv::default() }),
+        Policy::H2o(H2o { retention, ..H2o::default() }),
+        Policy::GemFilter(GemFilter { retention, ..GemFilter::default() }),
+        Policy::Tsp(Tsp {
+            propagation: Budget::Rate(1.0),
+            ..Tsp::with(Policy::AdaKv(AdaKv { retention, ..AdaKv::default() }))
+        }),
+    ] {
+        let prefill = rig.prefill(&ids, &policy, &TRACED);
+        let distance = relative_distance(&prefill.logits, &oracle::wide(&full.logits));
+        assert!(distance < CLOSE, "{policy:?}: {distance:e}");
+        assert_eq!(
+            prefill.cache.bytes(rig.engine.backend()),
+            full.cache.bytes(rig.engine.backend()),
+            "{policy:?}"
+        );
+        let kept = |trace: Option<Trace>| {
+            trace.map(|trace| trace.layers.into_iter().map(|layer| layer.kept).collect::<Vec<_>>())
+        };
+        assert_eq!(kept(prefill.trace), kept(full.trace.clone()), "{policy:?}");
+    }
+}
+
+#[test]
 fn chunks_of_rows_leave_the_result_alone() {
     let tiny = Tiny::default();
     let mut seen = 0;

@@ -121,6 +121,11 @@ impl Dialect {
         })
     }
 
+    /// The names of all tasks.
+    pub fn tasks(&self) -> impl Iterator<Item = &str> {
+        self.tasks.keys().map(String::as_str)
+    }
+
     /// Words of a kind that a template may name.
     pub(super) fn words(&self, kind: &str) -> &[String] {
         &self.words[kind]

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::dialect::{Dialect, DialectError, fill};
+use super::{Question, Scoring};
 use crate::random::SplitMix64;
 
 /// How many facts a prompt holds, and how alike their keys are.
@@ -54,6 +55,21 @@ impl NeedlePrompt {
         tokens: usize,
         seed: u64,
     ) -> Result<Self, DialectError> {
+        Self::generate_at(dialect, task, tokens, seed, None)
+    }
+
+    /// [`generate`](Self::generate) with all facts behind the same share of the filler's sentences, from
+    /// 0 to 1.
+    ///
+    /// # Errors
+    /// As for `generate`.
+    pub fn generate_at(
+        dialect: &Dialect,
+        task: NeedleTask,
+        tokens: usize,
+        seed: u64,
+        depth: Option<f64>,
+    ) -> Result<Self, DialectError> {
         let random = &mut SplitMix64::new(seed);
         let facts: Vec<(String, String, String)> = keys(dialect, task, random)?
             .into_iter()
@@ -86,7 +102,9 @@ impl NeedlePrompt {
             }
             filler.push(sentence);
         }
-        let mut places: Vec<usize> = facts.iter().map(|_| random.below(filler.len() + 1)).collect();
+        let place = |depth: f64| (depth.clamp(0.0, 1.0) * filler.len() as f64).round() as usize;
+        let mut places: Vec<usize> =
+            facts.iter().map(|_| depth.map_or_else(|| random.below(filler.len() + 1), place)).collect();
         places.sort_unstable();
 
         let mut context: Vec<&str> = Vec::new();
@@ -105,6 +123,22 @@ impl NeedlePrompt {
             }
         }
         Ok(Self { context: context.join(" "), question, answer, facts: planted })
+    }
+
+    /// The prompt as a question of any task, with the depth of the fact that is asked for.
+    pub fn into_question(self, answer_tokens: usize) -> Question {
+        let length = words(&self.context).max(1) as f64;
+        let is_asked = |fact: &&Planted| fact.value == self.answer && self.question.contains(&fact.key);
+        Question {
+            depth: self.facts.iter().find(is_asked).map(|fact| fact.word as f64 / length),
+            context: self.context,
+            question: self.question,
+            prefix: String::new(),
+            separator: " ",
+            references: vec![self.answer],
+            scoring: Scoring::Whole,
+            answer_tokens,
+        }
     }
 
     /// Context and question.

@@ -4,6 +4,9 @@ use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
+use serde_json::Value;
+
 use super::ModelError;
 use super::json;
 
@@ -12,6 +15,21 @@ pub struct Tokenizer {
     file: PathBuf,
     inner: tokenizers::Tokenizer,
     special: HashSet<u32>,
+    unknown: Option<u32>,
+}
+
+/// What `tokenizer.json` says of text that it has no token for: a token, or for Unigram its id.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct File {
+    model: Unknown,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Unknown {
+    unk_token: Value,
+    unk_id: Value,
 }
 
 impl Tokenizer {
@@ -46,7 +64,12 @@ impl Tokenizer {
             .into_iter()
             .filter_map(|(id, token)| token.special.then_some(id))
             .collect();
-        Ok(Self { file: file.to_path_buf(), inner, special })
+        let File { model } = serde_json::from_slice(&text).unwrap_or_default();
+        let unknown = match (model.unk_token.as_str(), model.unk_id.as_u64()) {
+            (Some(token), _) => inner.token_to_id(token),
+            (None, id) => id.and_then(|id| u32::try_from(id).ok()),
+        };
+        Ok(Self { file: file.to_path_buf(), inner, special, unknown })
     }
 
     /// Token ids of `text`. Names of special tokens in the text become those tokens.
@@ -74,6 +97,11 @@ impl Tokenizer {
     /// The id of a token by its spelling in the vocabulary, such as `<|eot_id|>`.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// The token that stands for text without a token of its own, where there is one.
+    pub fn unknown(&self) -> Option<u32> {
+        self.unknown
     }
 
     /// The spelling of a token in the vocabulary, which for byte-level tokenizers is not its text.

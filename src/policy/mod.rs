@@ -255,6 +255,23 @@ impl Policy {
         }
     }
 
+    /// What each layer keeps of the prompt for a kv head, where the policy has such a budget.
+    pub fn retention(&self) -> Option<Budget> {
+        match self {
+            Self::Full | Self::FastGen(_) | Self::PyramidInfer(_) => None,
+            Self::FastKv(options) => Some(options.retention),
+            Self::SnapKv(options) => Some(options.retention),
+            Self::PyramidKv(options) => Some(options.retention),
+            Self::AdaKv(options) => Some(options.retention),
+            Self::HeadKv(options) => Some(options.retention),
+            Self::H2o(options) => Some(options.retention),
+            Self::GemFilter(options) => Some(options.retention),
+            Self::StreamingLlm(options) => Some(options.retention),
+            Self::Random(options) => Some(options.retention),
+            Self::Tsp(options) => options.cache.retention(),
+        }
+    }
+
     /// The tokens that the policy tells apart, where it does: they are a tokenizer's, so somebody has to
     /// name them.
     pub fn token_classes_mut(&mut self) -> Option<&mut TokenClasses> {

@@ -64,7 +64,8 @@ fn prompts_that_cannot_be_are_refused() {
     let other = fixture("bf16-gqa4");
     let other = other.to_str().expect("a plain path");
     refused(["prompt", "--model", other], 1, &["dialect.json"]);
-    refused(["eval", "--model", model, "--tasks", "single,doble"], 1, &["'doble'", "hard, multikey, single"]);
+    let parts = ["'multikye'", "did you mean multikey?", "hard, multikey, single, single_1"];
+    refused(["eval", "--model", model, "--tasks", "single,multikye"], 2, &parts);
     refused(["eval", "--model", model, "--samples", "0"], 2, &["--samples"]);
     refused(["eval", "--model", model, "--tokens", "20", "--policies", "full"], 1, &["are the least"]);
 }

@@ -308,3 +308,21 @@ proptest! {
         let _ = render(&template);
     }
 }
+
+#[test]
+fn the_unknown_token_is_told() {
+    assert_eq!(tokenizer().unknown(), None, "bytes can all be written");
+    let mut file = read_json(&PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/needle/tokenizer.json"));
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("tokenizer.json");
+    let unknown = |file: &Value| {
+        fs::write(&path, file.to_string()).expect("writable");
+        Tokenizer::from_file(&path, 384).unwrap_or_else(|error| panic!("{error}")).unknown()
+    };
+    assert_eq!(unknown(&file), Some(1));
+    file["model"] =
+        json!({ "type": "Unigram", "unk_id": 2, "vocab": [["<s>", 0.0], ["a", -1.0], ["<unk>", 0.0]] });
+    file["added_tokens"] = json!([]);
+    file["post_processor"] = Value::Null;
+    assert_eq!(unknown(&file), Some(2));
+}

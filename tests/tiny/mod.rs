@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
+pub(crate) mod lookup;
+
 use std::path::Path;
 
 use serde_json::{Value, json};

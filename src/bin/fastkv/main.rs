@@ -17,7 +17,9 @@ mod output;
 mod profile;
 mod progress;
 mod prompt;
+mod selection;
 mod steering;
+mod suggest;
 mod tsp_layer;
 
 use std::process::ExitCode;

@@ -176,6 +176,11 @@ impl PolicyOptions {
         !self.no_shortcuts
     }
 
+    /// The same with another retention.
+    pub(crate) fn with_retention(&self, retention: Budget) -> Self {
+        Self { retention: Some(retention), ..self.clone() }
+    }
+
     /// Several policies; each takes the options it has, and one that none of them has is an error.
     pub(crate) fn policies(&self, names: &[PolicyName]) -> Result<Vec<Policy>> {
         if self.tsp_overlap.is_some() && !matches!(self.tsp_layer, Some(TspLayer::Auto(_))) {
@@ -393,7 +398,7 @@ fn take<T>(option: &mut Option<T>, field: &mut T) {
 }
 
 /// A whole number is tokens, any other number a rate; its range is the policy's to check.
-fn budget(text: &str) -> Result<Budget, String> {
+pub(crate) fn budget(text: &str) -> Result<Budget, String> {
     let tokens = text.parse().map(Budget::Tokens).ok();
     tokens.or_else(|| text.parse().map(Budget::Rate).ok()).ok_or_else(|| {
         "give a share of the prompt as a rate above 0 and at most 1, written with a point (0.1), \

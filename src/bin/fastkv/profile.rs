@@ -19,7 +19,7 @@ use crate::input::PromptOptions;
 use crate::loading::ModelOptions;
 use crate::options::{PolicyName, PolicyOptions};
 use crate::output::{self, Output};
-use crate::progress;
+use crate::{progress, selection};
 
 /// Measure a model, to choose a policy's options by.
 #[derive(Args, Debug)]
@@ -33,6 +33,7 @@ enum Command {
     Heads(Heads),
     Fastgen(Box<FastGen>),
     Tsp(tsp::Arguments),
+    Selection(selection::Arguments),
 }
 
 /// Score the heads by how they find facts: the file that `--policy headkv --heads` takes.
@@ -97,6 +98,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         Command::Heads(arguments) => heads(arguments, cancel),
         Command::Fastgen(arguments) => fastgen(arguments, cancel),
         Command::Tsp(arguments) => tsp::run(arguments, cancel),
+        Command::Selection(arguments) => selection::run(arguments),
     }
 }
 

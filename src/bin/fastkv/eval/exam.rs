@@ -1,0 +1,220 @@
+//! The tasks that were chosen, and their questions.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use fastkv::eval::{
+    Dialect, EvalError, FileQuestion, Key, NeedlePrompt, NeedleTask, Prose, Question, Size, Task,
+    read_questions,
+};
+use fastkv::model::ModelDir;
+
+use super::reading::{Reader, Tokens};
+use crate::exit::Usage;
+use crate::suggest::suggestion;
+
+/// A task and where its questions come from.
+pub(super) struct Exam {
+    pub(super) name: String,
+    source: Source,
+}
+
+enum Source {
+    /// In the sentences of the model's dialect; `at_depths`: planted where the depth says.
+    Dialect { task: NeedleTask, at_depths: bool },
+    /// Generated for any tokenizer.
+    Generated(Task),
+    /// Lines of a file.
+    File(Vec<FileQuestion>),
+}
+
+/// What questions are made from.
+pub(super) struct Material {
+    pub(super) dialect: Option<Dialect>,
+    pub(super) prose: Prose,
+    pub(super) seed: u64,
+    pub(super) depths: Vec<f64>,
+}
+
+/// A question, as the model reads it.
+pub(super) struct Asked {
+    pub(super) question: Question,
+    pub(super) tokens: Tokens,
+}
+
+/// Tokens that an answer in a dialect may take; they are shorter.
+const DIALECT_ANSWER: usize = 8;
+
+/// The name of the task that plants at given depths, in a dialect too.
+const DEPTH_MAP: &str = "depth_map";
+
+impl Exam {
+    /// The exam of a task's name: the dialect's, or one of those for any tokenizer.
+    pub(super) fn from_name(name: &str, dialect: Option<&Dialect>) -> Result<Self> {
+        let source = match dialect {
+            Some(dialect) if dialect.tasks().any(|task| task == name) => {
+                Source::Dialect { task: dialect.task(name)?, at_depths: false }
+            }
+            Some(_) if name == DEPTH_MAP => {
+                let task = NeedleTask { needles: 1, adjectives_drawn: None, animals_drawn: None };
+                Source::Dialect { task, at_depths: true }
+            }
+            dialect => match Task::from_name(name) {
+                Some(task) => Source::Generated(task),
+                None => {
+                    let of_dialect = dialect.into_iter().flat_map(Dialect::tasks);
+                    let names: Vec<&str> = of_dialect.chain(Task::ALL.map(Task::name)).collect();
+                    let nearest = suggestion(name, &names);
+                    bail!(Usage(format!("there is no task '{name}'{nearest} ({})", names.join(", "))));
+                }
+            },
+        };
+        Ok(Self { name: name.to_owned(), source })
+    }
+
+    /// The exams of a file, one for each of its tasks, of `most` questions each at most.
+    pub(super) fn from_file(path: &Path, most: Option<u32>) -> Result<Vec<Self>> {
+        let mut exams: Vec<(String, Vec<FileQuestion>)> = Vec::new();
+        for question in read_questions(path)? {
+            match exams.iter_mut().find(|(name, _)| *name == question.task) {
+                Some((_, questions)) if most.is_some_and(|most| questions.len() >= most as usize) => {}
+                Some((_, questions)) => questions.push(question),
+                None => exams.push((question.task.clone(), vec![question])),
+            }
+        }
+        Ok(exams
+            .into_iter()
+            .map(|(name, questions)| Self { name, source: Source::File(questions) })
+            .collect())
+    }
+
+    /// How many questions it has at a length, where a generated one has `samples`.
+    pub(super) fn questions(&self, samples: u32, material: &Material) -> u32 {
+        match &self.source {
+            Source::File(questions) => questions.len() as u32,
+            _ if self.has_depths() => samples.saturating_mul(material.depths.len() as u32),
+            _ => samples,
+        }
+    }
+
+    /// Tokens that an answer may take.
+    pub(super) fn answer_tokens(&self) -> usize {
+        match &self.source {
+            Source::Dialect { .. } => DIALECT_ANSWER,
+            Source::Generated(task) => task.answer_tokens(),
+            Source::File(questions) => {
+                questions.iter().map(|question| question.question.answer_tokens).max().unwrap_or(0)
+            }
+        }
+    }
+
+    /// Tokens of a generated question.
+    fn measure(&self, question: &Question, reader: &Reader<'_>) -> Result<usize, EvalError> {
+        let tokens = reader.read(question, true);
+        let tokens = tokens.map_err(|error| EvalError::Tokens(format!("{}: {error:#}", self.name)))?;
+        Ok(tokens.len())
+    }
+
+    /// Whether its questions go by depth.
+    pub(super) fn has_depths(&self) -> bool {
+        match &self.source {
+            Source::Dialect { at_depths, .. } => *at_depths,
+            Source::Generated(task) => task.has_depths(),
+            Source::File(_) => false,
+        }
+    }
+
+    /// Tokens of the longest prompt and its answer at a length.
+    ///
+    /// Refuses what cannot be asked, before a model is loaded.
+    pub(super) fn longest(&self, length: usize, material: &Material, reader: &Reader<'_>) -> Result<usize> {
+        match &self.source {
+            Source::Dialect { .. } => self.question(0, length, None, 1, material, reader).map(|_| length),
+            Source::Generated(task) => {
+                let measure = |question: &Question| self.measure(question, reader);
+                let least = Size::least(*task, length, &material.prose, &measure);
+                Ok(least.map(|_| length)?)
+            }
+            Source::File(questions) => {
+                let mut longest = 0;
+                for FileQuestion { question, chat, line, .. } in questions {
+                    let at = || format!("line {line} of {}", self.name);
+                    let cut = reader.cut(question, *chat, length).with_context(at)?;
+                    longest = longest.max(reader.read(&cut, *chat)?.len() + question.answer_tokens);
+                }
+                Ok(longest)
+            }
+        }
+    }
+
+    /// Finds how large the prompts of a length are.
+    pub(super) fn size(
+        &self,
+        length: usize,
+        material: &Material,
+        reader: &Reader<'_>,
+    ) -> Result<Option<Size>> {
+        let Source::Generated(task) = self.source else { return Ok(None) };
+        let measure = |question: &Question| self.measure(question, reader);
+        let size = Size::find(task, length, &material.prose, &measure);
+        Ok(Some(size?))
+    }
+
+    /// The question of a number, at most `length` tokens long with its answer.
+    pub(super) fn question(
+        &self,
+        number: u32,
+        length: usize,
+        size: Option<Size>,
+        samples: u32,
+        material: &Material,
+        reader: &Reader<'_>,
+    ) -> Result<Asked> {
+        // A depth map goes through all samples of a depth before the next one.
+        let (sample, depth) = match self.has_depths() {
+            true => (number % samples, Some(material.depths[(number / samples) as usize])),
+            false => (number, None),
+        };
+        let seed = material.seed.wrapping_mul(1 << 32).wrapping_add(u64::from(sample));
+        let (mut question, chat) = match &self.source {
+            Source::Dialect { task, .. } => {
+                let Some(dialect) = &material.dialect else { bail!("the model has no dialect") };
+                let room = length.saturating_sub(DIALECT_ANSWER + 1);
+                let prompt = NeedlePrompt::generate_at(dialect, *task, room, seed, depth)?;
+                (prompt.into_question(DIALECT_ANSWER), false)
+            }
+            Source::Generated(_) => {
+                let Some(size) = size else { bail!("the task {} was not sized", self.name) };
+                let measure = |question: &Question| self.measure(question, reader);
+                (size.question(&material.prose, seed, depth.unwrap_or(0.5), &measure)?, true)
+            }
+            Source::File(questions) => {
+                let FileQuestion { question, chat, line, .. } = &questions[number as usize];
+                let cut = reader.cut(question, *chat, length);
+                (cut.with_context(|| format!("line {line} of {}", self.name))?, *chat)
+            }
+        };
+        if depth.is_some() {
+            question.depth = depth;
+        }
+        let tokens = reader.read(&question, chat)?;
+        Ok(Asked { question, tokens })
+    }
+
+    /// The score of an answer, and whether it is exactly right.
+    pub(super) fn score(&self, number: u32, question: &Question, prediction: &str) -> (f64, bool) {
+        match &self.source {
+            Source::File(questions) => questions[number as usize].score(prediction),
+            _ => {
+                let key = Key { references: &question.references, classes: &[] };
+                (question.scoring.score(prediction, key), question.scoring.is_exact(prediction, key))
+            }
+        }
+    }
+}
+
+/// The model's dialect, where it has one.
+pub(super) fn dialect(model: &ModelDir) -> Result<Option<Dialect>> {
+    let there = model.path.join("dialect.json").exists();
+    Ok(there.then(|| Dialect::from_directory(&model.path)).transpose()?)
+}
