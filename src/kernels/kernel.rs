@@ -52,6 +52,16 @@ kernels! {
         PrefillAttentionBf16D128 = "fastkv_prefill_attention_bf16_128", PrefillAttentionParams;
         PrefillAttentionBf16D256 = "fastkv_prefill_attention_bf16_256", PrefillAttentionParams;
     }
+    "columns" {
+        ColumnSumsF16D64 = "fastkv_column_sums_f16_64", ColumnSumsParams;
+        ColumnSumsF16D96 = "fastkv_column_sums_f16_96", ColumnSumsParams;
+        ColumnSumsF16D128 = "fastkv_column_sums_f16_128", ColumnSumsParams;
+        ColumnSumsF16D256 = "fastkv_column_sums_f16_256", ColumnSumsParams;
+        ColumnSumsBf16D64 = "fastkv_column_sums_bf16_64", ColumnSumsParams;
+        ColumnSumsBf16D96 = "fastkv_column_sums_bf16_96", ColumnSumsParams;
+        ColumnSumsBf16D128 = "fastkv_column_sums_bf16_128", ColumnSumsParams;
+        ColumnSumsBf16D256 = "fastkv_column_sums_bf16_256", ColumnSumsParams;
+    }
     "decode" {
         DecodeF16D64Q8 = "fastkv_decode_f16_64_q8", DecodeParams;
         DecodeF16D64Q16 = "fastkv_decode_f16_64_q16", DecodeParams;
@@ -123,5 +133,11 @@ kernels! {
     }
     "sm90_select" {
         SelectCluster = "fastkv_select_cluster", SelectParams;
+    }
+    "sums" {
+        AddScores = "fastkv_add_scores", AddScoresParams;
+        GatherScores = "fastkv_gather_scores", GatherScoresParams;
+        MarkKeys = "fastkv_mark_keys", MarkKeysParams;
+        RaiseScores = "fastkv_raise_scores", RaiseScoresParams;
     }
 }

@@ -4,6 +4,7 @@
 mod support;
 
 mod attention;
+mod columns;
 mod decode;
 mod gather;
 mod llama;

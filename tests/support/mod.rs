@@ -20,6 +20,7 @@ pub(crate) mod random;
 pub(crate) mod recorder;
 pub(crate) mod scores;
 pub(crate) mod select;
+pub(crate) mod sums;
 #[cfg(feature = "pipeline")]
 #[path = "../tiny/mod.rs"]
 pub(crate) mod tiny;
@@ -60,6 +61,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         matmul::checks(),
         scores::checks(),
         select::checks(),
+        sums::checks(),
     ]
     .into_iter()
     .flatten()
