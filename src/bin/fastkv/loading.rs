@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use fastkv::backend::Backend;
 use fastkv::backend::cpu::CpuBackend;
@@ -46,6 +46,13 @@ impl ModelOptions {
         self.machine.backend(Some(model))
     }
 
+    /// The model's directory, and where it is to run.
+    pub(crate) fn open(&self) -> Result<(ModelDir, Chosen)> {
+        let model = ModelDir::open(&self.model)?;
+        let (backend, _) = self.backend(&model)?;
+        Ok((model, backend))
+    }
+
     /// Loads the model, once it is clear that the plans fit into memory with as many tokens behind
     /// the prompt, and that the weights are numbers.
     pub(crate) fn load<'a, B: Backend>(
@@ -69,14 +76,6 @@ impl MachineOptions {
     /// The backend, and why that one.
     pub(crate) fn backend(&self, model: Option<&ModelDir>) -> Result<(Chosen, String)> {
         device::backend(self.device, self.threads.map(usize::from), model)
-    }
-
-    /// The CPU, for what a GPU has no kernels for yet.
-    pub(crate) fn cpu(&self) -> Result<CpuBackend> {
-        if self.device == Device::Cuda {
-            bail!("--device cuda: this runs on the cpu only");
-        }
-        Ok(CpuBackend::new(self.threads.map(usize::from))?)
     }
 
     /// Worker threads of the CPU.
