@@ -31,8 +31,22 @@ macro_rules! kernels {
                     $($(Self::$kernel => $entry,)*)*
                 }
             }
+
+            /// The fields of its parameter struct, for people.
+            pub(super) fn describe(self, params: &[u8]) -> String {
+                match self {
+                    $($(Self::$kernel => described::<crate::abi::$params>(params),)*)*
+                }
+            }
         }
     };
+}
+
+fn described<T: bytemuck::AnyBitPattern + std::fmt::Debug>(params: &[u8]) -> String {
+    match bytemuck::try_pod_read_unaligned::<T>(params) {
+        Ok(params) => format!("{params:?}"),
+        Err(_) => format!("{} bytes that are no parameters of it", params.len()),
+    }
 }
 
 // By image, each kernel with its entry and its parameters.

@@ -10,6 +10,7 @@ mod gather;
 mod llama;
 mod scores;
 mod select;
+mod sums;
 
 use fastkv::kernels::{Kernel, images};
 

@@ -7,6 +7,9 @@ pub(crate) mod attention;
 pub(crate) mod backend;
 pub(crate) mod decode;
 pub(crate) mod emulator;
+#[cfg(feature = "pipeline")]
+pub(crate) mod faults;
+pub(crate) mod forward;
 pub(crate) mod gather;
 pub(crate) mod llama;
 pub(crate) mod matmul;
@@ -54,6 +57,8 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
     [
         #[cfg(feature = "pipeline")]
         backend::checks(),
+        #[cfg(feature = "pipeline")]
+        faults::checks(),
         attention::checks(),
         decode::checks(),
         gather::checks(),
