@@ -322,7 +322,7 @@ impl Scene {
             every,
             Columns { band: Some(0), ..every },
             Columns { band: Some(7), ..every },
-            Columns { weight: 1.0, step: 0.01, band: None },
+            Columns { weight: 0.5, step: 0.01, band: None },
             Columns { band: Some(usize::MAX), ..every },
         ];
         for (at, columns) in ways.into_iter().enumerate() {
@@ -362,14 +362,16 @@ impl Scene {
         let counts: Vec<usize> = (0..heads).map(|head| 5 - head % 3).collect();
         let chosen = backend.select_each(&gathered, &counts, 0)?;
         let gathered = backend.gather_scores(&long, &chosen)?;
-        let kept: Vec<usize> = backend.read_scores(&gathered)?.iter().map(Vec::len).collect();
-        put("gather_scores of a selection", [0.0; 2], kept.iter().map(|kept| *kept as f32).collect());
+        put("gather_scores of a selection", scored, backend.read_scores(&gathered)?.concat());
 
         let mut store = self.store(backend)?;
-        let list = |head: usize| (0..keys as u32).filter(|entry| entry % (head as u32 + 3) != 1).collect();
+        // As many of each head, but others.
+        let list =
+            |head: usize| (0..keys as u32 / 3 * 3).filter(|entry| (entry + head as u32) % 3 != 1).collect();
         backend.retain_kv(&mut store, &backend.indices((0..heads).map(list).collect())?)?;
         put("retain_kv", [0.0; 2], flat(&backend.kv_positions(&store)?));
         put("attention of the retained", attended, steer(&one, &store)?);
+        put("attention of nine to the retained", attended, steer(&nine, &store)?);
         let more = self.rows(backend, [2, heads * self.sizes.head_dim], 1.0, 50, true)?;
         backend.append_kv(&mut store, &more, &more, &backend.indices(vec![vec![900, 901]])?, 0)?;
         let lists = (0..heads as u32).map(|head| vec![head, 5, 9 + head]).collect();

@@ -12,7 +12,7 @@ use fastkv::{
     engine::{Control, Engine, EngineError, PrefillOptions},
     kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, TensorMap},
     model::ModelDir,
-    policy::{Budget, FastKv, H2o, Plan, Policy, PolicyError, Saliency, Steering},
+    policy::{Budget, H2o, Plan, Policy, PolicyError, Saliency, Steering, Tsp},
 };
 
 use super::{
@@ -148,14 +148,14 @@ impl<D: MatrixProduct> MatrixProduct for Faulty<D> {
 
 type Faulted<D> = Engine<CudaBackend<Faulty<D>>>;
 
-/// Seeds share the policies and the calls that fail.
+/// Seeds share the calls that fail.
 fn faults<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64, fault: Fault) -> Result<(), String> {
     let directory = tiny().write();
     let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
     let device = Faulty::new(device.clone());
     {
         let engine = load(&device, &model).map_err(|error| error.to_string())?;
-        let plan = plan(&engine, seed).map_err(|error| error.to_string())?;
+        let plan = plan(&engine).map_err(|error| error.to_string())?;
         // The first time something stays, such as the frequencies of rotations.
         let (expected, _) = read(&engine, &plan).map_err(|error| error.to_string())?;
         device.fail(fault, usize::MAX);
@@ -163,9 +163,9 @@ fn faults<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64, fault: Fault)
         let calls = device.heal();
         let idle = device.state.live.get();
         // What is lost is lost in the same way everywhere.
-        let step = if fault == Fault::Lost { 22 } else { 2 };
-        for at in (seed as usize / 2..calls).step_by(step) {
-            let failed = |problem: String| format!("{}, call {at} of {calls}: {problem}", plan.policy.name());
+        let step = if fault == Fault::Lost { 28 } else { 4 };
+        for at in (seed as usize % 4..calls).step_by(step) {
+            let failed = |problem: String| format!("call {at} of {calls}: {problem}");
             device.fail(fault, at);
             let outcome = read(&engine, &plan);
             let lost = device.is_lost();
@@ -192,7 +192,7 @@ fn faults<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64, fault: Fault)
                 return Err(failed(format!("{live} blocks are in use, where {idle} were")));
             }
             // A device that is lost stays so; here it is one that was only said to be.
-            if !lost && at % 16 < 2 {
+            if !lost && at % 32 < 4 {
                 let (logits, _) = read(&engine, &plan).map_err(|error| failed(error.to_string()))?;
                 if logits != expected {
                     return Err(failed("other logits afterwards".into()));
@@ -249,21 +249,13 @@ fn load<D: MatrixProduct + Clone + Debug>(
 
 const PROMPT: [u32; 12] = [1, 7, 3, 3, 20, 11, 5, 2, 9, 17, 8, 4];
 
-/// Steered and evicting in decoding, or passing on some of the tokens.
-fn plan<D: MatrixProduct + Clone + Debug>(engine: &Faulted<D>, seed: u64) -> Result<Plan, PolicyError> {
-    let (shape, tokens) = (engine.shape(), PROMPT.len());
-    if seed.is_multiple_of(2) {
-        let plan = Policy::H2o(H2o { window: 3, retention: Budget::Tokens(7) }).plan(shape, tokens)?;
-        return plan.steer(Steering { spans: vec![2..4, 8..9], heads: vec![(0, 1), (1, 0)], alpha: 0.1 });
-    }
-    let FastKv { saliency, .. } = FastKv::proportional();
-    let fastkv = FastKv {
-        saliency: Saliency { window: 3, ..saliency },
-        propagation: Budget::Tokens(8),
-        retention: Budget::Tokens(6),
-        tsp_layer: Some(0),
-    };
-    Policy::FastKv(fastkv).plan(shape, tokens)
+/// Hands on some of the tokens, keeps some of these, evicts in decoding, and is steered.
+fn plan<D: MatrixProduct + Clone + Debug>(engine: &Faulted<D>) -> Result<Plan, PolicyError> {
+    let h2o = Tsp::with(Policy::H2o(H2o { window: 3, retention: Budget::Tokens(6) }));
+    let saliency = Saliency { window: 3, ..h2o.saliency };
+    let tsp = Tsp { saliency, propagation: Budget::Tokens(8), tsp_layer: Some(0), ..h2o };
+    let plan = Policy::Tsp(tsp).plan(engine.shape(), PROMPT.len())?;
+    plan.steer(Steering { spans: vec![2..4, 8..9], heads: vec![(0, 1), (1, 0)], alpha: 0.1 })
 }
 
 /// Logits of a prompt and of a step. A step that fails for want of memory is tried again, and its failure told.

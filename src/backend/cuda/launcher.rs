@@ -260,7 +260,14 @@ impl MatrixProduct for CudaLauncher {
         let products = self.loaded.products()?;
         let _current = self.loaded.enter()?;
         // SAFETY: the caller's promise; the context is current and the stream is of it.
-        unsafe { products.matmul(work, self.stream.cast()) }
+        unsafe { products.matmul(work, self.stream.cast()) }.map_err(|error| match error {
+            Error::Device { operation, reason } => {
+                let Matmul { rows, columns, inner, dtype, out_dtype, .. } = work;
+                let of = format!("[{rows}, {inner}] x [{columns}, {inner}]^T, {dtype:?} to {out_dtype:?}");
+                Error::Device { operation, reason: format!("{reason}; {of}") }
+            }
+            error => error,
+        })
     }
 }
 

@@ -131,7 +131,6 @@ fn topk<D: MatrixProduct + Debug>(
     let counts = match lengths.iter().all(|length| *length == capacity) {
         true => None,
         false => {
-            kept.fill(0xFF)?;
             let counts: Vec<i32> = lengths.iter().map(|length| *length as i32).collect();
             Some(backend.machine.upload("numbers of keys to keep", &counts)?)
         }
