@@ -59,8 +59,11 @@ static const int32_t FASTKV_REDUCTION_SUM = 0;
 /** Reduction over groups of heads that takes the largest score. */
 static const int32_t FASTKV_REDUCTION_MAX = 1;
 
-/** Threads of a block of `fastkv_window_scores_*` and of `fastkv_window_partials_*`. */
+/** Threads of a block of `fastkv_window_scores_*`, `fastkv_window_partials_*` and `fastkv_column_sums_*`. */
 static const int32_t FASTKV_SCORES_THREADS = 128;
+
+/** Threads of a block of `fastkv_add_scores`, `fastkv_gather_scores`, `fastkv_raise_scores` and `fastkv_mark_keys`. */
+static const int32_t FASTKV_SUMS_THREADS = 256;
 
 /** Keys of a block of `fastkv_window_partials_*`. */
 static const int32_t FASTKV_PARTIAL_KEYS = 512;
@@ -747,6 +750,95 @@ typedef struct fastkv_window_scores_params {
     /** Queries of a group's heads, each head's window padded to a multiple of 8. */
     int32_t partial_columns;
 } fastkv_window_scores_params;
+
+/**
+ * Parameters of `fastkv_column_sums_*`: probabilities of all queries, which are the last of the keys, summed
+ * with weights over the queries and the GQA group.
+ */
+typedef struct fastkv_column_sums_params {
+    /**
+     * What to sum: `window` holds all queries, `score_heads` is `kv_heads`, `lse` is the caller's, and
+     * `positions` and `partials` are 0.
+     */
+    fastkv_window_scores_params sums;
+    /** What the first query of a sequence counts. */
+    float weight;
+    /** What each next one counts more. */
+    float step;
+    /** Keys that a query counts on, its own and those before it; 0 to 2^30. */
+    int32_t band;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_column_sums_params;
+
+/** Scores of keys, f32 `[head][key]`. */
+typedef struct fastkv_score_table {
+    /** The first. */
+    uint64_t base;
+    /** Elements from one head to the next. */
+    int64_t head_stride;
+    /** Keys of each head. */
+    int32_t keys;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_score_table;
+
+/** Parameters of `fastkv_add_scores`: `out = a + b`, where keys that one lacks count 0. */
+typedef struct fastkv_add_scores_params {
+    /** One summand. */
+    fastkv_score_table a;
+    /** The other. */
+    fastkv_score_table b;
+    /** Receives the sums. */
+    fastkv_score_table out;
+} fastkv_add_scores_params;
+
+/** Parameters of `fastkv_gather_scores`: `out[i] = scores[entries[i]]` for each head. */
+typedef struct fastkv_gather_scores_params {
+    /** What is gathered; an entry outside it, -1 by convention, gives 0. */
+    fastkv_score_table scores;
+    /** Receives the scores. */
+    fastkv_score_table out;
+    /** i32, `out.keys` keys for each head. */
+    uint64_t entries;
+    /** Elements of `entries` from one head to the next. */
+    int64_t entry_stride;
+} fastkv_gather_scores_params;
+
+/** Parameters of `fastkv_raise_scores`: `scores[head][key] = +inf` for every head. */
+typedef struct fastkv_raise_scores_params {
+    /** Scores of all heads; keys outside them are passed over. */
+    fastkv_score_table scores;
+    /** i32 `[count]`. */
+    uint64_t keys;
+    /** Keys to raise. */
+    int32_t count;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_raise_scores_params;
+
+/**
+ * Parameters of `fastkv_mark_keys`: a bit for each entry of the lists of a ragged cache, set where the bit of
+ * its position is.
+ */
+typedef struct fastkv_mark_keys_params {
+    /** i32 `[rows]`: positions of all entries. */
+    uint64_t positions;
+    /** i64 `[lists]`: first row of each list. */
+    uint64_t starts;
+    /** i32 `[lists]`: entries of each list. */
+    uint64_t lengths;
+    /** u32 words, a bit for each of `marked_positions` positions, lowest bit first. */
+    uint64_t marked;
+    /** Receives u32 `[lists][words]`, a bit for each entry, lowest bit first; those behind a list are 0. */
+    uint64_t out;
+    /** Entries of all lists. */
+    int64_t rows;
+    /** Positions that have a bit; no later one is marked. */
+    int32_t marked_positions;
+    /** Words for each list. */
+    int32_t words;
+} fastkv_mark_keys_params;
 
 /**
  * Parameters of `fastkv_pool_scores`: scores pooled along the keys per query head, then summed over the

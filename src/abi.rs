@@ -32,8 +32,10 @@ pub const POOLING_AVERAGE: i32 = 1;
 pub const REDUCTION_SUM: i32 = 0;
 /// Reduction over groups of heads that takes the largest score.
 pub const REDUCTION_MAX: i32 = 1;
-/// Threads of a block of `fastkv_window_scores_*` and of `fastkv_window_partials_*`.
+/// Threads of a block of `fastkv_window_scores_*`, `fastkv_window_partials_*` and `fastkv_column_sums_*`.
 pub const SCORES_THREADS: i32 = 128;
+/// Threads of a block of `fastkv_add_scores`, `fastkv_gather_scores`, `fastkv_raise_scores` and `fastkv_mark_keys`.
+pub const SUMS_THREADS: i32 = 256;
 /// Keys of a block of `fastkv_window_partials_*`.
 pub const PARTIAL_KEYS: i32 = 512;
 /// Threads of a block of `fastkv_pool_scores`.
@@ -1604,6 +1606,269 @@ const _: () = {
     [
         "Offset of field: WindowScoresParams::partial_columns",
     ][::core::mem::offset_of!(WindowScoresParams, partial_columns) - 212usize];
+};
+/** Parameters of `fastkv_column_sums_*`: probabilities of all queries, which are the last of the keys, summed
+ with weights over the queries and the GQA group.*/
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ColumnSumsParams {
+    /** What to sum: `window` holds all queries, `score_heads` is `kv_heads`, `lse` is the caller's, and
+ `positions` and `partials` are 0.*/
+    pub sums: WindowScoresParams,
+    /// What the first query of a sequence counts.
+    pub weight: f32,
+    /// What each next one counts more.
+    pub step: f32,
+    /// Keys that a query counts on, its own and those before it; 0 to 2^30.
+    pub band: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ColumnSumsParams"][::core::mem::size_of::<ColumnSumsParams>() - 232usize];
+    [
+        "Alignment of ColumnSumsParams",
+    ][::core::mem::align_of::<ColumnSumsParams>() - 8usize];
+    [
+        "Offset of field: ColumnSumsParams::sums",
+    ][::core::mem::offset_of!(ColumnSumsParams, sums) - 0usize];
+    [
+        "Offset of field: ColumnSumsParams::weight",
+    ][::core::mem::offset_of!(ColumnSumsParams, weight) - 216usize];
+    [
+        "Offset of field: ColumnSumsParams::step",
+    ][::core::mem::offset_of!(ColumnSumsParams, step) - 220usize];
+    [
+        "Offset of field: ColumnSumsParams::band",
+    ][::core::mem::offset_of!(ColumnSumsParams, band) - 224usize];
+    [
+        "Offset of field: ColumnSumsParams::reserved",
+    ][::core::mem::offset_of!(ColumnSumsParams, reserved) - 228usize];
+};
+/// Scores of keys, f32 `[head][key]`.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct ScoreTable {
+    /// The first.
+    pub base: u64,
+    /// Elements from one head to the next.
+    pub head_stride: i64,
+    /// Keys of each head.
+    pub keys: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ScoreTable"][::core::mem::size_of::<ScoreTable>() - 24usize];
+    ["Alignment of ScoreTable"][::core::mem::align_of::<ScoreTable>() - 8usize];
+    [
+        "Offset of field: ScoreTable::base",
+    ][::core::mem::offset_of!(ScoreTable, base) - 0usize];
+    [
+        "Offset of field: ScoreTable::head_stride",
+    ][::core::mem::offset_of!(ScoreTable, head_stride) - 8usize];
+    [
+        "Offset of field: ScoreTable::keys",
+    ][::core::mem::offset_of!(ScoreTable, keys) - 16usize];
+    [
+        "Offset of field: ScoreTable::reserved",
+    ][::core::mem::offset_of!(ScoreTable, reserved) - 20usize];
+};
+/// Parameters of `fastkv_add_scores`: `out = a + b`, where keys that one lacks count 0.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct AddScoresParams {
+    /// One summand.
+    pub a: ScoreTable,
+    /// The other.
+    pub b: ScoreTable,
+    /// Receives the sums.
+    pub out: ScoreTable,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AddScoresParams"][::core::mem::size_of::<AddScoresParams>() - 72usize];
+    [
+        "Alignment of AddScoresParams",
+    ][::core::mem::align_of::<AddScoresParams>() - 8usize];
+    [
+        "Offset of field: AddScoresParams::a",
+    ][::core::mem::offset_of!(AddScoresParams, a) - 0usize];
+    [
+        "Offset of field: AddScoresParams::b",
+    ][::core::mem::offset_of!(AddScoresParams, b) - 24usize];
+    [
+        "Offset of field: AddScoresParams::out",
+    ][::core::mem::offset_of!(AddScoresParams, out) - 48usize];
+};
+/// Parameters of `fastkv_gather_scores`: `out[i] = scores[entries[i]]` for each head.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct GatherScoresParams {
+    /// What is gathered; an entry outside it, -1 by convention, gives 0.
+    pub scores: ScoreTable,
+    /// Receives the scores.
+    pub out: ScoreTable,
+    /// i32, `out.keys` keys for each head.
+    pub entries: u64,
+    /// Elements of `entries` from one head to the next.
+    pub entry_stride: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of GatherScoresParams",
+    ][::core::mem::size_of::<GatherScoresParams>() - 64usize];
+    [
+        "Alignment of GatherScoresParams",
+    ][::core::mem::align_of::<GatherScoresParams>() - 8usize];
+    [
+        "Offset of field: GatherScoresParams::scores",
+    ][::core::mem::offset_of!(GatherScoresParams, scores) - 0usize];
+    [
+        "Offset of field: GatherScoresParams::out",
+    ][::core::mem::offset_of!(GatherScoresParams, out) - 24usize];
+    [
+        "Offset of field: GatherScoresParams::entries",
+    ][::core::mem::offset_of!(GatherScoresParams, entries) - 48usize];
+    [
+        "Offset of field: GatherScoresParams::entry_stride",
+    ][::core::mem::offset_of!(GatherScoresParams, entry_stride) - 56usize];
+};
+/// Parameters of `fastkv_raise_scores`: `scores[head][key] = +inf` for every head.
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct RaiseScoresParams {
+    /// Scores of all heads; keys outside them are passed over.
+    pub scores: ScoreTable,
+    /// i32 `[count]`.
+    pub keys: u64,
+    /// Keys to raise.
+    pub count: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RaiseScoresParams"][::core::mem::size_of::<RaiseScoresParams>() - 40usize];
+    [
+        "Alignment of RaiseScoresParams",
+    ][::core::mem::align_of::<RaiseScoresParams>() - 8usize];
+    [
+        "Offset of field: RaiseScoresParams::scores",
+    ][::core::mem::offset_of!(RaiseScoresParams, scores) - 0usize];
+    [
+        "Offset of field: RaiseScoresParams::keys",
+    ][::core::mem::offset_of!(RaiseScoresParams, keys) - 24usize];
+    [
+        "Offset of field: RaiseScoresParams::count",
+    ][::core::mem::offset_of!(RaiseScoresParams, count) - 32usize];
+    [
+        "Offset of field: RaiseScoresParams::reserved",
+    ][::core::mem::offset_of!(RaiseScoresParams, reserved) - 36usize];
+};
+/** Parameters of `fastkv_mark_keys`: a bit for each entry of the lists of a ragged cache, set where the bit of
+ its position is.*/
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct MarkKeysParams {
+    /// i32 `[rows]`: positions of all entries.
+    pub positions: u64,
+    /// i64 `[lists]`: first row of each list.
+    pub starts: u64,
+    /// i32 `[lists]`: entries of each list.
+    pub lengths: u64,
+    /// u32 words, a bit for each of `marked_positions` positions, lowest bit first.
+    pub marked: u64,
+    /// Receives u32 `[lists][words]`, a bit for each entry, lowest bit first; those behind a list are 0.
+    pub out: u64,
+    /// Entries of all lists.
+    pub rows: i64,
+    /// Positions that have a bit; no later one is marked.
+    pub marked_positions: i32,
+    /// Words for each list.
+    pub words: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MarkKeysParams"][::core::mem::size_of::<MarkKeysParams>() - 56usize];
+    ["Alignment of MarkKeysParams"][::core::mem::align_of::<MarkKeysParams>() - 8usize];
+    [
+        "Offset of field: MarkKeysParams::positions",
+    ][::core::mem::offset_of!(MarkKeysParams, positions) - 0usize];
+    [
+        "Offset of field: MarkKeysParams::starts",
+    ][::core::mem::offset_of!(MarkKeysParams, starts) - 8usize];
+    [
+        "Offset of field: MarkKeysParams::lengths",
+    ][::core::mem::offset_of!(MarkKeysParams, lengths) - 16usize];
+    [
+        "Offset of field: MarkKeysParams::marked",
+    ][::core::mem::offset_of!(MarkKeysParams, marked) - 24usize];
+    [
+        "Offset of field: MarkKeysParams::out",
+    ][::core::mem::offset_of!(MarkKeysParams, out) - 32usize];
+    [
+        "Offset of field: MarkKeysParams::rows",
+    ][::core::mem::offset_of!(MarkKeysParams, rows) - 40usize];
+    [
+        "Offset of field: MarkKeysParams::marked_positions",
+    ][::core::mem::offset_of!(MarkKeysParams, marked_positions) - 48usize];
+    [
+        "Offset of field: MarkKeysParams::words",
+    ][::core::mem::offset_of!(MarkKeysParams, words) - 52usize];
 };
 /** Parameters of `fastkv_pool_scores`: scores pooled along the keys per query head, then summed over the
  query heads of each kv head, and these over the kv heads.*/

@@ -8,6 +8,9 @@
 // The order of a key's sum does not depend on the block, on its share of the keys or on its memory:
 // blocks of 64 queries counted from the window's first; in a block a lane's pairs of columns, then the
 // lanes; then the blocks, then the heads in their order. A query that does not see the key adds 0.
+//
+// Queries may count with a weight that grows in a line, and on the nearest of their keys alone
+// (`weighed`): what sums over all queries are made of.
 #pragma once
 
 #include "../primitives/exp2.cuh"
@@ -20,7 +23,14 @@ struct ScoreRows {
     bool group_sum; // whether scores are summed over the group
 };
 
-template <typename T, int d, int warps>
+// How the queries of a window count. Their last keys are then those of their own places.
+struct Weights {
+    float first;  // of the first query
+    float step;   // what each next one weighs more
+    int32_t band; // keys that a query counts on, its own and those before it; 0 to 2^30
+};
+
+template <typename T, int d, int warps, bool weighed = false>
 struct WindowScores {
     using Products = WindowProducts<T, d, warps>;
     static constexpr int M = Products::M;
@@ -33,13 +43,15 @@ struct WindowScores {
     // Scores keys first..end, `first` a multiple of 32. For the whole block, which has met at a barrier
     // since shared memory was used last, and meets before it is used next.
     static __device__ __forceinline__ void run(const Window& window, const ScoreRows& out, int32_t first,
-                                               int32_t end, uint32_t shared, int32_t slots) {
-        WindowScores scores{Products(window, shared, slots), out, min(end, window.keys)};
+                                               int32_t end, uint32_t shared, int32_t slots,
+                                               const Weights& weights = {}) {
+        WindowScores scores{Products(window, shared, slots), out, weights, min(end, window.keys)};
         scores.walk(first, slots);
     }
 
     Products products;
     const ScoreRows& out;
+    const Weights& weights;
     int32_t end;
 
     // This step's keys.
@@ -50,6 +62,7 @@ struct WindowScores {
     // How far the walk over a step's tiles has come, and the sums so far.
     int32_t head;
     int32_t tile; // of the head
+    int32_t end_tile; // where `weighed`: the tile behind the last of the head in this step
     float sums[2 * M]; // of this lane's columns, for the warp's keys lane / 4 + 8 i
     float head_sum;    // of one key of this lane, `own_row`
     float group_sum;
@@ -74,7 +87,15 @@ struct WindowScores {
                 const int32_t blind = max(0, step - window.first_sees) / 8;
                 skipped = min(blind, tiles - 1) / BLOCK_TILES * BLOCK_TILES;
             }
-            const int32_t head_tiles = tiles - skipped;
+            end_tile = tiles;
+            if (weighed && !resident) {
+                // The first query whose band begins behind these keys.
+                const int64_t beyond =
+                    int64_t(step) + Products::STEP - 1 + weights.band - window.first_sees;
+                const int64_t in_reach = (max(beyond, int64_t(1)) - 1) / 8 + 1;
+                end_tile = max(skipped + 1, int32_t(min(int64_t(tiles), in_reach)));
+            }
+            const int32_t head_tiles = end_of_head() - skipped;
             const int32_t step_tiles = window.heads * head_tiles;
             const int32_t slot_tiles = resident ? step_tiles : Products::SLOT_TILES;
             if (!resident) {
@@ -119,6 +140,10 @@ struct WindowScores {
         }
     }
 
+    __device__ __forceinline__ int32_t end_of_head() const {
+        return weighed ? end_tile : products.window.tiles();
+    }
+
     __device__ __forceinline__ void begin(int32_t skipped) {
         head = 0;
         tile = skipped;
@@ -149,7 +174,9 @@ struct WindowScores {
                     offset[j][i] = -natural * LOG2_E;
                     // A query that saw nothing has no probabilities.
                     last[j][i] = natural == -CUDART_INF_F ? -1 : int32_t(i ? sees.y : sees.x);
-                    furthest = max(furthest, last[j][i]);
+                    if (!weighed || last[j][i] - weights.band < warp_first + Products::WARP_KEYS - 1) {
+                        furthest = max(furthest, last[j][i]);
+                    }
                 }
             }
             const bool seen = __any_sync(~0u, furthest >= warp_first);
@@ -161,7 +188,10 @@ struct WindowScores {
             for (int j = 0; j < 2; ++j) {
                 if (pair + j < count) {
                     if (seen) {
-                        const bool all_see = min(last[j][0], last[j][1]) >= warp_first + Products::WARP_KEYS - 1;
+                        bool all_see = min(last[j][0], last[j][1]) >= warp_first + Products::WARP_KEYS - 1;
+                        if (weighed) {
+                            all_see &= max(last[j][0], last[j][1]) - weights.band < warp_first;
+                        }
                         const bool biased = keys_biased && products.head_is_biased(head);
                         if (__all_sync(~0u, all_see) && !biased) {
                             add<false>(s[j], offset[j], last[j], false);
@@ -180,6 +210,13 @@ struct WindowScores {
     __device__ __forceinline__ void add(const float (&s)[M][4], const float (&offset)[2],
                                         const int32_t (&last)[2], bool biased) {
         const float factor = products.window.scale * LOG2_E;
+        float weight[2];
+        if (weighed) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                weight[i] = fmaf(weights.step, float(last[i] - products.window.first_sees), weights.first);
+            }
+        }
 #pragma unroll
         for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -192,8 +229,12 @@ struct WindowScores {
                         shift += biased ? bias[m][half] : 0.0f;
                     }
                     probability[i] = exp2_approx(fmaf(s[m][2 * half + i], factor, shift));
-                    if (masked && warp_first + 16 * m + 8 * half + int32_t(threadIdx.x % 32 / 4) > last[i]) {
+                    const int32_t key = warp_first + 16 * m + 8 * half + int32_t(threadIdx.x % 32 / 4);
+                    if (masked && (key > last[i] || weighed && key <= last[i] - weights.band)) {
                         probability[i] = 0.0f;
+                    }
+                    if (weighed) {
+                        probability[i] *= weight[i];
                     }
                 }
                 sums[2 * m + half] += probability[0] + probability[1];
@@ -202,7 +243,7 @@ struct WindowScores {
     }
 
     __device__ __forceinline__ void next_tile(int32_t skipped) {
-        const bool head_ends = ++tile == products.window.tiles();
+        const bool head_ends = ++tile == end_of_head();
         if (head_ends || tile % BLOCK_TILES == 0) {
             head_sum += add_lanes();
         }

@@ -18,9 +18,6 @@ pub enum BackendError {
         /// What does not fit, with the numbers.
         problem: String,
     },
-    /// An operation that this backend does not have.
-    #[error("this backend has no {0} yet: run this policy on the cpu")]
-    Unsupported(&'static str),
     /// A kernel or a device that failed.
     #[error(transparent)]
     Device(#[from] crate::kernels::Error),

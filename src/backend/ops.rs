@@ -148,85 +148,74 @@ pub trait Backend: Debug {
         Ok((attended, scores))
     }
 
-    /// [`attention`](Self::attention) with steered heads; see [`Bias`]. On a GPU: prefill attention and
-    /// decode with the additive bias of their parameters.
+    /// [`attention`](Self::attention) with steered heads; see [`Bias`].
     fn biased_attention(
         &self,
         queries: &Self::Tensor,
         kv: &Self::Kv,
         visible: Visible<'_, Self::Indices>,
         bias: &Bias<'_>,
-    ) -> Result<Self::Tensor, BackendError> {
-        let _ = (queries, kv, visible, bias);
-        Err(BackendError::Unsupported("biased_attention"))
-    }
+    ) -> Result<Self::Tensor, BackendError>;
 
-    /// [`window_scores`](Self::window_scores) with steered heads. On a GPU: as for
-    /// [`biased_attention`](Self::biased_attention).
+    /// [`window_scores`](Self::window_scores) with steered heads.
     fn biased_window_scores(
         &self,
         queries: &Self::Tensor,
         kv: &Self::Kv,
         bias: &Bias<'_>,
-    ) -> Result<Self::Scores, BackendError> {
-        let _ = (queries, kv, bias);
-        Err(BackendError::Unsupported("biased_window_scores"))
-    }
+    ) -> Result<Self::Scores, BackendError>;
 
     /// Attention probabilities of the queries, which belong to the last keys of each head, in sums over
     /// the queries and over the query heads of each kv head: `[kv heads, keys of the longest head]`,
-    /// with zeros behind shorter heads. Never more than a tile of probabilities at once. On a GPU:
-    /// prefill attention in its mode that sums over all queries, a second pass over Q·Kᵀ given the LSE.
+    /// with zeros behind shorter heads. Never more than a tile of probabilities at once.
     fn column_sums(
         &self,
         queries: &Self::Tensor,
         kv: &Self::Kv,
         columns: Columns,
         bias: Option<&Bias<'_>>,
-    ) -> Result<Self::Scores, BackendError> {
-        let _ = (queries, kv, columns, bias);
-        Err(BackendError::Unsupported("column_sums"))
+    ) -> Result<Self::Scores, BackendError>;
+
+    /// [`attention`](Self::attention) of queries that belong to the last keys, steered where there is a bias, and
+    /// their [`column_sums`](Self::column_sums), each in its way. A backend may find the normalisers of
+    /// the softmax once for all.
+    fn attention_with_columns(
+        &self,
+        queries: &Self::Tensor,
+        kv: &Self::Kv,
+        columns: &[Columns],
+        bias: Option<&Bias<'_>>,
+    ) -> Result<(Self::Tensor, Vec<Self::Scores>), BackendError> {
+        let attended = match bias {
+            Some(bias) => self.biased_attention(queries, kv, Visible::Aligned, bias)?,
+            None => self.attention(queries, kv, Visible::Aligned)?,
+        };
+        let sums = columns.iter().map(|columns| self.column_sums(queries, kv, *columns, bias));
+        Ok((attended, sums.collect::<Result<_, _>>()?))
     }
 
-    /// `a + b`, head by head; where one has fewer keys, those it lacks count 0. On a GPU: an
-    /// element-wise sum into the longer one.
-    fn add_scores(&self, a: &Self::Scores, b: &Self::Scores) -> Result<Self::Scores, BackendError> {
-        let _ = (a, b);
-        Err(BackendError::Unsupported("add_scores"))
-    }
+    /// `a + b`, head by head; where one has fewer keys, those it lacks count 0.
+    fn add_scores(&self, a: &Self::Scores, b: &Self::Scores) -> Result<Self::Scores, BackendError>;
 
     /// The named scores, one list for each head: `[heads, keys of the longest list]`, with zeros behind
-    /// shorter ones. On a GPU: gather of rows of one element.
+    /// shorter ones.
     fn gather_scores(
         &self,
         scores: &Self::Scores,
         entries: &Self::Indices,
-    ) -> Result<Self::Scores, BackendError> {
-        let _ = (scores, entries);
-        Err(BackendError::Unsupported("gather_scores"))
-    }
+    ) -> Result<Self::Scores, BackendError>;
 
     /// Makes the scores of the keys of a single list +∞ in every head, so that selection takes these
-    /// first; keys that are not scored are passed over. On a GPU: a scatter of a constant.
-    fn raise_scores(&self, scores: &mut Self::Scores, keys: &Self::Indices) -> Result<(), BackendError> {
-        let _ = (scores, keys);
-        Err(BackendError::Unsupported("raise_scores"))
-    }
+    /// first; keys that are not scored are passed over.
+    fn raise_scores(&self, scores: &mut Self::Scores, keys: &Self::Indices) -> Result<(), BackendError>;
 
     /// Dot products of one row of queries with all keys, neither scaled nor normalised:
-    /// `[query heads, keys]`. Every head of the store has one length. On a GPU: the window score
-    /// kernel's first product, without its softmax.
-    fn query_key_products(&self, query: &Self::Tensor, kv: &Self::Kv) -> Result<Self::Scores, BackendError> {
-        let _ = (query, kv);
-        Err(BackendError::Unsupported("query_key_products"))
-    }
+    /// `[query heads, keys]`. Every head of the store has one length.
+    fn query_key_products(&self, query: &Self::Tensor, kv: &Self::Kv) -> Result<Self::Scores, BackendError>;
 
-    /// Forgets all but the named entries, one ascending list for each kv head, in place. On a GPU:
-    /// compaction of the cache in place, as decode-time eviction does.
-    fn retain_kv(&self, kv: &mut Self::Kv, entries: &Self::Indices) -> Result<(), BackendError> {
-        let _ = (kv, entries);
-        Err(BackendError::Unsupported("retain_kv"))
-    }
+    /// Forgets all but the named entries, one ascending list for each kv head, in place. With lists that fit
+    /// it can only fail as a device does.
+    fn retain_kv(&self, kv: &mut Self::Kv, entries: &Self::Indices) -> Result<(), BackendError>;
 
     /// Rows of a tensor.
     fn rows(&self, x: &Self::Tensor) -> usize;
@@ -265,25 +254,16 @@ pub trait Backend: Debug {
     /// The best keys of each head; see [`Select`].
     fn select(&self, scores: &Self::Scores, select: Select) -> Result<Self::Indices, BackendError>;
 
-    /// [`select`](Self::select) with a count for each head. On a GPU: top-k selection, whose k is a
-    /// row's own.
+    /// [`select`](Self::select) with a count for each head.
     fn select_each(
         &self,
         scores: &Self::Scores,
         counts: &[usize],
         tail: usize,
-    ) -> Result<Self::Indices, BackendError> {
-        let _ = (scores, counts, tail);
-        Err(BackendError::Unsupported("select_each"))
-    }
+    ) -> Result<Self::Indices, BackendError>;
 
-    /// The best keys of each head, where heads share a number of keys; see [`Share`]. On a GPU: top-k
-    /// selection over the rows of all heads as one, a count of the picks by head, and top-k selection
-    /// with these counts; lengths stay on the device.
-    fn select_shared(&self, scores: &Self::Scores, share: Share) -> Result<Self::Indices, BackendError> {
-        let _ = (scores, share);
-        Err(BackendError::Unsupported("select_shared"))
-    }
+    /// The best keys of each head, where heads share a number of keys; see [`Share`].
+    fn select_shared(&self, scores: &Self::Scores, share: Share) -> Result<Self::Indices, BackendError>;
 
     /// Makes lists of token numbers usable.
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Self::Indices, BackendError>;

@@ -108,11 +108,15 @@ impl<B: Backend> Engine<B> {
                     backend.append_kv(kv, &keys, &values, span.positions, span.rows.start)?;
                     watch(&queries, kv)?;
                     if evicts {
-                        let sums = backend.column_sums(&queries, kv, EVERY_QUERY, bias.as_ref())?;
-                        seen[index] = Some(match &seen[index] {
-                            Some(before) => backend.add_scores(before, &sums)?,
-                            None => sums,
-                        });
+                        let (attended, sums) =
+                            backend.attention_with_columns(&queries, kv, &[EVERY_QUERY], bias.as_ref())?;
+                        for sums in sums {
+                            seen[index] = Some(match &seen[index] {
+                                Some(before) => backend.add_scores(before, &sums)?,
+                                None => sums,
+                            });
+                        }
+                        return Ok(attended);
                     }
                     Ok(match &bias {
                         Some(bias) => backend.biased_attention(&queries, kv, Visible::Aligned, bias)?,

@@ -91,8 +91,18 @@ impl<'a, B: Backend> Observer<'a, B> {
             self.look(queries, kv, end)?;
             return Ok(attended);
         }
-        self.look(queries, kv, end)?;
-        self.attention(queries, kv, Visible::Aligned)
+        let Self { backend, bias, rows, sums, .. } = self;
+        if sums.is_empty() || sums.iter().any(|sums| sums.queries < *rows) {
+            self.look(queries, kv, end)?;
+            return self.attention(queries, kv, Visible::Aligned);
+        }
+        // Every query counts, so that attention and sums are of the same ones.
+        let first = end - backend.rows(queries);
+        let columns: Vec<Columns> = sums.iter().map(|sums| sums.columns_from(first)).collect();
+        let (attended, seen) = backend.attention_with_columns(queries, kv, &columns, bias.as_ref())?;
+        sums.iter_mut().zip(seen).try_for_each(|(sums, seen)| sums.add(*backend, seen))?;
+        self.look_by_windows(queries, kv, end)?;
+        Ok(attended)
     }
 
     /// Attention, steered where this layer is.
@@ -110,7 +120,24 @@ impl<'a, B: Backend> Observer<'a, B> {
 
     /// Looks at queries of the rows up to `end`; not at what was seen already.
     pub(super) fn look(&mut self, queries: &B::Tensor, kv: &B::Kv, end: usize) -> Result<(), EngineError> {
-        let Self { backend, bias, rows, windows, sums } = self;
+        self.look_by_windows(queries, kv, end)?;
+        let Self { backend, bias, rows, sums, .. } = self;
+        for sums in sums {
+            let first = *rows - sums.queries;
+            let here = backend.rows(queries).min(end.saturating_sub(first));
+            if here == 0 {
+                continue;
+            }
+            let observers = backend.last_rows(queries, here)?;
+            let columns = sums.columns_from(end - here - first);
+            let seen = backend.column_sums(&observers, kv, columns, bias.as_ref())?;
+            sums.add(*backend, seen)?;
+        }
+        Ok(())
+    }
+
+    fn look_by_windows(&mut self, queries: &B::Tensor, kv: &B::Kv, end: usize) -> Result<(), EngineError> {
+        let Self { backend, bias, rows, windows, .. } = self;
         if end == *rows {
             for (window, scores) in windows.iter_mut().filter(|(_, scores)| scores.is_none()) {
                 let observers = backend.last_rows(queries, *window)?;
@@ -119,20 +146,6 @@ impl<'a, B: Backend> Observer<'a, B> {
                     None => backend.window_scores(&observers, kv)?,
                 });
             }
-        }
-        for Sums { queries: count, columns, scores, .. } in sums {
-            let first = *rows - *count;
-            let here = backend.rows(queries).min(end.saturating_sub(first));
-            if here == 0 {
-                continue;
-            }
-            let observers = backend.last_rows(queries, here)?;
-            let weight = columns.weight + columns.step * (end - here - first) as f32;
-            let seen = backend.column_sums(&observers, kv, Columns { weight, ..*columns }, bias.as_ref())?;
-            *scores = Some(match scores.as_ref() {
-                Some(before) => backend.add_scores(before, &seen)?,
-                None => seen,
-            });
         }
         Ok(())
     }
@@ -152,5 +165,21 @@ impl<'a, B: Backend> Observer<'a, B> {
     pub(super) fn measure(&self) -> Option<(usize, &B::Scores)> {
         let (window, scores) = self.windows.first()?;
         Some((*window, scores.as_ref()?))
+    }
+}
+
+impl<B: Backend> Sums<B> {
+    /// How queries count from one of those that do.
+    fn columns_from(&self, query: usize) -> Columns {
+        let weight = self.columns.weight + self.columns.step * query as f32;
+        Columns { weight, ..self.columns }
+    }
+
+    fn add(&mut self, backend: &B, seen: B::Scores) -> Result<(), EngineError> {
+        self.scores = Some(match &self.scores {
+            Some(before) => backend.add_scores(before, &seen)?,
+            None => seen,
+        });
+        Ok(())
     }
 }

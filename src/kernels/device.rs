@@ -153,3 +153,12 @@ pub struct Launch<'a> {
     /// The bytes of the kernel's parameter struct.
     pub params: &'a [u8],
 }
+
+impl Launch<'_> {
+    /// The error that says that the driver refused it with a `CUresult`.
+    pub fn failed(&self, code: u32) -> Error {
+        let Self { kernel, grid, cluster, block, shared_bytes, params } = *self;
+        let (kernel, params) = (kernel.entry(), kernel.describe(params));
+        Error::Launch { kernel, grid, cluster, block, shared_bytes, params, code }
+    }
+}

@@ -22,6 +22,28 @@ pub enum Error {
         /// Its `CUresult`.
         code: u32,
     },
+    /// The CUDA driver did not launch a kernel.
+    #[error(
+        "launching {kernel} failed: CUDA error {code} ({name}); grid {grid:?}, cluster {cluster:?}, block \
+         {block:?}, {shared_bytes} bytes of shared memory, {params}",
+        name = cuda_error_name(*code)
+    )]
+    Launch {
+        /// Its name.
+        kernel: &'static str,
+        /// Blocks along x, y, z.
+        grid: [u32; 3],
+        /// Blocks of a cluster.
+        cluster: [u32; 3],
+        /// Threads of a block.
+        block: [u32; 3],
+        /// Dynamic shared memory of a block in bytes.
+        shared_bytes: u32,
+        /// Its parameters, by name.
+        params: String,
+        /// The driver's `CUresult`.
+        code: u32,
+    },
     /// A device other than CUDA's refused.
     #[error("{operation} failed: {reason}")]
     Device {

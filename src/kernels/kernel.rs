@@ -31,8 +31,22 @@ macro_rules! kernels {
                     $($(Self::$kernel => $entry,)*)*
                 }
             }
+
+            /// The fields of its parameter struct, for people.
+            pub(super) fn describe(self, params: &[u8]) -> String {
+                match self {
+                    $($(Self::$kernel => described::<crate::abi::$params>(params),)*)*
+                }
+            }
         }
     };
+}
+
+fn described<T: bytemuck::AnyBitPattern + std::fmt::Debug>(params: &[u8]) -> String {
+    match bytemuck::try_pod_read_unaligned::<T>(params) {
+        Ok(params) => format!("{params:?}"),
+        Err(_) => format!("{} bytes that are no parameters of it", params.len()),
+    }
 }
 
 // By image, each kernel with its entry and its parameters.
@@ -51,6 +65,16 @@ kernels! {
         PrefillAttentionBf16D96 = "fastkv_prefill_attention_bf16_96", PrefillAttentionParams;
         PrefillAttentionBf16D128 = "fastkv_prefill_attention_bf16_128", PrefillAttentionParams;
         PrefillAttentionBf16D256 = "fastkv_prefill_attention_bf16_256", PrefillAttentionParams;
+    }
+    "columns" {
+        ColumnSumsF16D64 = "fastkv_column_sums_f16_64", ColumnSumsParams;
+        ColumnSumsF16D96 = "fastkv_column_sums_f16_96", ColumnSumsParams;
+        ColumnSumsF16D128 = "fastkv_column_sums_f16_128", ColumnSumsParams;
+        ColumnSumsF16D256 = "fastkv_column_sums_f16_256", ColumnSumsParams;
+        ColumnSumsBf16D64 = "fastkv_column_sums_bf16_64", ColumnSumsParams;
+        ColumnSumsBf16D96 = "fastkv_column_sums_bf16_96", ColumnSumsParams;
+        ColumnSumsBf16D128 = "fastkv_column_sums_bf16_128", ColumnSumsParams;
+        ColumnSumsBf16D256 = "fastkv_column_sums_bf16_256", ColumnSumsParams;
     }
     "decode" {
         DecodeF16D64Q8 = "fastkv_decode_f16_64_q8", DecodeParams;
@@ -123,5 +147,11 @@ kernels! {
     }
     "sm90_select" {
         SelectCluster = "fastkv_select_cluster", SelectParams;
+    }
+    "sums" {
+        AddScores = "fastkv_add_scores", AddScoresParams;
+        GatherScores = "fastkv_gather_scores", GatherScoresParams;
+        MarkKeys = "fastkv_mark_keys", MarkKeysParams;
+        RaiseScores = "fastkv_raise_scores", RaiseScoresParams;
     }
 }

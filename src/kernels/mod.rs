@@ -9,6 +9,8 @@
 //! * [`decode`]: attention of the newest tokens over a compact cache, which takes them in.
 //! * [`gather`]: moves kept rows of K and V, also within a cache, and of hidden states.
 //! * [`scores`]: scores of keys by a window of queries, and their pooling.
+//! * [`columns`]: scores of keys by all queries.
+//! * [`sums`]: such scores added up, gathered and raised; keys marked by position.
 //! * [`select`]: the best keys of every row, from pooled scores.
 //! * [`batch`]: descriptions that attention and scores share.
 //! * [`images`]: the compiled kernels inside this library.
@@ -20,6 +22,7 @@ pub mod attention;
 pub mod batch;
 mod cache;
 mod check;
+pub mod columns;
 pub mod decode;
 mod device;
 pub mod embed;
@@ -35,6 +38,7 @@ mod rows;
 pub mod sample;
 pub mod scores;
 pub mod select;
+pub mod sums;
 
 pub use device::{Device, Graph, Launch, TensorMap};
 pub use error::{Error, cuda_error_name};

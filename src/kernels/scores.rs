@@ -109,9 +109,62 @@ pub fn window_scores_workspace(work: &WindowScores) -> Result<usize, Error> {
 /// until the kernels are done. Nothing else touches the scores or the workspace meanwhile, and nothing
 /// writes the inputs.
 pub unsafe fn window_scores<D: Device + ?Sized>(device: &D, work: &WindowScores) -> Result<(), Error> {
+    let Some(prepared) = prepare(work)? else { return Ok(()) };
+    let Prepared { params, form, .. } = &prepared;
+    let longest = work.keys.longest;
+    let bytes = bytemuck::bytes_of(params);
+    if work.lse.is_none() {
+        let columns = params.partial_columns as u32;
+        let parts = columns.div_ceil(form.partial_slots * SLOT_COLUMNS);
+        let chunks = longest.div_ceil(abi::PARTIAL_KEYS as u32);
+        let state = form.partial_slots * SLOT_COLUMNS * abi::SCORES_THREADS as u32 / 32 * PARTIAL_BYTES;
+        let shared_bytes = form.key_bytes() + form.partial_slots * form.slot_bytes() + state;
+        let threads = columns.div_ceil(abi::SCORES_THREADS as u32);
+        let launch = |kernel, blocks, shared_bytes| Launch {
+            params: bytes,
+            ..launch(work, kernel, blocks, shared_bytes)
+        };
+        // SAFETY: the struct is these kernels', and the caller vouches for the addresses in it.
+        unsafe {
+            device.launch(&launch(form.partials, chunks * parts, shared_bytes))?;
+            device.launch(&launch(Kernel::WindowLse, threads, 0))?;
+        }
+    }
+    // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
+    unsafe { device.launch(&Launch { params: bytes, ..prepared.launch(work, form.scores) }) }
+}
+
+/// A description that was checked, as the kernels take it.
+pub(super) struct Prepared {
+    pub(super) params: WindowScoresParams,
+    form: Form,
+}
+
+impl Prepared {
+    /// The launch that sums probabilities; its parameters are still to be given.
+    pub(super) fn launch(&self, work: &WindowScores, kernel: Kernel) -> Launch<'static> {
+        let WindowScoresParams { block_keys, slots, .. } = self.params;
+        let shared_bytes = self.form.key_bytes() + slots as u32 * self.form.slot_bytes();
+        launch(work, kernel, work.keys.longest.div_ceil(block_keys as u32), shared_bytes)
+    }
+}
+
+fn launch(work: &WindowScores, kernel: Kernel, blocks: u32, shared_bytes: u32) -> Launch<'static> {
+    Launch {
+        kernel,
+        grid: [blocks, work.kv_heads, work.sequences],
+        cluster: [1, 1, 1],
+        block: [abi::SCORES_THREADS as u32, 1, 1],
+        shared_bytes,
+        params: &[],
+    }
+}
+
+/// Checks a description; `None` where there is nothing to score.
+pub(super) fn prepare(work: &WindowScores) -> Result<Option<Prepared>, Error> {
     let workspace_bytes = window_scores_workspace(work)?;
     if work.sequences == 0 || work.keys.longest == 0 {
-        return Ok(());
+        return Ok(None);
     }
     check_addresses(work, workspace_bytes)?;
 
@@ -156,30 +209,7 @@ pub unsafe fn window_scores<D: Device + ?Sized>(device: &D, work: &WindowScores)
         slots: slots as i32,
         partial_columns: columns as i32,
     };
-    let launch = |kernel, blocks: u32, shared_bytes| Launch {
-        kernel,
-        grid: [blocks, work.kv_heads, work.sequences],
-        cluster: [1, 1, 1],
-        block: [abi::SCORES_THREADS as u32, 1, 1],
-        shared_bytes,
-        params: bytemuck::bytes_of(&params),
-    };
-    let longest = work.keys.longest;
-    if work.lse.is_none() {
-        let parts = columns.div_ceil(form.partial_slots * SLOT_COLUMNS);
-        let chunks = longest.div_ceil(abi::PARTIAL_KEYS as u32);
-        let state = form.partial_slots * SLOT_COLUMNS * abi::SCORES_THREADS as u32 / 32 * PARTIAL_BYTES;
-        let shared_bytes = form.key_bytes() + form.partial_slots * form.slot_bytes() + state;
-        let threads = columns.div_ceil(abi::SCORES_THREADS as u32);
-        // SAFETY: the struct is these kernels', and the caller vouches for the addresses in it.
-        unsafe {
-            device.launch(&launch(form.partials, chunks * parts, shared_bytes))?;
-            device.launch(&launch(Kernel::WindowLse, threads, 0))?;
-        }
-    }
-    let shared_bytes = form.key_bytes() + slots * form.slot_bytes();
-    // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
-    unsafe { device.launch(&launch(form.scores, longest.div_ceil(block_keys), shared_bytes)) }
+    Ok(Some(Prepared { params, form }))
 }
 
 /// Queues the pooling. With no key, or nothing wanted, it launches nothing.

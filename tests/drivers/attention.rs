@@ -403,7 +403,7 @@ fn device_errors_pass() {
     // SAFETY: the recorder touches no memory.
     let error =
         unsafe { attention::prefill_attention(&Recorder::failing(), &prepared(plain())) }.unwrap_err();
-    assert_eq!(error.to_string(), "cuLaunchKernelEx failed: CUDA error 719 (LAUNCH_FAILED)");
+    assert!(error.to_string().contains("failed: CUDA error 719 (LAUNCH_FAILED)"), "{error}");
 }
 
 /// Rows in shared memory are swizzled so that no access meets another in a bank.

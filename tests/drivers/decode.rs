@@ -252,7 +252,7 @@ fn shared_memory_has_no_bank_conflicts() {
 fn device_errors_pass() {
     // SAFETY: the recorder touches no memory.
     let error = unsafe { decode(&Recorder::failing(), &step()) }.unwrap_err();
-    assert_eq!(error.to_string(), "cuLaunchKernelEx failed: CUDA error 719 (LAUNCH_FAILED)");
+    assert!(error.to_string().contains("failed: CUDA error 719 (LAUNCH_FAILED)"), "{error}");
 }
 
 /// Launches with a workspace of the right size.

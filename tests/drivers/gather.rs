@@ -214,7 +214,7 @@ fn device_errors_pass() {
     let recorder = Recorder::failing();
     // SAFETY: the recorder touches no memory.
     let error = unsafe { gather::gather_kv(&recorder, &kv()) }.unwrap_err();
-    assert_eq!(error.to_string(), "cuLaunchKernelEx failed: CUDA error 719 (LAUNCH_FAILED)");
+    assert!(error.to_string().contains("failed: CUDA error 719 (LAUNCH_FAILED)"), "{error}");
 }
 
 /// A layer of Llama 3.1 8B, 1000 tokens, 100 kept.

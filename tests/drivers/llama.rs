@@ -492,6 +492,6 @@ fn device_errors_pass() {
     };
     for error in errors {
         let message = error.expect_err("a device that fails").to_string();
-        assert_eq!(message, "cuLaunchKernelEx failed: CUDA error 719 (LAUNCH_FAILED)");
+        assert!(message.contains("failed: CUDA error 719 (LAUNCH_FAILED)"), "{message}");
     }
 }

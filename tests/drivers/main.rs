@@ -4,11 +4,13 @@
 mod support;
 
 mod attention;
+mod columns;
 mod decode;
 mod gather;
 mod llama;
 mod scores;
 mod select;
+mod sums;
 
 use fastkv::kernels::{Kernel, images};
 

@@ -268,7 +268,7 @@ fn device_errors_pass() {
         // SAFETY: the recorder touches no memory.
         let error = unsafe { select::select_topk(&recorder, &SelectTopk { form: Some(form), ..work() }) }
             .unwrap_err();
-        assert_eq!(error.to_string(), "cuLaunchKernelEx failed: CUDA error 719 (LAUNCH_FAILED)");
+        assert!(error.to_string().contains("failed: CUDA error 719 (LAUNCH_FAILED)"), "{error}");
     }
 }
 

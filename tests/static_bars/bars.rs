@@ -73,6 +73,22 @@ const fn sm90_attention(
     }
 }
 
+/// A thread does a number's work, in no loop.
+const fn small(kernels: &'static str) -> Bar {
+    Bar {
+        kernels,
+        archs: &[],
+        threads: 256,
+        dynamic_shared: 0,
+        blocks: 6,
+        registers: 40,
+        marker: "",
+        instructions: 400,
+        mix: &[],
+        in_flight: 0,
+    }
+}
+
 pub(crate) static BARS: &[Bar] = &[
     attention("fastkv_prefill_attention_f16_64", 33 << 10, 660),
     attention("fastkv_prefill_attention_f16_96", 49 << 10, 790),
@@ -166,18 +182,7 @@ pub(crate) static BARS: &[Bar] = &[
         mix: &[("LDG", Bound::Exactly(4)), ("LDG.128", Bound::Exactly(4)), ("STG.128", Bound::Exactly(4))],
         in_flight: 4,
     },
-    Bar {
-        kernels: "fastkv_gather_indices",
-        archs: &[],
-        threads: 256,
-        dynamic_shared: 0,
-        blocks: 6,
-        registers: 40,
-        marker: "",
-        instructions: 400,
-        mix: &[],
-        in_flight: 0,
-    },
+    small("fastkv_gather_indices"),
     Bar {
         kernels: "fastkv_compact",
         archs: &[],
@@ -207,6 +212,18 @@ pub(crate) static BARS: &[Bar] = &[
         archs: &[],
         threads: 128,
         dynamic_shared: 49 << 10,
+        blocks: 1,
+        registers: 168,
+        marker: "HMMA",
+        instructions: 4000,
+        mix: &[],
+        in_flight: 0,
+    },
+    Bar {
+        kernels: "fastkv_column_sums",
+        archs: &[],
+        threads: 128,
+        dynamic_shared: 66 << 10,
         blocks: 1,
         registers: 168,
         marker: "HMMA",
@@ -322,6 +339,10 @@ pub(crate) static BARS: &[Bar] = &[
         mix: &[],
         in_flight: 0,
     },
+    small("fastkv_add_scores"),
+    small("fastkv_gather_scores"),
+    small("fastkv_raise_scores"),
+    small("fastkv_mark_keys"),
     Bar {
         kernels: "fastkv_add",
         archs: &[],

@@ -9,6 +9,9 @@ pub(crate) mod backend;
 pub(crate) mod batch;
 pub(crate) mod decode;
 pub(crate) mod emulator;
+#[cfg(feature = "pipeline")]
+pub(crate) mod faults;
+pub(crate) mod forward;
 pub(crate) mod gather;
 pub(crate) mod llama;
 pub(crate) mod matmul;
@@ -22,6 +25,7 @@ pub(crate) mod random;
 pub(crate) mod recorder;
 pub(crate) mod scores;
 pub(crate) mod select;
+pub(crate) mod sums;
 #[cfg(feature = "pipeline")]
 #[path = "../tiny/mod.rs"]
 pub(crate) mod tiny;
@@ -57,6 +61,8 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         backend::checks(),
         #[cfg(feature = "pipeline")]
         batch::checks(),
+        #[cfg(feature = "pipeline")]
+        faults::checks(),
         attention::checks(),
         decode::checks(),
         gather::checks(),
@@ -64,6 +70,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         matmul::checks(),
         scores::checks(),
         select::checks(),
+        sums::checks(),
     ]
     .into_iter()
     .flatten()

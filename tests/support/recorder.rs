@@ -98,7 +98,7 @@ impl Device for Recorder {
         assert!(grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16, "{launch:?}");
         assert!(block.iter().product::<u32>() <= 1024, "{launch:?}");
         if self.fails {
-            return Err(Error::Driver { operation: "cuLaunchKernelEx", code: 719 });
+            return Err(launch.failed(719));
         }
         self.resources.borrow_mut().push(Resources { cluster, shared_bytes });
         self.launches.borrow_mut().push(Recorded { kernel, grid, block, params: launch.params.to_vec() });

@@ -6,7 +6,7 @@ use fastkv::{
     kernels::{
         DType, Device, Error, Launch,
         batch::{Bias, Lengths, Lse, ScoreHeads, ScoreRows, Scores, Window, default_scale},
-        scores,
+        columns, scores,
     },
 };
 use half::{bf16, f16};
@@ -43,7 +43,17 @@ pub(crate) struct Case {
     pub(crate) heads: ScoreHeads,
     /// Whether LSE is given; otherwise the driver finds it.
     pub(crate) lse: bool,
+    /// How queries count, where it is sums over columns.
+    pub(crate) columns: Option<Columns>,
     pub(crate) seed: u64,
+}
+
+/// Weight of the first query, what the next ones weigh more, and the keys that each counts on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Columns {
+    pub(crate) weight: f32,
+    pub(crate) step: f32,
+    pub(crate) band: Option<usize>,
 }
 
 impl Case {
@@ -61,6 +71,7 @@ impl Case {
             bias: None,
             heads: ScoreHeads::Query,
             lse: true,
+            columns: None,
             seed: (head_dim * 31 + group * 7 + window * 1000 + keys) as u64,
         }
     }
@@ -100,7 +111,35 @@ impl Case {
             bias: (random.below(3) == 0).then(|| random.symmetric() * 5.0),
             heads: random.of(&[ScoreHeads::Query, ScoreHeads::Group]),
             lse: window == Window::All || random.below(2) == 0,
+            columns: None,
             seed,
+        }
+    }
+
+    /// The same, as sums over columns.
+    pub(crate) fn random_columns(seed: u64) -> Self {
+        let case = Self::random(seed);
+        let mut random = Random(!seed);
+        let longest = case.longest(1);
+        let columns = Columns {
+            weight: random.symmetric(),
+            step: [0.0, 0.02, -0.01][random.below(3)],
+            band: (random.below(3) > 0).then(|| random.below(longest + 2)),
+        };
+        Self { columns: Some(columns), ..case }.summed()
+    }
+
+    /// Over all queries of a group, which are the last of the keys.
+    fn summed(self) -> Self {
+        Self { window: Window::All, heads: ScoreHeads::Group, lse: true, positions: None, ..self }
+    }
+
+    /// What a query's probability of a key counts, given how many keys the query sees.
+    fn weight(&self, query: usize, seen: usize, key: usize) -> f64 {
+        match self.columns {
+            Some(Columns { band: Some(band), .. }) if key + band < seen => 0.0,
+            Some(Columns { weight, step, .. }) => f64::from(weight) + f64::from(step) * query as f64,
+            None => 1.0,
         }
     }
 
@@ -206,6 +245,7 @@ impl Case {
         for head in 0..self.query_heads() {
             for (sequence, &[queries, keys]) in self.sequences.iter().enumerate() {
                 let mut scores = vec![Bounded::default(); keys];
+                let mut magnitudes = vec![0.0; keys];
                 for query in 0..queries {
                     let q_row = self.element(&q_rows, 0, [sequence, head, query]);
                     let logits: Vec<_> = (0..self.seen(sequence, query))
@@ -236,18 +276,21 @@ impl Case {
                     }
                     oracle.lse.push(lse);
                     if self.window(sequence).contains(&query) {
-                        for (score, logit) in scores.iter_mut().zip(&logits) {
+                        for (key, (score, logit)) in scores.iter_mut().zip(&logits).enumerate() {
                             let probability = (logit.value - lse).exp();
-                            score.value += probability;
-                            score.error += probability * (logit.error + lse_error + APPROXIMATION)
+                            let weight = self.weight(query, logits.len(), key);
+                            score.value += probability * weight;
+                            score.error += probability
+                                * (weight.abs() * (logit.error + lse_error + APPROXIMATION) + 3.0 * ULP)
                                 + f64::from(f32::MIN_POSITIVE);
+                            magnitudes[key] += probability * weight.abs();
                         }
                     }
                 }
                 // A lane adds 16 columns of a block, four lanes come together, then the blocks.
                 let additions = (20 + queries / 64) as f64;
-                for score in &mut scores {
-                    score.error += score.value * additions * ULP;
+                for (score, magnitude) in scores.iter_mut().zip(magnitudes) {
+                    score.error += magnitude * additions * ULP;
                 }
                 oracle.scores.push(scores);
             }
@@ -323,8 +366,15 @@ type Found = Vec<Vec<Vec<f32>>>;
 
 /// Runs the driver.
 fn run<D: Device>(device: &D, case: &Case, inputs: &Inputs) -> Result<Found, String> {
-    // SAFETY: `run_by` describes memory that is there.
-    run_by(device, case, inputs, |work| unsafe { scores::window_scores(device, work) })
+    run_by(device, case, inputs, |work| match case.columns {
+        // SAFETY: `run_by` describes memory that is there, here and below.
+        None => unsafe { scores::window_scores(device, work) },
+        Some(Columns { weight, step, band }) => {
+            let band = band.map(|band| band as u32);
+            // SAFETY: as above.
+            unsafe { columns::column_sums(device, &columns::ColumnSums { sums: *work, weight, step, band }) }
+        }
+    })
 }
 
 /// Puts a case into memory, and takes the scores out that `launch` leaves there.
@@ -444,7 +494,7 @@ pub(crate) fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
                 for head in heads.clone() {
                     let one = oracle.scores[head * case.sequences.len() + sequence][key];
                     expected.value += one.value;
-                    expected.error += one.error + expected.value * ULP;
+                    expected.error += one.error + expected.value.abs() * ULP;
                 }
                 let off = (f64::from(*found) - expected.value).abs();
                 if off.is_nan() || off > expected.error {
@@ -468,6 +518,10 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("window_scores_order_of_sums", |device, _| order_of_sums(device)),
         Check::portable("window_scores_nan", |device, _| nan(device)),
         Check::portable("window_scores_hostile", |device, _| hostile(device)),
+        Check::portable("column_sums_edges", |device, _| all(column_edges(), |case| check(device, case))),
+        Check::portable("column_sums_random", |device, seed| {
+            all((0..8).map(|n| Case::random_columns(seed * 8 + n)), |case| check(device, case))
+        }),
         Check::portable("pool_scores", |device, seed| {
             all((0..25).map(|n| PoolCase::random(seed * 25 + n)), |case| check_pool(device, case))
         }),
@@ -533,6 +587,43 @@ fn edges() -> Vec<Case> {
         });
         cases.push(Case { sequences: vec![[0, 70]; 2], lse, ..Case::plain(DType::F16, 64, 2, 8, 0) });
     }
+    cases
+}
+
+/// Queries that stay in shared memory and queries that stream, bands around tiles of them, weights.
+fn column_edges() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let sizes = [
+        (64, 4, [1, 1]),
+        (128, 2, [1, 70]),
+        (96, 3, [8, 130]),
+        (256, 1, [65, 65]),
+        (64, 4, [200, 260]),
+        (128, 2, [300, 300]),
+    ];
+    for (number, (head_dim, group, lengths)) in sizes.into_iter().enumerate() {
+        let dtype = [DType::F16, DType::BF16][number % 2];
+        let plain = Case::plain(dtype, head_dim, group, lengths[0], lengths[1]);
+        let bands = [None, Some(0), Some(1), Some(8), Some(33), Some(lengths[1])];
+        for (turn, band) in bands.into_iter().enumerate() {
+            // Streams take their time: each has its own.
+            if turn % 3 == number % 3 || lengths[0] < 65 {
+                let (weight, step) = [(1.0, 0.0), (0.5, 0.125), (1.0, -0.01)][(number + turn) % 3];
+                let columns = Some(Columns { weight, step, band });
+                let bias = (turn == 3).then_some(-2.5);
+                cases.push(Case { sequences: vec![lengths], bias, columns, ..plain.clone() }.summed());
+            }
+        }
+    }
+    let packed = Case {
+        layout: Layout::Packed,
+        kv_heads: 2,
+        sequences: vec![[3, 40], [0, 17], [5, 5], [0, 0], [90, 100]],
+        bias: Some(-4.6),
+        columns: Some(Columns { weight: 1.0, step: 0.25, band: Some(20) }),
+        ..Case::plain(DType::BF16, 64, 3, 9, 0)
+    };
+    cases.push(packed.summed());
     cases
 }
 

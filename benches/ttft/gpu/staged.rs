@@ -6,6 +6,11 @@ use fastkv::abi;
 use fastkv::backend::cuda::{CudaEvent, CudaLauncher};
 use fastkv::kernels::{Device, Error, Launch, Matmul, MatrixProduct, TensorMap};
 
+use forward::forward;
+
+#[path = "../../../tests/support/forward.rs"]
+mod forward;
+
 pub(crate) const STAGES: [&str; 4] = ["attention", "products", "selection", "rest"];
 
 /// Passes everything on; where it was [`start`](Self::start)ed with stages, an event follows every launch.
@@ -46,37 +51,11 @@ impl Staged {
 impl Device for Staged {
     type Event = CudaEvent;
 
-    fn alloc(&self, bytes: usize) -> Result<u64, Error> {
-        self.device.alloc(bytes)
-    }
-
-    unsafe fn free(&self, address: u64) -> Result<(), Error> {
-        // SAFETY: the caller's promise, here and below.
-        unsafe { self.device.free(address) }
-    }
-
-    unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
-        // SAFETY: as above.
-        unsafe { self.device.upload(to, from) }
-    }
-
-    unsafe fn download(&self, to: &mut [u8], from: u64) -> Result<(), Error> {
-        // SAFETY: as above.
-        unsafe { self.device.download(to, from) }
-    }
-
-    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
-        // SAFETY: as above.
-        unsafe { self.device.copy(to, from, bytes) }
-    }
-
-    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
-        // SAFETY: as above.
-        unsafe { self.device.fill(to, value, bytes) }
-    }
+    forward! { device: alloc free upload download copy fill tensor_map synchronize record elapsed_ms free_memory
+    compute_capability multiprocessors }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        // SAFETY: as above.
+        // SAFETY: the caller's promise.
         unsafe { self.device.launch(launch) }?;
         self.mark(match launch.kernel.image().trim_start_matches("sm90_") {
             "attention" => 0,
@@ -84,36 +63,10 @@ impl Device for Staged {
             _ => 3,
         })
     }
-
-    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
-        self.device.tensor_map(tensor)
-    }
-
-    fn synchronize(&self) -> Result<(), Error> {
-        self.device.synchronize()
-    }
-
-    fn record(&self) -> Result<CudaEvent, Error> {
-        self.device.record()
-    }
-
-    fn elapsed_ms(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f32, Error> {
-        self.device.elapsed_ms(from, to)
-    }
-
-    fn compute_capability(&self) -> (u32, u32) {
-        self.device.compute_capability()
-    }
-
-    fn multiprocessors(&self) -> u32 {
-        self.device.multiprocessors()
-    }
 }
 
 impl MatrixProduct for Staged {
-    fn matmul_workspace(&self) -> Result<usize, Error> {
-        self.device.matmul_workspace()
-    }
+    forward! { device: matmul_workspace }
 
     unsafe fn matmul(&self, work: &Matmul) -> Result<(), Error> {
         // SAFETY: the caller's promise.

@@ -42,13 +42,7 @@ impl CudaLauncher {
     pub fn new(ordinal: u32) -> Result<Self, Unavailable> {
         let built_by = images::nvcc_version().ok_or(Unavailable::NoKernels)?;
         let driver = probe::devices()?;
-        let needs = (built_by.0, 0).max(OLDEST_DRIVER);
-        if driver.cuda_version < needs {
-            return Err(Unavailable::DriverTooOld { driver: driver.cuda_version, needs });
-        }
-        let count = driver.devices.len() as u32;
-        let info =
-            driver.devices.get(ordinal as usize).ok_or(Unavailable::NoSuchDevice { ordinal, count })?;
+        let info = driver.device(ordinal, built_by)?;
 
         let mut device = 0;
         // SAFETY: `device` outlives the call; the driver is initialised, as the probe found.
@@ -199,8 +193,12 @@ impl Device for CudaLauncher {
         let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
         // SAFETY: every kernel takes one parameter, the struct whose bytes these are; the driver copies them
         // before it returns, and reads nothing else of what is borrowed here afterwards.
-        self.call("cuLaunchKernelEx", || unsafe {
+        let launched = self.call("cuLaunchKernelEx", || unsafe {
             sys::cuLaunchKernelEx(&config, function.0, params.as_mut_ptr(), ptr::null_mut())
+        });
+        launched.map_err(|error| match error {
+            Error::Driver { operation: "cuLaunchKernelEx", code } => launch.failed(code),
+            error => error,
         })
     }
 
@@ -302,7 +300,14 @@ impl MatrixProduct for CudaLauncher {
         let products = self.loaded.products()?;
         let _current = self.loaded.enter()?;
         // SAFETY: the caller's promise; the context is current and the stream is of it.
-        unsafe { products.matmul(work, self.target().cast()) }
+        unsafe { products.matmul(work, self.target().cast()) }.map_err(|error| match error {
+            Error::Device { operation, reason } => {
+                let Matmul { rows, columns, inner, dtype, out_dtype, .. } = work;
+                let of = format!("[{rows}, {inner}] x [{columns}, {inner}]^T, {dtype:?} to {out_dtype:?}");
+                Error::Device { operation, reason: format!("{reason}; {of}") }
+            }
+            error => error,
+        })
     }
 }
 
@@ -383,9 +388,6 @@ impl Drop for CudaEvent {
         }
     }
 }
-
-/// Below it some driver functions that cudarc calls are missing, and it panics.
-const OLDEST_DRIVER: (u32, u32) = (12, 8);
 
 /// A `CUtensorMap`, aligned as the driver wants it.
 #[repr(C, align(128))]

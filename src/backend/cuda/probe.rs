@@ -102,6 +102,24 @@ pub fn devices() -> Result<Driver, Unavailable> {
     devices_of(&LIBRARIES)
 }
 
+impl Driver {
+    /// A device that kernels of this nvcc, by its version, can run on.
+    ///
+    /// # Errors
+    /// A driver older than that, or fewer devices.
+    pub(super) fn device(&self, ordinal: u32, built_by: (u32, u32)) -> Result<&DeviceInfo, Unavailable> {
+        let needs = (built_by.0, 0).max(OLDEST_DRIVER);
+        if self.cuda_version < needs {
+            return Err(Unavailable::DriverTooOld { driver: self.cuda_version, needs });
+        }
+        let count = self.devices.len() as u32;
+        self.devices.get(ordinal as usize).ok_or(Unavailable::NoSuchDevice { ordinal, count })
+    }
+}
+
+/// Below it some driver functions that cudarc calls are missing, and it panics.
+const OLDEST_DRIVER: (u32, u32) = (12, 8);
+
 /// The names that cudarc tries, in its order: a yes here means that it finds the same library.
 const LIBRARIES: [&str; 3] = ["libcuda.so", "libcuda.so.1", "nvcuda.dll"];
 
@@ -281,5 +299,26 @@ mod tests {
             memory: 1 << 37,
         };
         assert_eq!(driver.devices, [device("h"), device("i")]);
+    }
+    #[test]
+    fn driver_too_old_or_too_few_devices() {
+        let driver = |cuda_version| Driver {
+            cuda_version,
+            devices: vec![DeviceInfo {
+                name: "one".into(),
+                compute_capability: (9, 0),
+                multiprocessors: 132,
+                memory: 1 << 37,
+            }],
+        };
+        // The major version of the compiler counts.
+        assert_eq!(driver((13, 0)).device(0, (13, 2)).unwrap().name, "one");
+        let error = driver((12, 9)).device(0, (13, 0)).unwrap_err();
+        assert_eq!(error, Unavailable::DriverTooOld { driver: (12, 9), needs: (13, 0) });
+        assert!(error.to_string().contains("made for CUDA 12.9 and the kernels need 13.0"), "{error}");
+        let error = driver((12, 7)).device(0, (12, 0)).unwrap_err();
+        assert_eq!(error, Unavailable::DriverTooOld { driver: (12, 7), needs: (12, 8) });
+        let error = driver((13, 0)).device(1, (13, 0)).unwrap_err();
+        assert_eq!(error.to_string(), "there is no CUDA device 1; the driver sees 1");
     }
 }

@@ -46,6 +46,13 @@ impl ModelOptions {
         self.machine.backend(Some(model))
     }
 
+    /// The model's directory, and where it is to run.
+    pub(crate) fn open(&self) -> Result<(ModelDir, Chosen)> {
+        let model = ModelDir::open(&self.model)?;
+        let (backend, _) = self.backend(&model)?;
+        Ok((model, backend))
+    }
+
     /// Loads the model, once it is clear that the plans fit into memory with as many tokens behind
     /// the prompt, and that the weights are numbers.
     pub(crate) fn load<'a, B: Backend>(
@@ -71,7 +78,7 @@ impl MachineOptions {
         device::backend(self.device, self.threads.map(usize::from), model)
     }
 
-    /// The CPU, for what a GPU has no kernels for yet.
+    /// The CPU, where a GPU would bring nothing.
     pub(crate) fn cpu(&self) -> Result<CpuBackend> {
         if self.device == Device::Cuda {
             bail!("--device cuda: this runs on the cpu only");

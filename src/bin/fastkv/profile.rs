@@ -13,8 +13,9 @@ use fastkv::backend::Backend;
 use fastkv::engine::{Cancel, Control, Engine, EngineError, PrefillOptions, Trace};
 use fastkv::eval::{Dialect, HeadScoring, NeedlePrompt, NeedleTask, is_exact};
 use fastkv::model::{ModelDir, Tokenizer};
-use fastkv::policy::{HeadScores, ModelShape, Policy};
+use fastkv::policy::{HeadScores, ModelShape, Plan, Policy};
 
+use crate::device::on;
 use crate::input::PromptOptions;
 use crate::loading::ModelOptions;
 use crate::options::{PolicyName, PolicyOptions};
@@ -112,12 +113,10 @@ struct Bench<B: Backend> {
 }
 
 impl Prompts {
-    fn open(&self, cancel: &Cancel) -> Result<Bench<impl Backend + use<>>> {
-        let model = ModelDir::open(&self.model.model)?;
+    fn open<B: Backend>(&self, model: ModelDir, backend: B, cancel: &Cancel) -> Result<Bench<B>> {
         let dialect = Dialect::from_directory(&model.path)?;
         let task = dialect.task(&self.task)?;
         let plan = Policy::Full.plan(ModelShape::from(&model.config), self.tokens)?;
-        let backend = self.model.machine.cpu()?;
         let engine = self.model.load(&model, backend, [&plan], ANSWER_TOKENS, false, cancel)?;
         Ok(Bench { tokenizer: model.tokenizer()?, model, engine, dialect, task })
     }
@@ -132,20 +131,31 @@ impl Prompts {
 }
 
 fn heads(arguments: &Heads, cancel: &Cancel) -> Result<()> {
+    let out = Output::prepare_if(arguments.out.as_ref())?;
+    let (model, backend) = arguments.prompts.model.open()?;
+    on!(backend, backend => {
+        score_heads(arguments, &arguments.prompts.open(model, backend, cancel)?, out, cancel)
+    })
+}
+
+fn score_heads<B: Backend>(
+    arguments: &Heads,
+    bench: &Bench<B>,
+    out: Option<Output>,
+    cancel: &Cancel,
+) -> Result<()> {
     let scoring = match arguments.scoring {
         Scoring::Retrieval => HeadScoring::Retrieval,
         Scoring::Reasoning => HeadScoring::Reasoning,
     };
-    let out = Output::prepare_if(arguments.out.as_ref())?;
-    let bench = arguments.prompts.open(cancel)?;
     let samples = arguments.prompts.samples;
     let bar = progress::bar(false, u64::from(samples), "scoring heads");
     let mut scores = HeadScores::default();
     let mut right = 0;
     for sample in 0..samples {
-        let (prompt, ids) = arguments.prompts.prompt(&bench, sample)?;
+        let (prompt, ids) = arguments.prompts.prompt(bench, sample)?;
         let needle = needle(&bench.tokenizer, &prompt, &ids)?;
-        let (answer, gains) = observed_answer(&bench, &ids, &needle, scoring, cancel)?;
+        let (answer, gains) = observed_answer(bench, &ids, &needle, scoring, cancel)?;
         if is_exact(&answer, &prompt.answer) {
             right += 1;
             for (layer, heads) in gains.iter().enumerate() {
@@ -224,11 +234,23 @@ fn fastgen(arguments: &FastGen, cancel: &Cancel) -> Result<()> {
     let prompt = arguments.prompt.read(&model, None)?;
     arguments.policy_options.complete(&mut policies, &model)?;
     let plan = policies[0].plan(ModelShape::from(&model.config), prompt.ids.len())?;
-    let backend = arguments.model.machine.cpu()?;
-    let engine = arguments.model.load(&model, backend, [&plan], 0, arguments.json, cancel)?;
+    let (backend, _) = arguments.model.backend(&model)?;
+    on!(backend, backend => {
+        let engine = arguments.model.load(&model, backend, [&plan], 0, arguments.json, cancel)?;
+        show_sets(arguments, &engine, &prompt.ids, &plan, cancel)
+    })
+}
+
+fn show_sets<B: Backend>(
+    arguments: &FastGen,
+    engine: &Engine<B>,
+    ids: &[u32],
+    plan: &Plan,
+    cancel: &Cancel,
+) -> Result<()> {
     let control = Control { cancel: Some(cancel), progress: None };
     let options = PrefillOptions { trace: true, ..Default::default() };
-    let prefill = engine.prefill(&prompt.ids, &plan, &options, &control)?;
+    let prefill = engine.prefill(ids, plan, &options, &control)?;
     let share = prefill.cache.bytes(engine.backend()) as f64
         / plan.kept_kv_bytes(engine.backend().kv_element_bytes()) as f64;
     let trace = prefill.trace.unwrap_or_default();

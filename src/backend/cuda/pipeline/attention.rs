@@ -3,20 +3,60 @@
 use std::fmt::Debug;
 
 use super::handles::Span;
+use super::memory::Block;
+use super::steering::Steered;
 use super::{CudaBackend, Indices, Kv, Scores, Tensor, shape};
 use crate::abi::Rows;
-use crate::backend::{BackendError, Visible};
+use crate::backend::{BackendError, Bias, Visible};
 use crate::kernels::attention::{PrefillAttention, prefill_attention, prefill_attention_workspace};
-use crate::kernels::batch::{self, Lengths, ScoreHeads, Window, default_scale};
+use crate::kernels::batch::{self, Lengths, Lse, ScoreHeads, Window, default_scale};
 use crate::kernels::decode::{Decode, MAX_TOKENS, decode, decode_workspace};
 use crate::kernels::scores::{WindowScores, window_scores as window_scores_of, window_scores_workspace};
 use crate::kernels::{Device, MatrixProduct};
+
+/// What goes with attention beside queries and keys.
+#[derive(Debug)]
+pub(super) struct Beside<'a, D: Device> {
+    pub(super) steered: Option<&'a Steered<D>>,
+    /// Receives the LSE of every query head and row, `[query heads][rows]`, where it is wanted.
+    pub(super) lse: Option<&'a Block<D>>,
+}
+
+impl<D: MatrixProduct + Debug> Beside<'_, D> {
+    /// The heads that one launch can take.
+    pub(super) fn spans(&self, kv: &Kv<D>) -> Vec<Span> {
+        self.steered.map_or_else(|| kv.spans(), |_| Steered::spans(kv))
+    }
+
+    pub(super) fn bias(&self, span: Span, kv: &Kv<D>) -> Option<batch::Bias> {
+        self.steered.and_then(|steered| steered.of_keys(span, kv))
+    }
+
+    /// The LSE of the query heads from `first` on.
+    pub(super) fn lse(&self, first: usize, rows: usize) -> Option<Lse> {
+        self.lse.map(|lse| Lse { base: lse.address() + 4 * (first * rows) as u64, stride: rows as i64 })
+    }
+}
 
 pub(super) fn attention<D: MatrixProduct + Debug>(
     backend: &CudaBackend<D>,
     queries: &Tensor<D>,
     kv: &Kv<D>,
     visible: Visible<'_, Indices<D>>,
+    bias: Option<&Bias<'_>>,
+) -> Result<Tensor<D>, BackendError> {
+    let group = group("attention", queries, kv)?;
+    let by_key = matches!(visible, Visible::Rows { .. }) || !is_decoding(queries);
+    let steered = Steered::of(backend, "attention", bias, kv, group, by_key)?;
+    attend(backend, queries, kv, visible, &Beside { steered: steered.as_ref(), lse: None })
+}
+
+pub(super) fn attend<D: MatrixProduct + Debug>(
+    backend: &CudaBackend<D>,
+    queries: &Tensor<D>,
+    kv: &Kv<D>,
+    visible: Visible<'_, Indices<D>>,
+    beside: &Beside<'_, D>,
 ) -> Result<Tensor<D>, BackendError> {
     let group = group("attention", queries, kv)?;
     let mut scratch = None;
@@ -29,19 +69,26 @@ pub(super) fn attention<D: MatrixProduct + Debug>(
                 let problem = format!("{} queries for the last of {} keys", queries.rows, list.length);
                 return Err(shape("attention", problem));
             }
-            // The kernel of decoding splits long lists among the blocks.
-            if (1..=MAX_TOKENS as usize).contains(&queries.rows) {
-                newest(backend, queries, kv, group, &out)?;
+            if is_decoding(queries) {
+                newest(backend, queries, kv, group, beside, &out)?;
                 return Ok(out);
             }
             0
         }
     };
-    for span in kv.spans() {
-        let work = PrefillAttention { positions, ..prefill(queries, kv, span, group, &out) };
+    for span in beside.spans(kv) {
+        let bias = beside.bias(span, kv);
+        let lse = beside.lse(span.first_head * group, queries.rows);
+        let work = PrefillAttention { positions, bias, lse, ..prefill(queries, kv, span, group, &out) };
         launch(backend, work)?;
     }
     Ok(out)
+}
+
+/// Whether the kernel of decoding takes so few rows, where they are the newest: it splits long lists among the
+/// blocks.
+fn is_decoding<D: Device>(queries: &Tensor<D>) -> bool {
+    (1..=MAX_TOKENS as usize).contains(&queries.rows)
 }
 
 pub(super) fn attention_with_scores<D: MatrixProduct + Debug>(
@@ -57,7 +104,7 @@ pub(super) fn attention_with_scores<D: MatrixProduct + Debug>(
     let queries = backend.narrow(queries, &mut scratch)?;
     let out = backend.tensor("attention", queries.rows, queries.width, queries.dtype)?;
     let scores = backend.scores(queries.width / kv.head_dim, span.list.length)?;
-    let wanted = Some(summed(&scores, window));
+    let wanted = Some(summed(&scores, 0, window));
     launch(backend, PrefillAttention { scores: wanted, ..prefill(queries, kv, span, group, &out) })?;
     Ok((out, scores))
 }
@@ -66,18 +113,42 @@ pub(super) fn window_scores<D: MatrixProduct + Debug>(
     backend: &CudaBackend<D>,
     queries: &Tensor<D>,
     kv: &Kv<D>,
+    bias: Option<&Bias<'_>>,
 ) -> Result<Scores<D>, BackendError> {
-    group("window_scores", queries, kv)?;
+    let group = group("window_scores", queries, kv)?;
     let span = kv.common("window_scores")?;
     check_window("window_scores", queries.rows, queries.rows, span)?;
+    let steered = Steered::of(backend, "window_scores", bias, kv, group, true)?;
+    let beside = Beside { steered: steered.as_ref(), lse: None };
     let mut scratch = None;
     let queries = backend.narrow(queries, &mut scratch)?;
     let scores = backend.scores(queries.width / kv.head_dim, span.list.length)?;
-    let mut work = WindowScores {
-        q: queries.heads(0, kv.head_dim),
+    for span in beside.spans(kv) {
+        let wanted = summed(&scores, span.first_head * group, queries.rows);
+        let mut work =
+            WindowScores { bias: beside.bias(span, kv), ..scored(queries, kv, span, group, wanted) };
+        work.workspace_bytes = window_scores_workspace(&work)?;
+        let workspace = backend.machine.block("the scratch memory of scores", work.workspace_bytes)?;
+        work.workspace = workspace.address();
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        unsafe { window_scores_of(backend.device(), &work) }?;
+    }
+    Ok(scores)
+}
+
+/// Scores of a span's keys, where the queries belong to the last of them.
+pub(super) fn scored<D: Device>(
+    queries: &Tensor<D>,
+    kv: &Kv<D>,
+    span: Span,
+    group: usize,
+    scores: batch::Scores,
+) -> WindowScores {
+    WindowScores {
+        q: queries.heads(span.first_head * group, kv.head_dim),
         k: kv.tensor(&kv.keys, span),
         sequences: 1,
-        query_heads: scores.heads as u32,
+        query_heads: (span.heads * group) as u32,
         kv_heads: span.heads as u32,
         head_dim: kv.head_dim as u32,
         dtype: queries.dtype,
@@ -87,16 +158,10 @@ pub(super) fn window_scores<D: MatrixProduct + Debug>(
         scale: default_scale(kv.head_dim as u32),
         bias: None,
         lse: None,
-        scores: summed(&scores, queries.rows),
+        scores,
         workspace: 0,
         workspace_bytes: 0,
-    };
-    work.workspace_bytes = window_scores_workspace(&work)?;
-    let workspace = backend.machine.block("the scratch memory of scores", work.workspace_bytes)?;
-    work.workspace = workspace.address();
-    // SAFETY: live blocks of the sizes stated, in stream order.
-    unsafe { window_scores_of(backend.device(), &work) }?;
-    Ok(scores)
+    }
 }
 
 /// One product for each kv head: its group's queries with its keys.
@@ -139,8 +204,10 @@ fn newest<D: MatrixProduct + Debug>(
     queries: &Tensor<D>,
     kv: &Kv<D>,
     group: usize,
+    beside: &Beside<'_, D>,
     out: &Tensor<D>,
 ) -> Result<(), BackendError> {
+    let bias = beside.steered.map(Steered::of_positions);
     let mut work = Decode {
         cache: kv.cache(),
         q: queries.heads(0, kv.head_dim),
@@ -148,10 +215,10 @@ fn newest<D: MatrixProduct + Debug>(
         v_new: Rows::default(),
         out: out.heads(0, kv.head_dim),
         positions_new: 0,
-        lse: 0,
+        lse: beside.lse.map_or(0, Block::address),
         full: 0,
-        bias: None,
-        bias_positions: 0,
+        bias: bias.map(|(bias, _)| bias),
+        bias_positions: bias.map_or(0, |(_, positions)| positions),
         scale: default_scale(kv.head_dim as u32),
         query_heads: (group * kv.lists.len()) as u32,
         tokens: queries.rows as u32,
@@ -210,10 +277,10 @@ fn launch<D: MatrixProduct + Debug>(
     Ok(unsafe { prefill_attention(backend.device(), &work) }?)
 }
 
-/// Sums over the last queries, for every query head.
-fn summed<D: Device>(scores: &Scores<D>, window: usize) -> batch::Scores {
+/// Sums over the last queries, for every query head from `first` on.
+fn summed<D: Device>(scores: &Scores<D>, first: usize, window: usize) -> batch::Scores {
     batch::Scores {
-        base: scores.row(0),
+        base: scores.row(first),
         sequence_stride: 0,
         head_stride: scores.stride as i64,
         window: Window::Last(window as u32),
@@ -222,7 +289,11 @@ fn summed<D: Device>(scores: &Scores<D>, window: usize) -> batch::Scores {
 }
 
 /// Query heads of each kv head.
-fn group<D: Device>(operation: &'static str, queries: &Tensor<D>, kv: &Kv<D>) -> Result<usize, BackendError> {
+pub(super) fn group<D: Device>(
+    operation: &'static str,
+    queries: &Tensor<D>,
+    kv: &Kv<D>,
+) -> Result<usize, BackendError> {
     let width = kv.lists.len() * kv.head_dim;
     if queries.width == 0 || !queries.width.is_multiple_of(width) {
         let problem = format!(

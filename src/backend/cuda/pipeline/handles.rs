@@ -7,6 +7,7 @@ use super::shape;
 use crate::abi::{self, Rows};
 use crate::backend::BackendError;
 use crate::kernels::batch::ScoreRows;
+use crate::kernels::sums::ScoreTable;
 use crate::kernels::{DType, Device};
 
 /// Activations `[rows, width]`: the residual stream in f32, all else in the model's 16-bit type.
@@ -43,7 +44,7 @@ pub struct Scores<D: Device> {
     pub(super) stride: usize,
 }
 
-/// Lists `[lists][capacity]` of i32. Their lengths are known on the host.
+/// Lists `[lists][capacity]` of i32, with -1 behind the end of a list. Their lengths are known on the host.
 #[derive(Debug)]
 pub struct Indices<D: Device> {
     pub(super) block: Arc<Block<D>>,
@@ -131,6 +132,11 @@ impl<D: Device> Scores<D> {
     /// The address of a head's scores.
     pub(super) fn row(&self, head: usize) -> u64 {
         self.block.address() + 4 * (head * self.stride) as u64
+    }
+
+    pub(super) fn table(&self) -> ScoreTable {
+        let Self { block, keys, stride, .. } = self;
+        ScoreTable { base: block.address(), head_stride: *stride as i64, keys: *keys as u32 }
     }
 
     pub(super) fn rows(&self) -> ScoreRows {

@@ -145,6 +145,12 @@ impl<D: Device> Block<D> {
         Ok(unsafe { self.machine.device.upload(self.address + offset as u64, bytes) }?)
     }
 
+    /// Sets every byte.
+    pub(super) fn fill(&self, value: u8) -> Result<(), BackendError> {
+        // SAFETY: this block, which nothing else writes while it is borrowed.
+        Ok(unsafe { self.machine.device.fill(self.address, value, self.bytes) }?)
+    }
+
     /// Waits, and reads numbers from a place in the block, all of which were written.
     pub(super) fn read<T: bytemuck::AnyBitPattern + bytemuck::NoUninit + Default>(
         &self,

@@ -5,9 +5,12 @@
 
 mod attention;
 mod batch;
+mod columns;
+mod eviction;
 mod handles;
 mod memory;
 mod selection;
+mod steering;
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -19,9 +22,10 @@ pub use self::batch::{KvBatch, Recording};
 pub use self::handles::{Indices, Kv, Rotary, Scores, Tensor, Weight};
 use self::handles::{List, Span};
 use self::memory::{Block, Machine};
+use self::steering::Marks;
 use super::CudaLauncher;
 use crate::abi::{Kept, Pages, Rows, Slots};
-use crate::backend::{Backend, BackendError, Select, Share, Visible};
+use crate::backend::{Backend, BackendError, Bias, Columns, Select, Share, Visible};
 use crate::kernels::activation::{Add, Convert, SiluMul, add, convert, silu_mul};
 use crate::kernels::embed::{Embed, embed};
 use crate::kernels::gather::{GatherIndices, GatherKv, GatherRows, gather_indices, gather_kv, gather_rows};
@@ -45,6 +49,8 @@ pub struct CudaBackend<D: Device = CudaLauncher> {
     workspace_bytes: usize,
     /// The inverse frequencies used last: a prompt asks for the same ones again and again.
     frequencies: Mutex<Option<Frequencies<D>>>,
+    /// The highlighted tokens used last, in the same way.
+    marks: Mutex<Option<Marks<D>>>,
 }
 
 /// Inverse frequencies, and where they lie.
@@ -71,8 +77,8 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
         let workspace = machine.block("the scratch memory of matrix products", workspace_bytes)?;
         let name = format!("{}, {}", name.into(), if dtype == DType::F16 { "f16" } else { "bf16" });
         let chunk_rows = CHUNK_ROWS;
-        let frequencies = Mutex::default();
-        Ok(Self { machine, name, dtype, chunk_rows, workspace, workspace_bytes, frequencies })
+        let (frequencies, marks) = (Mutex::default(), Mutex::default());
+        Ok(Self { machine, name, dtype, chunk_rows, workspace, workspace_bytes, frequencies, marks })
     }
 
     /// Passes of another number of rows through a layer; at least [`MAX_WINDOW`].
@@ -571,11 +577,11 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         kv: &Kv<D>,
         visible: Visible<'_, Indices<D>>,
     ) -> Result<Tensor<D>, BackendError> {
-        attention::attention(self, queries, kv, visible)
+        attention::attention(self, queries, kv, visible, None)
     }
 
     fn window_scores(&self, queries: &Tensor<D>, kv: &Kv<D>) -> Result<Scores<D>, BackendError> {
-        attention::window_scores(self, queries, kv)
+        attention::window_scores(self, queries, kv, None)
     }
 
     fn attention_with_scores(
@@ -585,6 +591,61 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         window: usize,
     ) -> Result<(Tensor<D>, Scores<D>), BackendError> {
         attention::attention_with_scores(self, queries, kv, window)
+    }
+
+    fn biased_attention(
+        &self,
+        queries: &Tensor<D>,
+        kv: &Kv<D>,
+        visible: Visible<'_, Indices<D>>,
+        bias: &Bias<'_>,
+    ) -> Result<Tensor<D>, BackendError> {
+        attention::attention(self, queries, kv, visible, Some(bias))
+    }
+
+    fn biased_window_scores(
+        &self,
+        queries: &Tensor<D>,
+        kv: &Kv<D>,
+        bias: &Bias<'_>,
+    ) -> Result<Scores<D>, BackendError> {
+        attention::window_scores(self, queries, kv, Some(bias))
+    }
+
+    fn column_sums(
+        &self,
+        queries: &Tensor<D>,
+        kv: &Kv<D>,
+        columns: Columns,
+        bias: Option<&Bias<'_>>,
+    ) -> Result<Scores<D>, BackendError> {
+        columns::column_sums(self, queries, kv, columns, bias)
+    }
+
+    fn attention_with_columns(
+        &self,
+        queries: &Tensor<D>,
+        kv: &Kv<D>,
+        columns: &[Columns],
+        bias: Option<&Bias<'_>>,
+    ) -> Result<(Tensor<D>, Vec<Scores<D>>), BackendError> {
+        columns::attention_with_columns(self, queries, kv, columns, bias)
+    }
+
+    fn add_scores(&self, a: &Scores<D>, b: &Scores<D>) -> Result<Scores<D>, BackendError> {
+        eviction::add_scores(self, a, b)
+    }
+
+    fn gather_scores(&self, scores: &Scores<D>, entries: &Indices<D>) -> Result<Scores<D>, BackendError> {
+        eviction::gather_scores(self, scores, entries)
+    }
+
+    fn raise_scores(&self, scores: &mut Scores<D>, keys: &Indices<D>) -> Result<(), BackendError> {
+        eviction::raise_scores(self, scores, keys)
+    }
+
+    fn retain_kv(&self, kv: &mut Kv<D>, entries: &Indices<D>) -> Result<(), BackendError> {
+        eviction::retain_kv(self, kv, entries)
     }
 
     fn query_key_products(&self, query: &Tensor<D>, kv: &Kv<D>) -> Result<Scores<D>, BackendError> {

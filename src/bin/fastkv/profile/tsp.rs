@@ -10,6 +10,7 @@ use fastkv::policy::{Budget, FastKv, Plan, Policy, Settling};
 use serde::Serialize;
 
 use super::{ANSWER_TOKENS, Bench, Prompts};
+use crate::device::on;
 use crate::exit::Usage;
 use crate::output;
 use crate::progress;
@@ -75,7 +76,11 @@ pub(super) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     if !(0.0..=1.0).contains(&arguments.agreement) {
         bail!(Usage(format!("--agreement {}: give a share from 0 to 1", arguments.agreement)));
     }
-    let bench = arguments.prompts.open(cancel)?;
+    let (model, backend) = arguments.prompts.model.open()?;
+    on!(backend, backend => try_layers(arguments, &arguments.prompts.open(model, backend, cancel)?, cancel))
+}
+
+fn try_layers<B: Backend>(arguments: &Arguments, bench: &Bench<B>, cancel: &Cancel) -> Result<()> {
     let shape = bench.engine.shape();
     let layers = (0..shape.layers.saturating_sub(1)).map(Some).chain([None]);
     let pairs = arguments.rates.iter().flat_map(|rate| layers.clone().map(|layer| (layer, *rate)));
@@ -95,8 +100,8 @@ pub(super) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let steps = u64::from(samples) * (candidates.len() + 1) as u64;
     let bar = progress::bar(arguments.json, steps, "trying TSP layers");
     for sample in 0..samples {
-        let (_, ids) = arguments.prompts.prompt(&bench, sample)?;
-        let (full, answer) = answered(&bench, &ids, &Policy::Full.plan(shape, ids.len())?, cancel)?;
+        let (_, ids) = arguments.prompts.prompt(bench, sample)?;
+        let (full, answer) = answered(bench, &ids, &Policy::Full.plan(shape, ids.len())?, cancel)?;
         let rows = |trace: &Trace| trace.layers.iter().map(|layer| layer.rows).sum::<usize>();
         let length = |state: &mut dyn Iterator<Item = f32>| {
             state.map(|element| f64::from(element).powi(2)).sum::<f64>().sqrt()
@@ -105,7 +110,7 @@ pub(super) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         bar.inc(1);
         for candidate in &mut candidates {
             let plan = candidate.policy().plan(shape, ids.len())?;
-            let (trace, other_answer) = answered(&bench, &ids, &plan, cancel)?;
+            let (trace, other_answer) = answered(bench, &ids, &plan, cancel)?;
             let mut difference = full.hidden.iter().zip(&trace.hidden).map(|(a, b)| a - b);
             candidate.cost += rows(&trace) as f64 / rows(&full) as f64 / f64::from(samples);
             candidate.hidden_error += length(&mut difference) / size / f64::from(samples);
