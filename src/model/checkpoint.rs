@@ -198,6 +198,28 @@ impl Checkpoint {
 }
 
 impl StoredTensor {
+    /// Numbers that no file holds, as a row-major tensor of f32.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] where the machine has no memory for them.
+    ///
+    /// # Panics
+    /// If the sizes do not multiply to as many numbers, or there are none.
+    pub fn from_f32(name: &str, shape: &[usize], numbers: &[f32]) -> Result<Self, ModelError> {
+        assert!(!numbers.is_empty() && shape.iter().product::<usize>() == numbers.len(), "{name}: {shape:?}");
+        let file = PathBuf::from("(memory)");
+        let bytes = size_of_val(numbers);
+        let map = memmap2::MmapMut::map_anon(bytes).and_then(|mut map| {
+            for (bytes, number) in map.chunks_exact_mut(size_of::<f32>()).zip(numbers) {
+                bytes.copy_from_slice(&number.to_le_bytes());
+            }
+            map.make_read_only()
+        });
+        let map = map.map_err(|source| ModelError::Io { path: file.clone(), source })?;
+        let shard = Arc::new(Shard { file, map });
+        Ok(Self { name: name.into(), dtype: Dtype::F32, shape: shape.to_vec(), shard, range: 0..bytes })
+    }
+
     /// The name in the checkpoint.
     pub fn name(&self) -> &str {
         &self.name

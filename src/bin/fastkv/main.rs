@@ -16,6 +16,7 @@ mod output;
 mod profile;
 mod progress;
 mod prompt;
+mod report;
 mod steering;
 
 use std::process::ExitCode;
@@ -39,6 +40,7 @@ enum Command {
     Prompt(prompt::Arguments),
     Eval(eval::Arguments),
     Profile(profile::Arguments),
+    Report(report::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Prompt(arguments) => prompt::run(arguments),
         Command::Eval(arguments) => eval::run(arguments, &cancel),
         Command::Profile(arguments) => profile::run(arguments, &cancel),
+        Command::Report(arguments) => report::run(arguments),
     };
     exit::code(result, &cancel)
 }
