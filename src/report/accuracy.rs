@@ -8,6 +8,7 @@ use super::chart::{Axis, Cell, Entry, Heat, Lines, Panel, Picture, Point, Series
 use super::results::{Answer, Evaluation};
 use super::scale::{Kind, Scale, figures, tokens};
 use super::section::{Figure, Section, Styles, Table, or_none, strings};
+use crate::measure::median;
 
 /// A policy with its options and its budget, and what it answered.
 struct Arm<'a> {
@@ -313,24 +314,13 @@ fn scores_table(arms: &[Arm<'_>], answers: &[Answer]) -> Table {
                     format!("{low:.1}–{high:.1}"),
                     format!("{:.1}", 100.0 * tally.exact as f64 / tally.count as f64),
                     or_none(tally.kept_share().map(|share| format!("{:.1}", 100.0 * share))),
-                    or_none(median(times.collect()).map(figures)),
+                    or_none(median(&times.collect::<Vec<_>>()).map(figures)),
                 ]);
             }
         }
     }
     let caption = "Mean scores with Wilson's interval; KV kept is a mean, TTFT a median".to_owned();
     Table { caption, header: strings(header), rows, words: 4 }
-}
-
-/// The middle value, or the mean of the two in the middle.
-pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        odd if odd % 2 == 1 => Some(values[middle]),
-        _ => Some((values[middle - 1] + values[middle]) / 2.0),
-    }
 }
 
 /// Values in order, each once: numbers ascend, names come as they first did.
@@ -386,12 +376,5 @@ mod tests {
         let [low, high] = tally(12, 1200.0).interval();
         assert!((low - 75.75).abs() < 0.01 && (high - 100.0).abs() < 1e-9, "{low} {high}");
         assert_eq!(tally(12, 0.0).interval()[0], 0.0);
-    }
-
-    #[test]
-    fn medians_lie_in_the_middle() {
-        assert_eq!(median(vec![5.0, 1.0, 3.0]), Some(3.0));
-        assert_eq!(median(vec![4.0, 2.0]), Some(3.0));
-        assert_eq!(median(Vec::new()), None);
     }
 }

@@ -1,6 +1,7 @@
 //! The program `fastkv`: long prompts with a compressed KV cache, from the command line.
 
 mod answer;
+mod bench;
 mod compare;
 mod device;
 mod eval;
@@ -40,6 +41,7 @@ enum Command {
     Prompt(prompt::Arguments),
     Eval(eval::Arguments),
     Profile(profile::Arguments),
+    Bench(bench::Arguments),
     Report(report::Arguments),
 }
 
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::Prompt(arguments) => prompt::run(arguments),
         Command::Eval(arguments) => eval::run(arguments, &cancel),
         Command::Profile(arguments) => profile::run(arguments, &cancel),
+        Command::Bench(arguments) => bench::run(arguments, &cancel),
         Command::Report(arguments) => report::run(arguments),
     };
     exit::code(result, &cancel)
