@@ -373,7 +373,7 @@ impl Heat {
                     ),
                 );
                 if wide >= 24.0 && high >= 12.0 {
-                    let class = if shade > 0.6 { "over" } else { "ink" };
+                    let class = if shade > 0.7 { "over" } else { "ink" };
                     let at = [center(column), y + high / 2.0 + 4.0];
                     text(svg, class, at, "middle", 11.0, &format!("{percent:.0}"));
                 }

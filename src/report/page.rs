@@ -155,7 +155,7 @@ mod tests {
     fn file_names_are_plain_and_differ() {
         let mut taken = HashSet::new();
         let mut name = |wanted: &str| free_name(wanted, &mut taken);
-        assert_eq!(name("a b/../<c>-needle"), "a_b_.._c_-needle.svg");
+        assert_eq!(name("a b/../<c>-needle"), "a_b_..__c_-needle.svg");
         assert_eq!(name("x-needle"), "x-needle.svg");
         assert_eq!(name("x-needle"), "x-needle-2.svg");
         assert_eq!(name(".hidden"), "hidden.svg");

@@ -185,7 +185,7 @@ pub enum ReportError {
     },
 }
 
-/// Bytes at the beginning of a file in which its kind has to be named.
+/// Bytes at the beginning of a file in which its first field is looked for.
 const BEGINNING: u64 = 4096;
 
 pub(super) fn read_directory(directory: &Path) -> Result<Found, ReportError> {
@@ -209,7 +209,7 @@ pub(super) fn read_directory(directory: &Path) -> Result<Found, ReportError> {
         let opened = File::open(&path).and_then(|file| file.take(BEGINNING).read_to_end(&mut beginning));
         opened.map_err(unreadable(&path))?;
         if !is_named(&beginning) {
-            found.ignored.push((name, "has no field \"fastkv\" at its beginning".to_owned()));
+            found.ignored.push((name, "has no first field \"fastkv\"".to_owned()));
             continue;
         }
         let bytes = fs::read(&path).map_err(unreadable(&path))?;
@@ -228,10 +228,10 @@ pub(super) fn read_directory(directory: &Path) -> Result<Found, ReportError> {
     }
 }
 
-/// Whether a file calls itself one of ours: an object whose beginning has the field.
+/// Whether a file calls itself one of ours: an object whose first field is `fastkv`.
 fn is_named(beginning: &[u8]) -> bool {
-    let object = beginning.trim_ascii_start().first() == Some(&b'{');
-    object && beginning.windows(8).any(|window| window == b"\"fastkv\"")
+    let behind = |text: &[u8], start: &[u8]| text.trim_ascii_start().strip_prefix(start).map(<[u8]>::to_vec);
+    behind(beginning, b"{").and_then(|fields| behind(&fields, b"\"fastkv\"")).is_some()
 }
 
 /// What is wrong with a file, and in which line.

@@ -22,13 +22,15 @@ pub(super) struct Scale {
 
 /// Ticks that a linear axis has about.
 const TICKS: f64 = 5.0;
+/// What an axis has room for: what lies beyond cannot be told apart from nought, or from the infinite.
+const DRAWN: std::ops::Range<f64> = 1e-100..1e100;
 /// Values that are marked themselves, where they are no more than these.
 const OWN_TICKS: usize = 8;
 
 impl Scale {
     /// An axis that has room for all of these.
     pub(super) fn new(kind: Kind, values: impl IntoIterator<Item = f64>) -> Self {
-        let values = values.into_iter().filter(|value| value.is_finite());
+        let values = values.into_iter().filter(|value| DRAWN.contains(&value.abs()));
         match kind {
             Kind::Percent => Self {
                 kind,
@@ -50,7 +52,7 @@ impl Scale {
 
     /// A logarithmic axis whose ticks are the values themselves, where they are few.
     pub(super) fn of_lengths(values: impl IntoIterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.into_iter().filter(|value| *value > 0.0).collect();
+        let mut values: Vec<f64> = values.into_iter().filter(|value| DRAWN.contains(value)).collect();
         values.sort_by(f64::total_cmp);
         values.dedup();
         let mut scale = Self::log(values.clone());
@@ -145,6 +147,11 @@ mod tests {
         assert_eq!(scale.place(-1.0), None);
         assert_eq!(scale.ticks, [0.2, 0.5, 1.0, 2.0, 5.0]);
         assert_eq!(Scale::new(Kind::Log, [1.0, 1e6]).ticks.len(), 7);
+        for extreme in [5e-324, f64::MAX, f64::INFINITY, f64::NAN] {
+            for kind in [Kind::Linear, Kind::Log] {
+                assert!(Scale::new(kind, [extreme]).ticks.len() < 10, "{extreme}");
+            }
+        }
         for narrow in [[3.0, 3.0], [0.09, 0.1], [1e-9, 1.1e-9]] {
             assert!(!Scale::new(Kind::Log, narrow).ticks.is_empty(), "{narrow:?}");
         }

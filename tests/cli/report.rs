@@ -149,7 +149,7 @@ fn everything_is_well_formed_and_loads_nothing() {
     for picture in drawn.pictures.values() {
         assert!(drawn.html.contains(picture.as_str()), "the page has every picture");
     }
-    assert!(drawn.html.contains("README.md has no field"), "what is passed over is told");
+    assert!(drawn.html.contains("README.md has no first field"), "what is passed over is told");
 }
 
 #[test]
