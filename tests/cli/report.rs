@@ -320,7 +320,7 @@ fn kept_tokens_are_drawn_and_counted() {
     let drawn = draw(&fixtures());
     assert!(drawn.pictures["kept-kept.svg"].contains("layer 2, kv head 1: kept 5 of 10, mass 0.950"));
     let rows = table(&drawn.html, "Layers");
-    assert_eq!(rows[1], ["1", "40", "9 9", "0.930 0.900", "11"]);
+    assert_eq!(rows[1], ["1", "40", "9 9", "0.930 0.900", "10"]);
     // What the program writes itself can be read as well.
     let scratch = Scratch::new();
     let out = scratch.path("own.json");
@@ -410,8 +410,8 @@ fn broken_results_are_told_with_file_and_line() {
     assert_broken("answers.jsonl", |text| line(text, 7, "{", ""), &["line 7"]);
     assert_broken(
         "answers.jsonl",
-        |text| line(text, 9, "\"score\": ", "\"score\": 1"),
-        &["line 9", "score is 1"],
+        |text| line(text, 9, "\"score\": ", "\"score\": -1"),
+        &["line 9", "score is -1"],
     );
     assert_broken("answers.jsonl", |text| line(text, 3, "\"task\"", "\"tusk\""), &["line 3", "`task`"]);
     assert_broken(
