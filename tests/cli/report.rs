@@ -408,6 +408,7 @@ fn broken_results_are_told_with_file_and_line() {
         lines.collect::<Vec<_>>().join("\n") + "\n"
     };
     assert_broken("answers.jsonl", |text| line(text, 7, "{", ""), &["line 7"]);
+    assert_broken("answers.jsonl", |text| text.replacen("\"sample\": 1, ", "\n", 1), &["line"]);
     assert_broken(
         "answers.jsonl",
         |text| line(text, 9, "\"score\": ", "\"score\": -1"),
