@@ -408,7 +408,11 @@ fn broken_results_are_told_with_file_and_line() {
         lines.collect::<Vec<_>>().join("\n") + "\n"
     };
     assert_broken("answers.jsonl", |text| line(text, 7, "{", ""), &["line 7"]);
-    assert_broken("answers.jsonl", |text| text.replacen("\"sample\": 1, ", "\n", 1), &["line"]);
+    let cut = |text: &str| {
+        let eighth = text.lines().nth(7).expect("a line");
+        text.replace(eighth, &eighth[..eighth.len() - 20])
+    };
+    assert_broken("answers.jsonl", cut, &["line 8", "EOF"]);
     assert_broken(
         "answers.jsonl",
         |text| line(text, 9, "\"score\": ", "\"score\": -1"),
