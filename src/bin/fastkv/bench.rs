@@ -98,7 +98,7 @@ const LENGTHS: [&[usize]; 2] = [&[8192, 16_384, 32_768, 65_536, 131_072], &[1024
 /// What is measured: a model, or random weights of a shape.
 enum Subject {
     Model(Box<ModelDir>),
-    Shape(String, LlamaConfig),
+    Shape(String, Box<LlamaConfig>),
 }
 
 /// A policy at a length.
@@ -164,9 +164,10 @@ impl Arguments {
     fn subject(&self) -> Result<Subject> {
         let environment = || std::env::var_os("FASTKV_MODEL").map(PathBuf::from);
         match &self.shape {
-            Some(name) => {
-                Ok(Subject::Shape(name.clone(), shape(name).with_context(|| format!("--shape {name}"))?))
-            }
+            Some(name) => Ok(Subject::Shape(
+                name.clone(),
+                Box::new(shape(name).with_context(|| format!("--shape {name}"))?),
+            )),
             None => match self.model.clone().or_else(environment) {
                 Some(model) => Ok(Subject::Model(Box::new(ModelDir::open(&model)?))),
                 None => {
@@ -224,7 +225,7 @@ impl Subject {
             Self::Model(model) => arguments.machine.load(model, backend, arguments.json, cancel),
             Self::Shape(_, config) => {
                 let bar = progress::bar(arguments.json, parameters(config), "making weights");
-                let engine = random_engine(backend, config.clone(), arguments.prompt_seed, |made| {
+                let engine = random_engine(backend, (**config).clone(), arguments.prompt_seed, |made| {
                     bar.inc(made as u64)
                 })?;
                 bar.finish_and_clear();
