@@ -18,6 +18,8 @@ pub mod engine;
 #[cfg(feature = "pipeline")]
 pub mod eval;
 pub mod kernels;
+#[cfg(feature = "pipeline")]
+pub mod measure;
 pub mod policy;
 mod random;
 #[cfg(feature = "cli")]

@@ -7,6 +7,7 @@ use anyhow::Context;
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use fastkv::backend::cpu::CpuBackend;
 use fastkv::engine::{Control, Engine, PrefillOptions};
+use fastkv::measure::random_tokens;
 use fastkv::model::ModelDir;
 use fastkv::policy::{Budget, FastKv, Policy, SnapKv, StreamingLlm};
 
@@ -14,7 +15,6 @@ const LENGTHS: [usize; 4] = [1024, 2048, 4096, 8192];
 
 pub(crate) fn measure(criterion: &mut Criterion) {
     let engine = shipped_model().expect("the shipped model loads");
-    let vocabulary = engine.config().vocab_size as u32;
     let fastkv = FastKv {
         retention: Budget::Rate(1.0 / 16.0),
         propagation: Budget::Rate(0.25),
@@ -28,8 +28,7 @@ pub(crate) fn measure(criterion: &mut Criterion) {
         ("streamingllm", Policy::StreamingLlm(StreamingLlm::default())),
     ];
     for tokens in LENGTHS {
-        // Any tokens cost the same; these do not repeat in step with the tiles.
-        let ids: Vec<u32> = (0..tokens as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocabulary).collect();
+        let ids = random_tokens(tokens, engine.config().vocab_size, 1);
         let mut group = criterion.benchmark_group(format!("ttft/{tokens} tokens"));
         group
             .sampling_mode(SamplingMode::Flat)

@@ -1,5 +1,7 @@
 //! Text inside SVG and HTML.
 
+use std::fmt::Write;
+
 /// The text with nothing in it that markup could take for its own: what XML cannot hold at all,
 /// control characters above all, becomes U+FFFD.
 pub(super) fn escape(text: &str) -> String {
@@ -21,6 +23,11 @@ pub(super) fn escape(text: &str) -> String {
         }
     }
     out
+}
+
+/// Appends. Writing to a string cannot fail.
+pub(super) fn push(out: &mut String, text: std::fmt::Arguments<'_>) {
+    let _ = out.write_fmt(text);
 }
 
 #[cfg(test)]

@@ -1,8 +1,6 @@
 //! Kept tokens over the prompt: layers and kv heads as rows, positions as columns.
 
-use std::fmt::Write;
-
-use super::markup::escape;
+use super::markup::{escape, push};
 use crate::engine::Trace;
 use crate::policy::{Budget, Policy};
 
@@ -432,11 +430,6 @@ fn level(share: f64, levels: usize) -> usize {
 fn tick_step(tokens: usize) -> usize {
     let steps = (0..).flat_map(|power| [1, 2, 5].map(|digit| digit * 10_usize.pow(power)));
     steps.into_iter().find(|step| tokens / step <= 12).unwrap_or(tokens)
-}
-
-/// Writing to a string cannot fail.
-fn push(out: &mut String, text: std::fmt::Arguments<'_>) {
-    let _ = out.write_fmt(text);
 }
 
 #[cfg(test)]

@@ -94,6 +94,24 @@ fn compare_keeps_what_it_has() {
     assert_eq!(report["cancelled"], true);
 }
 
+#[test]
+fn bench_keeps_what_it_has() {
+    let scratch = Scratch::new();
+    let out = scratch.path("speed.json");
+    let mut command = program();
+    command.args(["bench", "--shape", "tiny", "--device", "cpu", "--tokens", "64,60000", "--repeat", "1000"]);
+    let command = command.arg("--out").arg(&out).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("it starts");
+    wait_for_handler(&child);
+    interrupt(&child);
+    assert_ends_soon(&mut child);
+    assert_eq!(child.wait().expect("it ended").code(), Some(130));
+    let report = super::support::read_json(&out);
+    assert_eq!((&report["fastkv"], &report["cancelled"]), (&json!("bench"), &json!(true)));
+    let measured = report["measured"].as_array().expect("rows");
+    assert!(measured.iter().all(|row| row["tokens"] == 64), "there was no time for more");
+}
+
 /// Before the program listens for Ctrl-C, the signal would end it as it ends any program.
 fn wait_for_handler(child: &Child) {
     let status = format!("/proc/{}/status", child.id());

@@ -217,14 +217,8 @@ fn rows<'a>(
 /// The first answer with the median times of all runs.
 fn summary(runs: &[Answer]) -> Option<Answer> {
     let median = |time: fn(&Answer) -> Option<f64>| {
-        let mut times: Vec<f64> = runs.iter().filter_map(time).collect();
-        times.sort_by(f64::total_cmp);
-        let middle = times.len() / 2;
-        match times.len() {
-            0 => None,
-            odd if odd % 2 == 1 => Some(times[middle]),
-            _ => Some((times[middle - 1] + times[middle]) / 2.0),
-        }
+        let times: Vec<f64> = runs.iter().filter_map(time).collect();
+        fastkv::measure::median(&times)
     };
     Some(Answer {
         ttft_s: median(|answer| answer.ttft_s),

@@ -5,7 +5,7 @@ use clap::ValueEnum;
 use fastkv::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use fastkv::backend::cuda::CudaBackend;
-use fastkv::model::ModelDir;
+use fastkv::model::{Dtype, ModelDir};
 use serde::Serialize;
 
 /// The devices that can be asked for.
@@ -65,11 +65,25 @@ macro_rules! on {
 }
 pub(crate) use on;
 
+/// What a model asks of a GPU.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct Needs {
+    pub(crate) head_dim: usize,
+    pub(crate) dtype: Dtype,
+}
+
+impl From<&ModelDir> for Needs {
+    fn from(model: &ModelDir) -> Self {
+        Self { head_dim: model.config.head_dim, dtype: model.weights.embedding.dtype() }
+    }
+}
+
 /// The backend to run a model on, and why that one.
 pub(crate) fn backend(
     device: Device,
     threads: Option<usize>,
-    model: Option<&ModelDir>,
+    model: Option<Needs>,
 ) -> Result<(Chosen, String)> {
     let reason = match device {
         Device::Cpu => "asked for".to_owned(),
@@ -86,15 +100,14 @@ pub(crate) fn backend(
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_backend(model: Option<&ModelDir>) -> Result<Chosen> {
+fn cuda_backend(model: Option<Needs>) -> Result<Chosen> {
     use fastkv::backend::cuda::{CudaLauncher, pipeline::HEAD_DIMS, probe};
     use fastkv::kernels::DType;
-    use fastkv::model::Dtype;
 
     let (mut dtype, mut head_dim) = (DType::BF16, HEAD_DIMS[0]);
     if let Some(model) = model {
-        head_dim = model.config.head_dim;
-        if model.weights.embedding.dtype() == Dtype::F16 {
+        head_dim = model.head_dim;
+        if model.dtype == Dtype::F16 {
             dtype = DType::F16;
         }
     }
@@ -109,7 +122,7 @@ fn cuda_backend(model: Option<&ModelDir>) -> Result<Chosen> {
 
 /// There is none in a build without the feature.
 #[cfg(not(feature = "cuda"))]
-fn cuda_backend(_: Option<&ModelDir>) -> Result<Chosen> {
+fn cuda_backend(_: Option<Needs>) -> Result<Chosen> {
     anyhow::bail!(NOT_BUILT)
 }
 

@@ -80,7 +80,7 @@ const DEFAULT_TOKENS: usize = 4096;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let model = arguments.model.as_ref().map(ModelDir::open).transpose()?;
-    let (backend, device_reason) = arguments.machine.backend(model.as_ref())?;
+    let (backend, device_reason) = arguments.machine.backend(model.as_ref().map(Into::into))?;
     let cpu_threads = arguments.machine.threads()?;
     let (device, available, memory) = on!(backend, backend => {
         let available = arguments.machine.available_memory(&backend);

@@ -57,7 +57,9 @@ pub(crate) struct Arguments {
 
 /// The JSON object. Its fields are described in docs/json.md.
 #[derive(Serialize)]
+#[serde(tag = "fastkv", rename = "inspect")]
 struct Report<'a> {
+    version: &'static str,
     model: &'a Path,
     device: &'a str,
     device_reason: &'a str,
@@ -133,6 +135,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         };
         let trace = prefill.trace.unwrap_or_default();
         let report = Report {
+            version: env!("CARGO_PKG_VERSION"),
             model: &model.path,
             device: &device,
             device_reason: &device_reason,

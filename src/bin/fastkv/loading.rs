@@ -11,7 +11,7 @@ use fastkv::engine::{Cancel, Engine, MemoryEstimate, MemoryOptions};
 use fastkv::model::ModelDir;
 use fastkv::policy::Plan;
 
-use crate::device::{self, Chosen, Device};
+use crate::device::{self, Chosen, Device, Needs};
 use crate::progress;
 
 /// The model and the machine.
@@ -43,7 +43,7 @@ pub(crate) struct MachineOptions {
 impl ModelOptions {
     /// The backend for the model, and why that one.
     pub(crate) fn backend(&self, model: &ModelDir) -> Result<(Chosen, String)> {
-        self.machine.backend(Some(model))
+        self.machine.backend(Some(model.into()))
     }
 
     /// The model's directory, and where it is to run.
@@ -67,15 +67,26 @@ impl ModelOptions {
         for plan in plans {
             estimate(model, plan, more_tokens, &backend).check(self.machine.available_memory(&backend))?;
         }
-        check_weights(model, self.machine.threads.map_or(0, usize::from), hide_progress, cancel)?;
-        Ok(Engine::load(backend, model)?)
+        self.machine.load(model, backend, hide_progress, cancel)
     }
 }
 
 impl MachineOptions {
     /// The backend, and why that one.
-    pub(crate) fn backend(&self, model: Option<&ModelDir>) -> Result<(Chosen, String)> {
+    pub(crate) fn backend(&self, model: Option<Needs>) -> Result<(Chosen, String)> {
         device::backend(self.device, self.threads.map(usize::from), model)
+    }
+
+    /// Loads a model that is known to fit, once it is clear that its weights are numbers.
+    pub(crate) fn load<B: Backend>(
+        &self,
+        model: &ModelDir,
+        backend: B,
+        hide_progress: bool,
+        cancel: &Cancel,
+    ) -> Result<Engine<B>> {
+        check_weights(model, self.threads.map_or(0, usize::from), hide_progress, cancel)?;
+        Ok(Engine::load(backend, model)?)
     }
 
     /// The CPU, where a GPU would bring nothing.

@@ -2,6 +2,7 @@
 
 mod answer;
 mod batch;
+mod bench;
 mod compare;
 mod device;
 mod eval;
@@ -17,6 +18,7 @@ mod output;
 mod profile;
 mod progress;
 mod prompt;
+mod report;
 mod selection;
 mod steering;
 mod suggest;
@@ -44,6 +46,8 @@ enum Command {
     Prompt(prompt::Arguments),
     Eval(eval::Arguments),
     Profile(profile::Arguments),
+    Bench(bench::Arguments),
+    Report(report::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -58,6 +62,8 @@ fn main() -> ExitCode {
         Command::Prompt(arguments) => prompt::run(arguments),
         Command::Eval(arguments) => eval::run(arguments, &cancel),
         Command::Profile(arguments) => profile::run(arguments, &cancel),
+        Command::Bench(arguments) => bench::run(arguments, &cancel),
+        Command::Report(arguments) => report::run(arguments),
     };
     exit::code(result, &cancel)
 }

@@ -93,6 +93,11 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
         &self.machine.device
     }
 
+    /// The model's type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Bytes of device memory in use, and the most at once since [`forget_peak`](Self::forget_peak).
     pub fn memory(&self) -> (usize, usize) {
         self.machine.used()

@@ -1,0 +1,14 @@
+//! How long prompts take, and how long they would have to: what the benches and `fastkv bench` share.
+
+mod flops;
+mod random;
+mod shapes;
+mod timing;
+
+pub use flops::prefill_flops;
+pub use random::{Measurable, Normals, random_engine, random_tokens};
+pub use shapes::{SHAPES, parameters, shape};
+pub use timing::{decode, median, prefill};
+
+#[cfg(feature = "cuda")]
+pub use random::Blocks;

@@ -1,0 +1,280 @@
+//! Weights and prompts that no file holds.
+
+use crate::backend::cpu::{CpuBackend, Weight};
+use crate::backend::{Backend, BackendError};
+use crate::engine::{Engine, EngineError};
+use crate::model::{LlamaConfig, StoredTensor};
+use crate::random::SplitMix64;
+
+#[cfg(feature = "cuda")]
+pub use cuda::Blocks;
+
+/// A backend that makes weights from random numbers, and whose memory can be looked at.
+pub trait Measurable: Backend {
+    /// Where its random numbers come from.
+    type Source;
+
+    /// Bytes of an element of a random weight.
+    const WEIGHT_ELEMENT_BYTES: usize;
+
+    /// Random numbers; a seed always gives the same ones.
+    fn source(&self, seed: u64) -> Self::Source;
+
+    /// A matrix of normal numbers whose deviation is 1 over the square root of `fan_in`, or a vector of ones.
+    ///
+    /// # Errors
+    /// Where there is no room for it.
+    fn random_weight(
+        &self,
+        source: &mut Self::Source,
+        shape: &[usize],
+        fan_in: usize,
+    ) -> Result<Self::Weight, BackendError>;
+
+    /// Waits until all that was asked for is done.
+    ///
+    /// # Errors
+    /// Where that failed.
+    fn finish(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Begins to look for the most memory in use anew.
+    fn forget_memory_peak(&self) {}
+
+    /// The most bytes of the device's memory in use at once since then; `None` where it shares the machine's.
+    fn memory_peak(&self) -> Option<usize> {
+        None
+    }
+}
+
+/// A model of random weights whose activations are of about one, as are its embeddings: no smaller than what the
+/// layers add. `made` is told of the elements of each weight.
+///
+/// # Errors
+/// Where there is no room for them.
+pub fn random_engine<B: Measurable>(
+    backend: B,
+    config: LlamaConfig,
+    seed: u64,
+    mut made: impl FnMut(usize),
+) -> Result<Engine<B>, EngineError> {
+    let mut source = backend.source(seed);
+    let engine = Engine::with_weights(backend, config, |backend, name, shape| {
+        let fan_in = if name.contains("embed") { 1 } else { shape.last().copied().unwrap_or(1) };
+        let weight = backend.random_weight(&mut source, shape, fan_in)?;
+        made(shape.iter().product());
+        Ok(weight)
+    })?;
+    engine.backend().finish()?;
+    Ok(engine)
+}
+
+/// Tokens of a vocabulary, which is not empty, each as likely as any other: their attention has no ties.
+pub fn random_tokens(count: usize, vocabulary: usize, seed: u64) -> Vec<u32> {
+    let mut random = SplitMix64::new(seed);
+    (0..count).map(|_| random.below(vocabulary) as u32).collect()
+}
+
+/// Normal random numbers: mean 0, deviation 1.
+#[derive(Clone, Debug)]
+pub struct Normals(SplitMix64);
+
+impl Normals {
+    /// A seed always gives the same ones.
+    pub fn new(seed: u64) -> Self {
+        Self(SplitMix64::new(seed))
+    }
+}
+
+impl Iterator for Normals {
+    type Item = f32;
+
+    /// By Box and Muller's transform.
+    fn next(&mut self) -> Option<f32> {
+        let radius = (-2.0 * (1.0 - self.0.unit()).ln()).sqrt();
+        Some((radius * (std::f64::consts::TAU * self.0.unit()).cos()) as f32)
+    }
+}
+
+impl Measurable for CpuBackend {
+    type Source = Normals;
+
+    const WEIGHT_ELEMENT_BYTES: usize = size_of::<f32>();
+
+    fn source(&self, seed: u64) -> Normals {
+        Normals::new(seed)
+    }
+
+    fn random_weight(
+        &self,
+        source: &mut Normals,
+        shape: &[usize],
+        fan_in: usize,
+    ) -> Result<Weight, BackendError> {
+        let count = shape.iter().product();
+        let numbers: Vec<f32> = match shape {
+            [_] => vec![1.0; count],
+            _ => source.take(count).map(|number| number / (fan_in as f32).sqrt()).collect(),
+        };
+        let stored = StoredTensor::from_f32("random", shape, &numbers);
+        let out_of_memory = BackendError::OutOfMemory { what: "a weight", bytes: size_of_val(&numbers[..]) };
+        self.weight(&stored.map_err(|_| out_of_memory)?)
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::collections::HashMap;
+    use std::collections::hash_map::Entry;
+    use std::fmt::Debug;
+
+    use half::{bf16, f16};
+
+    use super::{Measurable, Normals};
+    use crate::backend::BackendError;
+    use crate::backend::cuda::CudaBackend;
+    use crate::backend::cuda::pipeline::Weight;
+    use crate::kernels::{DType, Device, MatrixProduct};
+
+    /// Random numbers on the device, by the deviation they have. A weight is cut from them, each from another place
+    /// on: making billions of numbers, and sending them, would take minutes.
+    #[derive(Debug)]
+    pub struct Blocks<D: Device> {
+        normal: Vec<f32>,
+        by_fan_in: HashMap<usize, Weight<D>>,
+        next: usize,
+    }
+
+    /// Numbers of a block: no multiple of a row, so that rows differ, and of pieces of 16 bytes.
+    const BLOCK: usize = (16 << 20) - 8 * 1237;
+
+    impl<D: MatrixProduct + Debug> CudaBackend<D> {
+        fn narrow_bits(&self, numbers: impl Iterator<Item = f32>) -> Vec<u16> {
+            match self.dtype() {
+                DType::F16 => numbers.map(|number| f16::from_f32(number).to_bits()).collect(),
+                _ => numbers.map(|number| bf16::from_f32(number).to_bits()).collect(),
+            }
+        }
+
+        fn upload(
+            &self,
+            shape: &[usize],
+            numbers: impl Iterator<Item = f32>,
+        ) -> Result<Weight<D>, BackendError> {
+            let bits = self.narrow_bits(numbers);
+            // SAFETY: the address is of so many elements, which the callers count.
+            self.weight_with(shape, |device, to| unsafe { device.upload(to, bytemuck::cast_slice(&bits)) })
+        }
+    }
+
+    impl<D: MatrixProduct + Debug> Measurable for CudaBackend<D> {
+        type Source = Blocks<D>;
+
+        const WEIGHT_ELEMENT_BYTES: usize = 2;
+
+        fn source(&self, seed: u64) -> Blocks<D> {
+            let normal = Normals::new(seed).take(BLOCK).collect();
+            Blocks { normal, by_fan_in: HashMap::new(), next: 0 }
+        }
+
+        fn random_weight(
+            &self,
+            source: &mut Blocks<D>,
+            shape: &[usize],
+            fan_in: usize,
+        ) -> Result<Weight<D>, BackendError> {
+            if let [width] = *shape {
+                return self.upload(shape, std::iter::repeat_n(1.0, width));
+            }
+            let Blocks { normal, by_fan_in, next } = source;
+            let block = match by_fan_in.entry(fan_in) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => {
+                    let scale = 1.0 / (fan_in as f32).sqrt();
+                    place.insert(self.upload(&[BLOCK], normal.iter().map(|number| number * scale))?)
+                }
+            };
+            let from = block.address();
+            let elements: usize = shape.iter().product();
+            self.weight_with(shape, |device, to| {
+                let mut done = 0;
+                while done < elements {
+                    let count = (elements - done).min(BLOCK - *next);
+                    // SAFETY: `count` elements of the block from `next` on, to where so many are left.
+                    unsafe { device.copy(to + 2 * done as u64, from + 2 * *next as u64, 2 * count) }?;
+                    done += count;
+                    *next = (*next + count) % BLOCK;
+                }
+                // Pieces of 16 bytes.
+                *next = (*next + 8 * 4099) / 8 * 8 % BLOCK;
+                Ok(())
+            })
+        }
+
+        fn finish(&self) -> Result<(), BackendError> {
+            Ok(self.device().synchronize()?)
+        }
+
+        fn forget_memory_peak(&self) {
+            self.forget_peak();
+        }
+
+        fn memory_peak(&self) -> Option<usize> {
+            Some(self.memory().1)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{Control, PrefillOptions};
+    use crate::measure::shape;
+    use crate::policy::Policy;
+
+    #[test]
+    fn normals_have_their_moments() {
+        let numbers: Vec<f64> = Normals::new(3).take(100_000).map(f64::from).collect();
+        let mean = |power: i32| numbers.iter().map(|number| number.powi(power)).sum::<f64>() / 1e5;
+        // Five deviations of each mean: 1, √2 and √96 over √n.
+        for (power, expected, deviation) in [(1, 0.0, 1.0), (2, 1.0, 1.5), (4, 3.0, 9.8)] {
+            assert!(
+                (mean(power) - expected).abs() < 5.0 * deviation / 1e5_f64.sqrt(),
+                "{power}: {}",
+                mean(power)
+            );
+        }
+    }
+
+    #[test]
+    fn tokens_follow_their_seed_and_fill_the_vocabulary() {
+        let tokens = random_tokens(4000, 100, 7);
+        assert_eq!(tokens, random_tokens(4000, 100, 7));
+        assert_ne!(tokens, random_tokens(4000, 100, 8));
+        assert!((0..100).all(|id| tokens.contains(&id)) && tokens.iter().all(|id| *id < 100));
+    }
+
+    #[test]
+    fn random_models_answer_differently_to_different_prompts() {
+        let backend = CpuBackend::new(Some(1)).expect("a thread");
+        let mut elements = 0;
+        let config = shape("tiny").expect("a shape");
+        let engine =
+            random_engine(backend, config.clone(), 1, |made| elements += made as u64).expect("it fits");
+        assert_eq!(elements, crate::measure::parameters(&config));
+        let logits = |seed| {
+            let ids = random_tokens(40, config.vocab_size, seed);
+            let plan = Policy::Full.plan(engine.shape(), ids.len()).expect("valid");
+            engine
+                .prefill(&ids, &plan, &PrefillOptions::default(), &Control::default())
+                .expect("it runs")
+                .logits
+        };
+        let (one, two) = (logits(1), logits(2));
+        let spread =
+            |logits: &[f32]| logits.iter().map(|logit| logit * logit).sum::<f32>() / logits.len() as f32;
+        assert_ne!(one, two);
+        assert!((0.3..3.0).contains(&spread(&one)), "logits are of about one: {}", spread(&one));
+    }
+}
