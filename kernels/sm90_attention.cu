@@ -70,8 +70,6 @@ struct Shared {
     Item item;
     Work work;
     int32_t next; // score item
-    // The last tile of values in which a warpgroup found some that are not finite, by its turn.
-    uint32_t not_finite[GROUPS];
 };
 
 // The parts of dynamic shared memory.
@@ -84,12 +82,19 @@ struct Tiles {
     __device__ __forceinline__ uint32_t v(uint32_t turn) const {
         return q + (1 + STAGES + turn % STAGES) * TILE_BYTES<d>;
     }
+};
 
-    // Of a warpgroup: values without those that are not finite.
-    __device__ __forceinline__ uint32_t cleaned(int32_t group) const {
-        return q + (1 + 2 * STAGES + group) * TILE_BYTES<d>;
+// Where the rings stand, in what a consumer needs of it: additions and no more from tile to tile.
+struct Ring {
+    uint32_t stage = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        parity ^= stage;
+        stage ^= 1;
     }
 };
+static_assert(STAGES == 2, "the other stage is the next");
 
 // The same number in all lanes, known to be so.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
@@ -217,15 +222,22 @@ struct Consumer {
     Shared& shared;
     Tiles<d> tiles;
     int32_t group;
-    uint32_t turn; // tiles of keys so far
+    Ring ring; // the present tile of keys
+    // Descriptors of the queries, of the present keys, and of the last tile's values. Those of the other stage
+    // are what is left of the sum of both.
+    Matrix queries, keys, values;
 
     Softmax softmax;
     float s[S][4];
     float out[O][4];
     uint32_t weights[S / 2][4]; // probabilities of the last tile of keys
-    uint32_t values;            // and where its values are
     int32_t last[2];            // keys that this thread's two rows see
     float shrink[2];
+
+    __device__ __forceinline__ Consumer(const fastkv_prefill_attention_params& p, Shared& shared, Tiles<d> tiles,
+                                        int32_t group)
+        : p(p), shared(shared), tiles(tiles), group(group), queries(uniform(tiles.q + group * GROUP_ROWS * 128)),
+          keys(keys_at(0)), values(values_at(0)) {}
 
     // The thread's first row of a tile; the other is 8 further down.
     __device__ __forceinline__ int32_t row() const {
@@ -241,9 +253,10 @@ struct Consumer {
         }
     }
 
+    __device__ __forceinline__ Matrix keys_at(uint32_t stage) const { return Matrix(tiles.k(stage)); }
+    __device__ __forceinline__ Matrix values_at(uint32_t stage) const { return Matrix(tiles.v(stage), HALF_BYTES); }
+
     __device__ __forceinline__ void multiply_keys() {
-        const Matrix queries(uniform(tiles.q + group * GROUP_ROWS * 128));
-        const Matrix keys(uniform(tiles.k(turn)));
         products_fence();
 #pragma unroll
         for (int step = 0; step < d / 16; ++step) {
@@ -254,11 +267,10 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void multiply_values() {
-        const Matrix matrix(uniform(values), HALF_BYTES);
         products_fence();
 #pragma unroll
         for (int step = 0; step < ROWS / 16; ++step) {
-            multiply_columns<T>(out, weights[step], matrix.plus(step * 16 * 128));
+            multiply_columns<T>(out, weights[step], values.plus(step * 16 * 128));
         }
         products_commit();
     }
@@ -284,56 +296,8 @@ struct Consumer {
         softmax.template update<masked>(s, p.scale * LOG2_E, shrink);
     }
 
-    // Whether a share of the present tile of values holds one that is not finite. In a pair of elements
-    // the bits of the exponents are all set where they and their lowest carry into the bit above.
-    __device__ __forceinline__ bool own_values_finite() const {
-        constexpr uint32_t BITS = EXPONENT<T> * 0x10001u;
-        constexpr uint32_t LOWEST = BITS & ~(BITS << 1);
-        uint32_t carries = 0;
-#pragma unroll 4
-        for (uint32_t at = threadIdx.x % GROUP_THREADS * 16; at < TILE_BYTES<d>; at += GROUP_THREADS * 16) {
-            const uint4 four = load_shared_vector(tiles.v(turn) + at);
-            carries |= ((four.x & BITS) + LOWEST) | ((four.y & BITS) + LOWEST) | ((four.z & BITS) + LOWEST) |
-                       ((four.w & BITS) + LOWEST);
-        }
-        return (carries & 0x80008000) == 0;
-    }
-
-    // Adds values that are not finite to the rows that see their key, and has the product take a copy of
-    // the tile with zeros in their place, so that rows that do not see it can multiply it by their
-    // probability of 0.
-    __device__ __forceinline__ void take_out_not_finite(int32_t block) {
-        const uint32_t from = tiles.v(turn);
-#pragma unroll 1
-        for (int32_t key = 0; key < ROWS; ++key) {
-#pragma unroll
-            for (int j = 0; j < O; ++j) {
-                const uint32_t pair = load_shared(from + chunk_offset(key, j) + threadIdx.x % 4 * 4);
-                if (!finite<T>(pair) || !finite<T>(pair >> 16)) {
-                    const float first = finite<T>(pair) ? 0.0f : widen<T>(pair);
-                    const float second = finite<T>(pair >> 16) ? 0.0f : widen<T>(pair >> 16);
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        if (key <= last[half] - block * ROWS) {
-                            out[j][2 * half] += first;
-                            out[j][2 * half + 1] += second;
-                        }
-                    }
-                }
-            }
-        }
-        values = tiles.cleaned(group);
-#pragma unroll 1
-        for (uint32_t at = threadIdx.x % GROUP_THREADS * 4; at < TILE_BYTES<d>; at += GROUP_THREADS * 4) {
-            store_shared(values + at, finite_part<T>(load_shared(from + at)));
-        }
-        fence_proxy();
-        meet();
-    }
-
-    // After the softmax of a tile: its probabilities, and where its values are.
-    template <bool masked>
-    __device__ __forceinline__ void finish_tile(int32_t block) {
+    // After the softmax of a tile: its probabilities, and what they do to the output so far.
+    __device__ __forceinline__ void finish_tile() {
         pack_weights();
 #pragma unroll
         for (int j = 0; j < O; ++j) {
@@ -342,47 +306,38 @@ struct Consumer {
                 out[j][i] *= shrink[i / 2];
             }
         }
-        values = tiles.v(turn);
-        if (masked) {
-            mbarrier_wait(shared.full_v[turn % STAGES], turn / STAGES % 2);
-            if (!own_values_finite()) {
-                atomicExch(&shared.not_finite[group], turn + 1);
-            }
-            meet();
-            const bool all_finite = *static_cast<volatile uint32_t*>(&shared.not_finite[group]) != turn + 1;
-            if (!all_finite) {
-                take_out_not_finite(block);
-            }
-        }
     }
 
     // Logits of one tile of keys while the values of the tile before are multiplied.
     template <bool masked>
     __device__ __forceinline__ void step(int32_t block) {
-        const uint32_t before = turn++;
-        mbarrier_wait(shared.full_k[turn % STAGES], turn / STAGES % 2);
+        const Ring before = ring;
+        ring.advance();
+        keys.low = keys_at(0).low + keys_at(1).low - keys.low;
+        mbarrier_wait(shared.full_k[ring.stage], ring.parity);
         barrier_sync<CONSUMERS>(1 + group);
         multiply_keys();
-        mbarrier_wait(shared.full_v[before % STAGES], before / STAGES % 2);
+        mbarrier_wait(shared.full_v[before.stage], before.parity);
         multiply_values();
         barrier_arrive<CONSUMERS>(1 + (group ^ 1));
         products_wait<1>(s);
-        release(shared.empty_k[turn % STAGES]);
+        release(shared.empty_k[ring.stage]);
         update<masked>(block);
         products_wait<0>(out);
-        release(shared.empty_v[before % STAGES]);
-        finish_tile<masked>(block);
+        release(shared.empty_v[before.stage]);
+        values.low = values_at(0).low + values_at(1).low - values.low;
+        finish_tile();
     }
 
     __device__ __forceinline__ void attend(const Item& item) {
         int32_t block = int32_t(uniform(item.blocks)) - 1;
         const int32_t all_see = uniform(item.all_see[group]);
-        mbarrier_wait(shared.full_k[turn % STAGES], turn / STAGES % 2);
+        mbarrier_wait(shared.full_k[ring.stage], ring.parity);
         multiply_keys();
         products_wait<0>(s);
-        release(shared.empty_k[turn % STAGES]);
+        release(shared.empty_k[ring.stage]);
         update<true>(block);
-        finish_tile<true>(block);
+        finish_tile();
 #pragma unroll 1
         while (--block >= all_see) {
             step<true>(block);
@@ -391,11 +346,93 @@ struct Consumer {
         for (; block >= 0; --block) {
             step<false>(block);
         }
-        mbarrier_wait(shared.full_v[turn % STAGES], turn / STAGES % 2);
+        mbarrier_wait(shared.full_v[ring.stage], ring.parity);
         multiply_values();
         products_wait<0>(out);
-        release(shared.empty_v[turn % STAGES]);
-        ++turn;
+        release(shared.empty_v[ring.stage]);
+        ring.advance();
+        keys.low = keys_at(ring.stage).low;
+        values.low = values_at(ring.stage).low;
+    }
+
+    // Whether an element of one of the thread's rows is not finite.
+    __device__ __forceinline__ bool is_suspect(int half) const {
+        float probe = 0.0f;
+#pragma unroll
+        for (int j = 0; j < O; ++j) {
+            probe = fmaf(out[j][2 * half], 0.0f, fmaf(out[j][2 * half + 1], 0.0f, probe));
+        }
+        return probe != 0.0f;
+    }
+
+    // A key that a row does not see has a probability of 0 there, and 0 times a value that is not finite is not 0.
+    // What such values made of the elements of a row is computed anew from the keys that it sees: slowly, but such
+    // rows are few. They have been stored by this warp.
+    template <int half>
+    __device__ __forceinline__ void mend(const Item& item, bool suspect) const {
+        if (!__any_sync(~0u, suspect)) {
+            return;
+        }
+        const int32_t own = item.tile.tile.index * ROWS + row() + 8 * half;
+        const int32_t seen = last[half];
+        const int32_t kv_head = item.tile.head / (p.query_heads / p.kv_heads);
+        const int32_t sequence = item.tile.tile.sequence;
+        const int32_t end = min(item.blocks * ROWS, p.k_tokens - item.keys.first);
+        // Each thread of a row has every fourth pair of elements.
+        const auto pair = [&](uint64_t of_row, int j) {
+            return __ldg(reinterpret_cast<const uint32_t*>(of_row + 16 * j) + threadIdx.x % 4);
+        };
+        bool met = false;
+#pragma unroll 1
+        for (int32_t key = min(seen, end) + 1; suspect && key < end && own < item.queries.tokens; ++key) {
+            const uint64_t value = row_address(p.v, sequence, kv_head, item.keys.first + key);
+#pragma unroll 1
+            for (int j = 0; j < O; ++j) {
+                met = met || !finite<T>(pair(value, j)) || !finite<T>(pair(value, j) >> 16);
+            }
+        }
+        const bool anew = __ballot_sync(~0u, met) >> (threadIdx.x % 32 / 4 * 4) & 15;
+        const int32_t most = __reduce_max_sync(~0u, anew ? seen : -1);
+        const float factor = p.scale * LOG2_E;
+        const float maximum = softmax.maximum[half];
+        float normalize, lse;
+        softmax.finish(half, p.scale, normalize, lse);
+        const uint64_t query =
+            row_address(p.q, sequence, item.tile.head, item.queries.first + (anew ? own : 0));
+        float sums[O][2] = {};
+#pragma unroll 1
+        for (int32_t key = 0; key <= most; ++key) {
+            const uint64_t of_key = row_address(p.k, sequence, kv_head, item.keys.first + key);
+            float product = 0.0f;
+#pragma unroll 1
+            for (int j = 0; j < O; ++j) {
+                const uint32_t a = pair(query, j);
+                const uint32_t b = pair(of_key, j);
+                product = fmaf(widen<T>(a), widen<T>(b), product);
+                product = fmaf(widen<T>(a >> 16), widen<T>(b >> 16), product);
+            }
+            product = quad_reduce(product, [](float x, float y) { return x + y; });
+            if (anew && key <= seen) {
+                const float weight = exp2_approx((product - maximum) * factor);
+                const uint64_t value = row_address(p.v, sequence, kv_head, item.keys.first + key);
+#pragma unroll
+                for (int j = 0; j < O; ++j) {
+                    const uint32_t two = pair(value, j);
+                    sums[j][0] = fmaf(weight, widen<T>(two), sums[j][0]);
+                    sums[j][1] = fmaf(weight, widen<T>(two >> 16), sums[j][1]);
+                }
+            }
+        }
+        if (anew) {
+            const uint64_t to = row_address(p.out, sequence, item.tile.head, item.queries.first + own);
+#pragma unroll
+            for (int j = 0; j < O; ++j) {
+                uint16_t* two = reinterpret_cast<uint16_t*>(to + 16 * j) + threadIdx.x % 4 * 2;
+                const uint32_t better = pack<T>(sums[j][0] * normalize, sums[j][1] * normalize);
+                two[0] = finite<T>(two[0]) ? two[0] : uint16_t(better);
+                two[1] = finite<T>(two[1]) ? two[1] : uint16_t(better >> 16);
+            }
+        }
     }
 
     // Output and LSE. The output goes by way of the warp's own queries in shared memory, so that it leaves
@@ -442,7 +479,6 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void run() {
-        turn = 0;
         // The second lets the first begin.
         if (group == 1) {
             barrier_arrive<CONSUMERS>(1);
@@ -470,10 +506,13 @@ struct Consumer {
             if (uniform(item.blocks) > 0) {
                 attend(item);
             }
+            const bool suspect[2] = {is_suspect(0), is_suspect(1)};
+            store_rows(item);
+            mend<0>(item, suspect[0]);
+            mend<1>(item, suspect[1]);
             // Read before the producer may write the next item, which it may once all warps are done here.
             const QueryTile tile = item.tile;
             const int32_t queries = item.queries.tokens;
-            store_rows(item);
             mbarrier_arrive(shared.empty_q);
             if (p.scores) {
                 meet();
@@ -502,9 +541,6 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
             mbarrier_init(shared.empty_v[stage], CONSUMERS / 32);
         }
         mbarrier_init_fence();
-        for (int32_t group = 0; group < GROUPS; ++group) {
-            shared.not_finite[group] = 0;
-        }
     }
     if (threadIdx.x < 32) {
         shared.work.count(p, ROWS);
@@ -518,7 +554,7 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
         return;
     }
     take_registers<232>();
-    Consumer<T, d>{p, shared, tiles, int32_t(uniform(threadIdx.x / GROUP_THREADS))}.run();
+    Consumer<T, d>(p, shared, tiles, int32_t(uniform(threadIdx.x / GROUP_THREADS))).run();
     // The producer is gone; what is left of the block scores keys.
     int32_t number = shared.item.number;
     while (number < shared.work.items) {
@@ -536,7 +572,7 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
 } // namespace
 
 // Grid: as many blocks as SMs, or fewer. Dynamic shared memory: a tile of queries, two of keys, two of
-// values, two of cleaned values, and 1 KB to align them.
+// values, and 1 KB to align them.
 #define FASTKV_SM90_ATTENTION(name, type, d)                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                               \
         fastkv_sm90_attention_##name##_##d(__grid_constant__ const Params params) {                         \
