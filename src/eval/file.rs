@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::longbench::Dataset;
 use super::{EvalError, Key, Question, Scoring};
+use crate::model::json::shown;
 
 /// A question of a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -157,15 +158,5 @@ impl<'a> Fields<'a> {
             }
             Some(other) => Err(wanted(other)),
         }
-    }
-}
-
-/// A value for a message, cut where it is long.
-fn shown(value: &Value) -> String {
-    const LONGEST: usize = 60;
-    let text = value.to_string();
-    match text.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
     }
 }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::dialect::{Dialect, DialectError, fill};
+use super::words::shuffle;
 use super::{Question, Scoring};
 use crate::random::SplitMix64;
 
@@ -179,10 +180,7 @@ fn value(dialect: &Dialect, random: &mut SplitMix64) -> String {
 /// `count` different words in random order; `None`: all.
 fn draw(words: &[String], count: Option<usize>, random: &mut SplitMix64) -> Vec<String> {
     let mut words = words.to_vec();
-    for index in 0..words.len() {
-        let other = index + random.below(words.len() - index);
-        words.swap(index, other);
-    }
+    shuffle(&mut words, random);
     words.truncate(count.unwrap_or(usize::MAX));
     words
 }

@@ -32,7 +32,7 @@ pub(super) fn object(file: &Path, text: &[u8]) -> Result<Map<String, Value>, Mod
 }
 
 /// A value for a message: as JSON, cut where it is long.
-pub(super) fn shown(value: &Value) -> String {
+pub(crate) fn shown(value: &Value) -> String {
     const LONGEST: usize = 120;
     let text = value.to_string();
     match text.char_indices().nth(LONGEST) {

@@ -14,7 +14,7 @@ mod config;
 mod directory;
 mod error;
 mod generation;
-mod json;
+pub(crate) mod json;
 mod rope;
 mod weights;
 
