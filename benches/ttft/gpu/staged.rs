@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use fastkv::abi;
 use fastkv::backend::cuda::{CudaEvent, CudaLauncher};
-use fastkv::kernels::{Device, Error, Launch, Matmul, MatrixProduct, TensorMap};
+use fastkv::kernels::{Device, Error, Graph, Launch, Matmul, MatrixProduct, TensorMap};
 
 use forward::forward;
 
@@ -54,12 +54,24 @@ impl Device for Staged {
     forward! { device: alloc free upload download copy fill tensor_map synchronize record elapsed_ms free_memory
     compute_capability multiprocessors }
 
+    unsafe fn capture(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), Error>,
+    ) -> Result<Option<Box<dyn Graph>>, Error> {
+        // What is queued as one piece has no stages.
+        if self.events.borrow().is_some() {
+            return Ok(None);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.device.capture(work) }
+    }
+
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
         // SAFETY: the caller's promise.
         unsafe { self.device.launch(launch) }?;
         self.mark(match launch.kernel.image().trim_start_matches("sm90_") {
             "attention" => 0,
-            "scores" | "select" | "gather" => 2,
+            "scores" | "columns" | "sums" | "select" | "gather" => 2,
             _ => 3,
         })
     }
