@@ -810,6 +810,18 @@ fn not_finite<D: Device>(device: &D, form: Form) -> Result<(), String> {
             }
         }
     }
+    // Values of the sequence behind, which a tile may hold too, and keys that rows see wherever they stand.
+    let lengths = [(40, 70), (33, 50)];
+    let spread =
+        lengths.iter().flat_map(|&(queries, keys)| (0..queries).map(move |i| (i * keys / queries) as i32));
+    let spread: Vec<i32> = spread.collect();
+    for (dtype, head_dim, heads) in [(DType::BF16, 128, [2, 2]), (DType::F16, 64, [1, 3])] {
+        for positions in [None, Some(spread.clone())] {
+            let plain = Case::plain(dtype, head_dim, heads, &lengths);
+            let case = Case { form: Some(form), positions, poisoned: vec![(1, 0), (1, 30)], ..plain };
+            check(device, &case).map_err(|error| format!("{error}\n{case:?}"))?;
+        }
+    }
     Ok(())
 }
 
