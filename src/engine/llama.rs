@@ -354,12 +354,14 @@ pub fn check_tokens(config: &LlamaConfig, ids: &[u32], first: usize) -> Result<(
     Ok(())
 }
 
-/// Passes of at most `chunk` rows through a layer that sequences of these lengths share: for each pass the numbers
-/// of sequences, which ascend, and their rows. Each sequence is cut as it would be alone.
-pub(super) fn passes(lengths: &[usize], chunk: usize) -> Vec<Vec<(usize, Range<usize>)>> {
+/// The numbers of the sequences that take part in a pass through a layer, which ascend, and their rows.
+pub(super) type Pass = Vec<(usize, Range<usize>)>;
+
+/// Passes of at most `chunk` rows that sequences of these lengths share. Each sequence is cut as it would be alone.
+pub(super) fn passes(lengths: &[usize], chunk: usize) -> Vec<Pass> {
     let cut: Vec<Vec<Range<usize>>> = lengths.iter().map(|rows| chunks(*rows, chunk).collect()).collect();
     let rounds = cut.iter().map(Vec::len).max().unwrap_or(0);
-    let mut passes: Vec<Vec<(usize, Range<usize>)>> = Vec::new();
+    let mut passes: Vec<Pass> = Vec::new();
     for round in 0..rounds {
         let mut room = 0;
         for (sequence, cut) in cut.iter().enumerate() {

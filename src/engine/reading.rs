@@ -1,10 +1,8 @@
 //! A layer for several prompts at once, in passes of a limited number of rows.
 
-use std::ops::Range;
-
 use super::EngineError;
 use super::choice::Choice;
-use super::llama::{Layer, Llama, Part, Projected, Span, passes};
+use super::llama::{Layer, Llama, Part, Pass, Projected, Span, passes};
 use super::observe::Observer;
 use super::prefill::{Meter, Run};
 use crate::backend::{Backend, Visible};
@@ -25,9 +23,14 @@ pub(super) struct Reading<'r, 'a, B: Backend> {
     pub(super) rows: usize,
 }
 
-/// What is needed of every run: nobody begins a layer for no prompt.
-fn common<'a, B: Backend>(readings: &[Reading<'_, 'a, B>]) -> Option<(&'a B, &'a Llama<B>, &'a Meter<'a>)> {
-    readings.first().map(|Reading { run, .. }| (run.backend, run.llama, run.meter))
+/// What all runs have in common.
+type Common<'a, B> = (&'a B, &'a Llama<B>, &'a Meter<'a>);
+
+/// What all have in common, and the passes that their rows take; nothing for no prompts.
+fn under_way<'a, B: Backend>(readings: &[Reading<'_, 'a, B>]) -> Option<(Common<'a, B>, Vec<Pass>)> {
+    let Run { backend, llama, meter, .. } = &*readings.first()?.run;
+    let rows: Vec<usize> = readings.iter().map(|reading| reading.run.rows).collect();
+    Some(((backend, llama, meter), passes(&rows, backend.chunk_rows())))
 }
 
 /// Where the keys and values of a part go, and who watches its queries.
@@ -36,7 +39,7 @@ type Store<'p, 'r, B> = (&'p mut <B as Backend>::Kv, &'p mut Observer<'r, B>);
 /// The rows of a pass, and the store of each part.
 fn gather<'p, 'r, B: Backend>(
     readings: &'p mut [Reading<'r, '_, B>],
-    pass: &[(usize, Range<usize>)],
+    pass: &Pass,
 ) -> (Vec<Part<'p, B>>, Vec<Store<'p, 'r, B>>) {
     let mut pass = pass.iter().peekable();
     let takes_part = |(index, reading): (usize, &'p mut Reading<'r, '_, B>)| {
@@ -53,9 +56,8 @@ pub(super) fn read_keys<B: Backend>(
     layer: &Layer<B>,
     readings: &mut [Reading<'_, '_, B>],
 ) -> Result<(), EngineError> {
-    let Some((backend, llama, meter)) = common(readings) else { return Ok(()) };
-    let rows: Vec<usize> = readings.iter().map(|reading| reading.run.rows).collect();
-    for pass in passes(&rows, backend.chunk_rows()) {
+    let Some(((backend, llama, meter), passes)) = under_way(readings) else { return Ok(()) };
+    for pass in passes {
         meter.control.check()?;
         let (parts, stores) = gather(readings, &pass);
         let normed = layer.attention_input(backend, &llama.config, &parts)?;
@@ -87,9 +89,8 @@ pub(super) fn attend_selected<B: Backend>(
     readings: &mut [Reading<'_, '_, B>],
     selected: &[B::Indices],
 ) -> Result<(), EngineError> {
-    let Some((backend, llama, meter)) = common(readings) else { return Ok(()) };
-    let rows: Vec<usize> = readings.iter().map(|reading| reading.run.rows).collect();
-    for pass in passes(&rows, backend.chunk_rows()) {
+    let Some(((backend, llama, meter), passes)) = under_way(readings) else { return Ok(()) };
+    for pass in passes {
         meter.control.check()?;
         let (mut parts, stores) = gather(readings, &pass);
         let normed = layer.attention_input(backend, &llama.config, &parts)?;
@@ -111,9 +112,8 @@ pub(super) fn attend_all<B: Backend>(
     layer: &Layer<B>,
     readings: &mut [Reading<'_, '_, B>],
 ) -> Result<(), EngineError> {
-    let Some((backend, llama, meter)) = common(readings) else { return Ok(()) };
-    let rows: Vec<usize> = readings.iter().map(|reading| reading.run.rows).collect();
-    for pass in passes(&rows, backend.chunk_rows()) {
+    let Some(((backend, llama, meter), passes)) = under_way(readings) else { return Ok(()) };
+    for pass in passes {
         meter.control.check()?;
         let (mut parts, mut stores) = gather(readings, &pass);
         layer.read(backend, &llama.config, &mut parts, |part, span, projected| {

@@ -179,7 +179,7 @@ fn one_by_one<B: Backend>(rig: &Rig<B>, prefill: &mut Prefill<B>, options: &Gene
 #[test]
 fn answers_go_on_where_room_ran_out() {
     let tiny = Tiny { layers: 2, ..Tiny::default() };
-    let rig = rig(&tiny);
+    let rig = rig_on(&tiny, Probe::new(64));
     let ids = prompts(tiny.vocabulary);
     let plans: Vec<Plan> = ids[..2].iter().map(|ids| rig.plan(&Policy::Full, ids.len())).collect();
     let options = GenerationOptions { max_tokens: 600, ..GenerationOptions::default() };

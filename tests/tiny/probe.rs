@@ -33,6 +33,8 @@ pub(crate) struct Probe {
 #[derive(Debug)]
 pub(crate) struct Joined {
     batch: KvBatch,
+    /// Steps that there is room for.
+    room: usize,
 }
 
 #[derive(Debug)]
@@ -333,7 +335,7 @@ impl Backend for Probe {
             return Err(BackendError::OutOfMemory { what: "a test", bytes: 1 });
         }
         let stores = stores.iter().map(|kv| kv.kv.clone()).collect();
-        Ok(Joined { batch: self.inner.join_kv(stores, room)? })
+        Ok(Joined { batch: self.inner.join_kv(stores, room)?, room })
     }
 
     fn split_kv(&self, batch: Joined, steps: usize) -> Result<Vec<Counted>> {
@@ -351,6 +353,7 @@ impl Backend for Probe {
         if self.failing_steps.load(Relaxed) > 0 && self.failing_steps.fetch_sub(1, Relaxed) == 1 {
             return Err(BackendError::OutOfMemory { what: "a test", bytes: 1 });
         }
+        batch.room = batch.room.checked_sub(1).expect("room for the step");
         self.inner.decode_attention(queries, keys, values, positions, &mut batch.batch)
     }
 

@@ -208,7 +208,7 @@ fn newest<D: MatrixProduct + Debug>(
     out: &Tensor<D>,
 ) -> Result<(), BackendError> {
     let bias = beside.steered.map(Steered::of_positions);
-    let mut work = Decode {
+    let work = Decode {
         cache: kv.cache(),
         q: queries.heads(0, kv.head_dim),
         k_new: Rows::default(),
@@ -227,10 +227,18 @@ fn newest<D: MatrixProduct + Debug>(
         workspace: 0,
         workspace_bytes: 0,
     };
+    step(backend, work)
+}
+
+/// Queues a step of decoding, whose workspace is added here.
+pub(super) fn step<D: MatrixProduct + Debug>(
+    backend: &CudaBackend<D>,
+    mut work: Decode,
+) -> Result<(), BackendError> {
     work.workspace_bytes = decode_workspace(&work)?;
     let workspace = backend.machine.block("the scratch memory of attention", work.workspace_bytes)?;
     work.workspace = workspace.address();
-    // SAFETY: live blocks of the sizes stated, in stream order.
+    // SAFETY: live blocks of the sizes stated, in stream order; no two lists share rows.
     Ok(unsafe { decode(backend.device(), &work) }?)
 }
 

@@ -7,11 +7,11 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::handles::{Kv, List};
 use super::memory::{Block, Pool};
-use super::{CudaBackend, Indices, Tensor, shape};
+use super::{CudaBackend, Indices, Tensor, attention, shape};
 use crate::abi::{self, Rows};
 use crate::backend::BackendError;
 use crate::kernels::batch::default_scale;
-use crate::kernels::decode::{Decode, decode, decode_workspace};
+use crate::kernels::decode::Decode;
 use crate::kernels::{self, Device, Graph, MatrixProduct};
 
 /// The lists of several sequences in one store. Their lengths grow on the device; on the host they are what they
@@ -125,7 +125,7 @@ pub(super) fn decode_attention<D: MatrixProduct + Debug>(
     let out = backend.tensor("attention", rows, queries.width, queries.dtype)?;
     // A row is a sequence of one token.
     let of_sequences = |x: &Tensor<D>| Rows { sequence_stride: x.width as i64, ..x.heads(0, kv.head_dim) };
-    let mut work = Decode {
+    let work = Decode {
         cache: abi::Cache {
             capacity: *capacity as i32,
             sequences: rows as i32,
@@ -149,11 +149,7 @@ pub(super) fn decode_attention<D: MatrixProduct + Debug>(
         workspace: 0,
         workspace_bytes: 0,
     };
-    work.workspace_bytes = decode_workspace(&work)?;
-    let workspace = backend.machine.block("the scratch memory of attention", work.workspace_bytes)?;
-    work.workspace = workspace.address();
-    // SAFETY: live blocks of the sizes stated, in stream order; no two lists share rows.
-    unsafe { decode(backend.device(), &work) }?;
+    attention::step(backend, work)?;
     Ok(out)
 }
 
