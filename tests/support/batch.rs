@@ -30,27 +30,37 @@ fn steps<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(), 
     let sizes = Sizes { group: 2, heads: 2, head_dim: 64, rows: 5, keys: 150 };
     let scene = Scene { sizes, stored, unit, seed };
     let run = |error: BackendError| error.to_string();
-    let (found, calls) = several_steps(&scene, &cuda(device, dtype)?).map_err(run)?;
-    if calls != 2 {
-        return Err(format!("{STEPS} steps were put together {calls} times: first, and to be captured"));
+    let keys = sizes.keys;
+    // A head without entries; one of more than a chunk; heads of one length, and other tokens. Then one sequence,
+    // which stays where it is.
+    let several = [[0, 7], [keys - 1, 70], [70, 70]];
+    for kept in [&several[..], &[[5, 70]]] {
+        let (found, calls) = several_steps(&scene, &cuda(device, dtype)?, kept).map_err(run)?;
+        if calls != 2 {
+            return Err(format!("{STEPS} steps were put together {calls} times: first, and to be captured"));
+        }
+        let (expected, _) = several_steps(&scene, &cpu()?, kept).map_err(run)?;
+        found.iter().zip(&expected).try_for_each(|(found, expected)| compare(found, expected))?;
     }
-    let (expected, _) = several_steps(&scene, &cpu()?).map_err(run)?;
-    found.iter().zip(&expected).try_for_each(|(found, expected)| compare(found, expected))
+    Ok(())
 }
 
 const STEPS: usize = 5;
 
 /// What the steps give, and how often their operations were asked for.
-fn several_steps<B: Backend>(scene: &Scene, backend: &B) -> Result<(Vec<Output>, usize), BackendError> {
+fn several_steps<B: Backend>(
+    scene: &Scene,
+    backend: &B,
+    kept: &[[usize; 2]],
+) -> Result<(Vec<Output>, usize), BackendError> {
     // As for the attention of one row.
     let attended = [scene.unit, 2.0 * scene.unit];
-    let Sizes { group, heads, head_dim, keys, .. } = scene.sizes;
+    let Sizes { group, heads, head_dim, .. } = scene.sizes;
     let kv = scene.store(backend)?;
-    // One sequence has a head without entries, one has more than a chunk.
-    let kept = [[0, 7], [keys, 70], [1, keys - 3]];
     let stores = kept.iter().map(|lengths| {
-        let lists = lengths.iter().map(|length| (0..*length as u32).collect()).collect();
-        backend.gather_kv(&kv, &backend.indices(lists)?, 0)
+        let list = |(head, length): (usize, &usize)| (head as u32..(head + length) as u32).collect();
+        let lists = lengths.iter().enumerate().map(list).collect();
+        backend.gather_kv(&kv, &backend.indices(lists)?, STEPS)
     });
     let mut batch = backend.join_kv(stores.collect::<Result<_, _>>()?, STEPS)?;
     let table = |width, seed| scene.weight(backend, &[40, width], 1.0, seed);
@@ -62,8 +72,11 @@ fn several_steps<B: Backend>(scene: &Scene, backend: &B) -> Result<(Vec<Output>,
     let (mut out, mut calls) = (None, 0);
     let mut outputs = Vec::new();
     for step in 0..STEPS as u32 {
-        backend.write_list(&mut ids, &[3 * step, 3 * step + 1, 3 * step + 2])?;
-        backend.write_list(&mut positions, &[1000 + step, 2000 + step, 3000 + step])?;
+        let each = 1..=kept.len() as u32;
+        backend
+            .write_list(&mut ids, &each.clone().map(|sequence| 3 * step + sequence).collect::<Vec<_>>())?;
+        backend
+            .write_list(&mut positions, &each.map(|sequence| 1000 * sequence + step).collect::<Vec<_>>())?;
         backend.repeat(&mut recording, || {
             out = None;
             calls += 1;
@@ -84,6 +97,13 @@ fn several_steps<B: Backend>(scene: &Scene, backend: &B) -> Result<(Vec<Output>,
         let last = backend.slice_rows(&scene.queries(backend, 2)?, 1..2)?;
         let numbers = backend.read(&backend.attention(&last, kv, Visible::Aligned)?)?;
         outputs.push(Output { what: "attention over what is left", numbers, tolerance: attended });
+        let last = lengths.iter().map(|length| vec![*length as u32 - 1]).collect();
+        let gathered = backend.gather_kv(kv, &backend.indices(last)?, 0)?;
+        let numbers = flat(&backend.kv_positions(&gathered)?);
+        outputs.push(Output { what: "positions of the newest", numbers, tolerance: [0.0; 2] });
+        let oldest = backend.gather_kv(kv, &backend.indices(vec![vec![0]; heads])?, 0)?;
+        let numbers = flat(&backend.kv_positions(&oldest)?);
+        outputs.push(Output { what: "positions of the oldest", numbers, tolerance: [0.0; 2] });
     }
     Ok((outputs, calls))
 }
