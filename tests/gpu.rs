@@ -23,6 +23,7 @@ type Run = Box<dyn Fn(&CudaLauncher) -> Result<(), Failed> + Send>;
 /// What is too large for the emulator, or not a kernel's.
 const TESTS: &[(&str, Test)] = &[
     ("copies_and_events", copies_and_events),
+    ("memory_had_ready", memory_had_ready),
     ("gather_kv_llama", gather_kv_llama),
     ("gather_rows_llama", gather_rows_llama),
     ("select_llama", select_llama),
@@ -105,6 +106,33 @@ fn window_scores_llama(device: &CudaLauncher) -> Result<(), Failed> {
 fn column_scores_llama(device: &CudaLauncher) -> Result<(), Failed> {
     let case = scores::Case::plain(DType::BF16, 128, 4, 2000, 2000);
     Ok(scores::check(device, &scores::Case { window: Window::All, ..case })?)
+}
+
+/// Memory had ready, and memory given back, count as free and can be had; too much is an error that changes
+/// nothing.
+fn memory_had_ready(device: &CudaLauncher) -> Result<(), Failed> {
+    const BYTES: usize = 256 << 20;
+    device.synchronize()?;
+    let free = || device.free_memory().ok_or("a GPU says how much memory is free");
+    let before = free()?;
+    device.reserve(BYTES)?;
+    device.synchronize()?;
+    let ready = free()?;
+    let block = device.alloc(BYTES)?;
+    let taken = free()?;
+    // SAFETY: allocated above, and used by nobody.
+    unsafe { device.free(block) }?;
+    device.synchronize()?;
+    let after = free()?;
+    // Other programs may take and give memory meanwhile, but hardly so much.
+    let near = |bytes: u64, expected: u64| bytes.abs_diff(expected) < BYTES as u64 / 2;
+    if !near(ready, before) || !near(taken, before - BYTES as u64) || !near(after, before) {
+        return Err(format!("{before} bytes free, then {ready}, {taken} with a block, {after}").into());
+    }
+    match device.reserve(usize::MAX / 2) {
+        Err(_) if near(free()?, before) => Ok(()),
+        other => Err(format!("more than there is: {other:?}").into()),
+    }
 }
 
 fn copies_and_events(device: &CudaLauncher) -> Result<(), Failed> {

@@ -47,6 +47,12 @@ pub trait Backend: Debug {
         None
     }
 
+    /// Says that about so many bytes will be asked for, in many pieces: a backend may have them ready. Where there are
+    /// not so many, whatever does not fit says so when it is asked for.
+    fn reserve(&self, bytes: u64) {
+        let _ = bytes;
+    }
+
     /// Makes a stored tensor usable.
     fn weight(&self, stored: &StoredTensor) -> Result<Self::Weight, BackendError>;
 

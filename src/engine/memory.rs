@@ -37,7 +37,7 @@ pub struct MemoryEstimate {
     /// The most keys and values alive at once.
     #[serde(rename = "kv_peak_bytes")]
     pub kv_peak: u64,
-    /// The residual stream, scores, and the temporaries of one chunk of rows, f32.
+    /// The residual stream and scores, in f32, and the temporaries of one chunk of rows.
     #[serde(rename = "activations_bytes")]
     pub activations: u64,
 }
@@ -45,29 +45,24 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     /// What running this plan on a model of this configuration takes.
     pub fn new(config: &LlamaConfig, plan: &Plan, options: &MemoryOptions) -> Self {
-        let element = options.kv_element_bytes;
-        let token = (plan.shape.kv_elements() * element * plan.layers.len()) as u64;
-        let more = options.more_tokens as u64 * token;
-        Self {
-            weights: options.weight_bytes,
-            kv_full: plan.prompt_tokens as u64 * token + more,
-            kv_kept: plan.kept_kv_bytes(element) as u64 + more,
-            kv_peak: plan.peak_kv_bytes(element) as u64 + more,
-            activations: activations(config, plan, options.chunk_rows) * size_of::<f32>() as u64,
-        }
+        Self::together(config, &[plan], options)
     }
 
-    /// What prompts take that are read together: an upper bound, since they share the temporaries of a chunk.
-    /// Nothing for no prompts.
+    /// What prompts take that are read together: they share the temporaries of a chunk.
     #[must_use]
-    pub fn together(prompts: &[Self]) -> Self {
-        let sum = |part: fn(&Self) -> u64| prompts.iter().map(part).sum();
+    pub fn together(config: &LlamaConfig, plans: &[&Plan], options: &MemoryOptions) -> Self {
+        let element = options.kv_element_bytes;
+        let token = |plan: &Plan| (plan.shape.kv_elements() * element * plan.layers.len()) as u64;
+        let sum = |bytes: &dyn Fn(&Plan) -> u64| {
+            plans.iter().map(|plan| bytes(plan) + options.more_tokens as u64 * token(plan)).sum()
+        };
         Self {
-            weights: prompts.iter().map(|prompt| prompt.weights).max().unwrap_or(0),
-            kv_full: sum(|prompt| prompt.kv_full),
-            kv_kept: sum(|prompt| prompt.kv_kept),
-            kv_peak: sum(|prompt| prompt.kv_peak),
-            activations: sum(|prompt| prompt.activations),
+            weights: options.weight_bytes,
+            kv_full: sum(&|plan| plan.prompt_tokens as u64 * token(plan)),
+            kv_kept: sum(&|plan| plan.kept_kv_bytes(element) as u64),
+            kv_peak: sum(&|plan| plan.peak_kv_bytes(element) as u64),
+            activations: plans.iter().map(|plan| of_prompt(config, plan)).sum::<u64>()
+                + of_chunk(config, plans, options),
         }
     }
 
@@ -123,24 +118,14 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// Most f32 elements that are neither weights nor keys and values.
-fn activations(config: &LlamaConfig, plan: &Plan, chunk_rows: usize) -> u64 {
-    let hidden = config.hidden_size as u64;
-    let queries = (config.query_heads * config.head_dim) as u64;
-    let keys = (config.kv_heads * config.head_dim) as u64;
+/// Most bytes of a prompt that live through all chunks and are no keys and values, all f32.
+fn of_prompt(config: &LlamaConfig, plan: &Plan) -> u64 {
     let rows = plan.prompt_tokens as u64;
-    let chunk = rows.min(chunk_rows as u64);
-
     // Cosines and sines of half a head, and where tokens are selected the narrowed copy beside the stream.
     let candidates = plan.candidates.iter().map(|candidates| candidates.propagate);
     let selected = plan.layers.iter().filter_map(|layer| layer.propagate).chain(candidates);
     let selected = selected.map(|propagate| propagate.count() as u64).max().unwrap_or(1);
-    let stream = (rows + selected) * (hidden + config.head_dim as u64);
-    // The normed rows and the queries live through a chunk; beside them attention has its output twice,
-    // in tiles and in rows, and the MLP its input, gate, up and output behind the projected attention.
-    let attention = (2 * queries).max(2 * keys);
-    let mlp = queries + 3 * hidden + 2 * config.intermediate_size as u64;
-    let temporaries = chunk * (hidden + queries + attention.max(mlp));
+    let stream = (rows + selected) * (config.hidden_size + config.head_dim) as u64;
     // A key's probability for every query head, and pooled for every kv head and their sum.
     let scored = plan.candidates.is_some() || plan.layers.iter().any(|layer| !layer.windows().is_empty());
     let scores = match scored {
@@ -152,7 +137,21 @@ fn activations(config: &LlamaConfig, plan: &Plan, chunk_rows: usize) -> u64 {
         true => 6 * rows * config.kv_heads as u64,
         false => 0,
     };
-    stream + temporaries + scores + sums + config.vocab_size as u64
+    (stream + scores + sums + config.vocab_size as u64) * size_of::<f32>() as u64
+}
+
+/// Most bytes of the temporaries of a chunk, which are of the type of keys and values.
+fn of_chunk(config: &LlamaConfig, plans: &[&Plan], options: &MemoryOptions) -> u64 {
+    let rows = plans.iter().map(|plan| plan.prompt_tokens).sum::<usize>();
+    let chunk = rows.min(options.chunk_rows) as u64;
+    let hidden = config.hidden_size as u64;
+    let queries = (config.query_heads * config.head_dim) as u64;
+    let keys = (config.kv_heads * config.head_dim) as u64;
+    // The normed rows and the queries live through a chunk; beside them attention has its output twice,
+    // in tiles and in rows, and the MLP its input, gate, up and output behind the projected attention.
+    let attention = (2 * queries).max(2 * keys);
+    let mlp = queries + 3 * hidden + 2 * config.intermediate_size as u64;
+    chunk * (hidden + queries + attention.max(mlp)) * options.kv_element_bytes as u64
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use super::llama::{Layer, Llama, Part, Places};
 use super::reading::{Reading, attend_all, attend_selected, read_keys};
 use super::settling::Settling;
 use super::trace::Trace;
-use super::{Control, Engine, EngineError, check_tokens};
+use super::{Control, Engine, EngineError, MemoryEstimate, MemoryOptions, check_tokens};
 use crate::backend::{Backend, Select};
 use crate::cache::{Cache, Decoding, Steer, Tokens};
 use crate::policy::{LayerPlan, Plan, Restart};
@@ -93,6 +93,14 @@ impl<B: Backend> Engine<B> {
         if prompts.is_empty() {
             return Ok(Vec::new());
         }
+        let plans: Vec<&Plan> = prompts.iter().map(|prompt| prompt.plan).collect();
+        let memory = MemoryOptions {
+            weight_bytes: 0,
+            chunk_rows: backend.chunk_rows(),
+            kv_element_bytes: backend.kv_element_bytes(),
+            more_tokens: options.slack,
+        };
+        backend.reserve(MemoryEstimate::together(&llama.config, &plans, &memory).total());
         let total = prompts.iter().map(rows_read).sum();
         let meter = Meter { control, done: Cell::new(0), total: Cell::new(total) };
         let mut runs = Vec::with_capacity(prompts.len());

@@ -23,6 +23,16 @@ pub trait Device {
         None
     }
 
+    /// Has memory ready, so that blocks of so many bytes in all, which [`alloc`](Self::alloc) gives later, cost little
+    /// each. What is in use stays where it is.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device has no room. Nothing has changed then, and blocks can be had as before.
+    fn reserve(&self, bytes: usize) -> Result<(), Error> {
+        let _ = bytes;
+        Ok(())
+    }
+
     /// Gives memory back once the work queued so far is done with it.
     ///
     /// # Safety
@@ -123,7 +133,7 @@ pub trait Graph: std::fmt::Debug {
 
 /// A tensor of 16-bit elements in five dimensions, innermost first, and the box of it that one copy moves to
 /// shared memory: rows of 128 bytes, with a swizzle of 128 bytes. What lies outside the tensor reads as zeros.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TensorMap {
     /// Device address, a multiple of 16.
     pub base: u64,

@@ -138,7 +138,7 @@ impl<D: Device> Device for Faulty<D> {
         unsafe { self.device.launch(launch) }
     }
 
-    forward! { device after before: upload download copy fill tensor_map synchronize record elapsed_ms }
+    forward! { device after before: reserve upload download copy fill tensor_map synchronize record elapsed_ms }
     forward! { device: free_memory compute_capability multiprocessors }
 }
 

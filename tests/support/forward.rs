@@ -80,6 +80,12 @@ macro_rules! forward {
             self.$device.elapsed_ms(from, to)
         }
     };
+    (@reserve [$device:ident $($gate:ident)?]) => {
+        fn reserve(&self, bytes: usize) -> Result<(), Error> {
+            $(self.$gate("reserve")?;)?
+            self.$device.reserve(bytes)
+        }
+    };
     (@free_memory [$device:ident]) => {
         fn free_memory(&self) -> Option<u64> {
             self.$device.free_memory()

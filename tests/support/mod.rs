@@ -23,6 +23,8 @@ pub(crate) mod probe;
 pub(crate) mod processors;
 pub(crate) mod random;
 pub(crate) mod recorder;
+#[cfg(feature = "pipeline")]
+pub(crate) mod reserve;
 pub(crate) mod scores;
 pub(crate) mod select;
 pub(crate) mod sums;
@@ -63,6 +65,8 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         batch::checks(),
         #[cfg(feature = "pipeline")]
         faults::checks(),
+        #[cfg(feature = "pipeline")]
+        reserve::checks(),
         attention::checks(),
         decode::checks(),
         gather::checks(),

@@ -52,7 +52,7 @@ impl Device for Staged {
     type Event = CudaEvent;
 
     forward! { device: alloc free upload download copy fill tensor_map synchronize record elapsed_ms free_memory
-    compute_capability multiprocessors }
+    reserve compute_capability multiprocessors }
 
     unsafe fn capture(
         &self,

@@ -2,10 +2,11 @@
 
 use std::{
     cell::Cell,
+    collections::HashMap,
     ffi::{CString, c_uint, c_void},
     mem::MaybeUninit,
     ptr,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use cudarc::driver::{result, sys};
@@ -54,9 +55,11 @@ impl CudaLauncher {
             device,
             context,
             stream: ptr::null_mut(),
+            pool: ptr::null_mut(),
             modules: Vec::new(),
             functions: Vec::new(),
             products: OnceLock::new(),
+            tensor_maps: Mutex::default(),
             compute_capability: info.compute_capability,
             multiprocessors: info.multiprocessors,
             reads_host_memory: false,
@@ -124,7 +127,21 @@ impl Device for CudaLauncher {
         let (mut free, mut total) = (0, 0);
         // SAFETY: both outlive the call.
         self.call("cuMemGetInfo", || unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }).ok()?;
-        Some(free as u64)
+        Some(free as u64 + self.loaded.idle_memory().ok()?)
+    }
+
+    fn reserve(&self, bytes: usize) -> Result<(), Error> {
+        if self.loaded.idle_memory()? >= bytes as u64 {
+            return Ok(());
+        }
+        // What lies idle in pieces goes back first, or the pool would end up larger than what is wanted.
+        let pool = self.loaded.pool;
+        self.synchronize()?;
+        // SAFETY: a pool that lives as long as the device; memory in use stays.
+        self.call("cuMemPoolTrimTo", || unsafe { sys::cuMemPoolTrimTo(pool, 0) })?;
+        let address = self.alloc(bytes)?;
+        // SAFETY: allocated above, and used by nobody.
+        unsafe { self.free(address) }
     }
 
     unsafe fn free(&self, address: u64) -> Result<(), Error> {
@@ -232,6 +249,10 @@ impl Device for CudaLauncher {
     }
 
     fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
+        let mut known = self.loaded.tensor_maps.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(map) = known.get(tensor) {
+            return Ok(*map);
+        }
         let mut map = CuTensorMap([0; 16]);
         let ones = [1_u32; 5];
         // SAFETY: arrays of as many numbers as there are dimensions, less one for strides, and room for a map.
@@ -251,7 +272,12 @@ impl Device for CudaLauncher {
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         })?;
-        Ok(abi::TensorMap { words: map.0 })
+        let map = abi::TensorMap { words: map.0 };
+        if known.len() == TENSOR_MAPS {
+            known.clear();
+        }
+        known.insert(*tensor, map);
+        Ok(map)
     }
 
     fn synchronize(&self) -> Result<(), Error> {
@@ -389,6 +415,9 @@ impl Drop for CudaEvent {
     }
 }
 
+/// Tensor maps that are remembered: those of the layers and chunks of some prompts. A map is 128 bytes.
+const TENSOR_MAPS: usize = 4096;
+
 /// A `CUtensorMap`, aligned as the driver wants it.
 #[repr(C, align(128))]
 struct CuTensorMap([u64; 16]);
@@ -398,11 +427,15 @@ struct Loaded {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// The device's own, where all memory comes from.
+    pool: sys::CUmemoryPool,
     modules: Vec<sys::CUmodule>,
     /// By `Kernel as usize`; none where the image has no code for this chip.
     functions: Vec<Option<Function>>,
     /// Loaded when first asked for: kernels do without.
     products: OnceLock<Result<CublasLt, Error>>,
+    /// A map is a function of what it describes, whatever lies at the address.
+    tensor_maps: Mutex<HashMap<TensorMap, abi::TensorMap>>,
     compute_capability: (u32, u32),
     multiprocessors: u32,
     /// Through the host's own page tables, so that the driver need not stage what it copies.
@@ -461,19 +494,33 @@ impl Loaded {
 
     /// Freed memory stays in the device's pool: to give it back at every wait and map it anew costs far more
     /// than it frees. The context is current.
-    fn keep_freed_memory(&self) -> Result<(), Unavailable> {
-        let mut pool = ptr::null_mut();
+    fn keep_freed_memory(&mut self) -> Result<(), Unavailable> {
         // SAFETY: `pool` outlives the call.
         check("cuDeviceGetDefaultMemPool", unsafe {
-            sys::cuDeviceGetDefaultMemPool(&mut pool, self.device)
+            sys::cuDeviceGetDefaultMemPool(&mut self.pool, self.device)
         })?;
         let mut threshold = u64::MAX;
         let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: a pool that lives as long as the device, and a value of the attribute's type.
         check("cuMemPoolSetAttribute", unsafe {
-            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast())
+            sys::cuMemPoolSetAttribute(self.pool, attribute, (&raw mut threshold).cast())
         })?;
         Ok(())
+    }
+
+    /// Bytes that the pool keeps and nobody uses.
+    fn idle_memory(&self) -> Result<u64, Error> {
+        use sys::CUmemPool_attribute::{
+            CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT as RESERVED, CU_MEMPOOL_ATTR_USED_MEM_CURRENT as USED,
+        };
+        let _current = self.enter()?;
+        let bytes = |attribute| {
+            let mut value = 0_u64;
+            // SAFETY: a pool that lives as long as the device, and a place of the attribute's type.
+            let asked = unsafe { sys::cuMemPoolGetAttribute(self.pool, attribute, (&raw mut value).cast()) };
+            check("cuMemPoolGetAttribute", asked).map(|()| value)
+        };
+        Ok(bytes(RESERVED)?.saturating_sub(bytes(USED)?))
     }
 
     fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32, Failure> {

@@ -11,7 +11,7 @@ use fastkv::engine::{
     Cancel, Control, Engine, EngineError, FinishReason, Generation, GenerationOptions, MemoryEstimate,
     PrefillOptions, Progress, Prompt as Planned, Turn,
 };
-use fastkv::model::{ModelDir, ModelError, Tokenizer};
+use fastkv::model::{LlamaConfig, ModelDir, ModelError, Tokenizer};
 use fastkv::policy::{ModelShape, Plan};
 use serde::{Deserialize, Serialize};
 
@@ -114,9 +114,10 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     }
     let (backend, device_reason) = arguments.model.backend(&model)?;
     let (device, answers, times) = on!(backend, backend => {
-        let estimates: Vec<MemoryEstimate> = batch.estimates(&model, &backend);
+        let memory = loading::memory_options(&model, batch.slack(&model.config), &backend);
+        let plans: Vec<&Plan> = batch.plans.iter().collect();
         let available = arguments.model.machine.available_memory(&backend);
-        MemoryEstimate::together(&estimates).check(available)?;
+        MemoryEstimate::together(&model.config, &plans, &memory).check(available)?;
         let device = backend.name();
         let engine = arguments.model.load(&model, backend, [], 0, arguments.json, cancel)?;
         let full: Vec<u64> =
@@ -204,9 +205,10 @@ impl Batch<'_> {
         self.prompts[member].question.len().saturating_add(self.wishes[member].max_tokens)
     }
 
-    fn estimates(&self, model: &ModelDir, backend: &impl Backend) -> Vec<MemoryEstimate> {
-        let of_plan = |(member, plan)| loading::estimate(model, plan, self.more_tokens(member), backend);
-        self.plans.iter().enumerate().map(of_plan).collect()
+    /// Room for every member, which is the same for all.
+    fn slack(&self, config: &LlamaConfig) -> usize {
+        let most = (0..self.prompts.len()).map(|member| self.more_tokens(member)).max().unwrap_or(0);
+        most.min(config.context_limit().tokens)
     }
 
     fn answer<B: Backend>(&self, engine: &Engine<B>, quiet: bool) -> Result<(Vec<Answer>, Times)> {
@@ -223,8 +225,7 @@ impl Batch<'_> {
             .zip(&self.plans)
             .map(|(prompt, plan)| Planned { ids: &prompt.ids, plan })
             .collect();
-        let context = engine.config().context_limit().tokens;
-        let slack = (0..prompts.len()).map(|member| self.more_tokens(member)).max().unwrap_or(0).min(context);
+        let slack = self.slack(engine.config());
         let options = PrefillOptions { exact_shortcuts: self.exact_shortcuts, trace: false, slack };
         let start = Instant::now();
         let mut members = match engine.prefill_batch(&prompts, &options, &control) {

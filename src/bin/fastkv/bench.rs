@@ -288,8 +288,7 @@ fn measure<B: Measurable>(
                 kv_element_bytes: backend.kv_element_bytes(),
                 more_tokens: arguments.decode,
             };
-            let alone = MemoryEstimate::new(config, &plan, &options);
-            let estimate = MemoryEstimate::together(&vec![alone; arguments.batch.into()]);
+            let estimate = MemoryEstimate::together(config, &vec![&plan; arguments.batch.into()], &options);
             let skipped = match length.saturating_add(arguments.decode) > limit.tokens {
                 true => Some(format!("the model's context takes {} tokens ({})", limit.tokens, limit.reason)),
                 false => estimate.check(available).err().map(|error| error.to_string()),

@@ -124,13 +124,17 @@ pub(crate) fn estimate(
     more_tokens: usize,
     backend: &impl Backend,
 ) -> MemoryEstimate {
-    let options = MemoryOptions {
+    MemoryEstimate::new(&model.config, plan, &memory_options(model, more_tokens, backend))
+}
+
+/// What a run of the model takes besides its plan.
+pub(crate) fn memory_options(model: &ModelDir, more_tokens: usize, backend: &impl Backend) -> MemoryOptions {
+    MemoryOptions {
         weight_bytes: model.weights.total_bytes(),
         chunk_rows: backend.chunk_rows(),
         kv_element_bytes: backend.kv_element_bytes(),
         more_tokens,
-    };
-    MemoryEstimate::new(&model.config, plan, &options)
+    }
 }
 
 fn check_weights(model: &ModelDir, threads: usize, hide_progress: bool, cancel: &Cancel) -> Result<()> {

@@ -312,6 +312,11 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         self.device().free_memory()
     }
 
+    fn reserve(&self, bytes: u64) {
+        // A hint. A device that is lost says so again.
+        let _ = usize::try_from(bytes).map(|bytes| self.device().reserve(bytes));
+    }
+
     fn weight(&self, stored: &StoredTensor) -> Result<Weight<D>, BackendError> {
         let same = match stored.dtype() {
             Dtype::Bf16 => self.dtype == DType::BF16,

@@ -1,0 +1,110 @@
+//! Memory that is asked for ahead: what plans say is enough for prompts, alone and together.
+
+use std::cell::Cell;
+use std::fmt::Debug;
+use std::rc::Rc;
+
+use fastkv::{
+    abi,
+    backend::cuda::CudaBackend,
+    engine::{Control, Engine, PrefillOptions, Prompt},
+    kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, TensorMap},
+    model::ModelDir,
+    policy::{Budget, FastKv, H2o, Plan, Policy, Saliency, SnapKv, Tsp},
+};
+
+use super::{
+    Check,
+    forward::forward,
+    tiny::{Rng, Stored, Tiny},
+};
+
+pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
+    vec![Check::portable("reserve_prompts", prompts)]
+}
+
+/// A device that notes how much it is to have ready.
+#[derive(Clone, Debug)]
+struct Reserving<D> {
+    device: D,
+    asked: Rc<Cell<Option<usize>>>,
+}
+
+impl<D: Device> Device for Reserving<D> {
+    type Event = D::Event;
+
+    fn reserve(&self, bytes: usize) -> Result<(), Error> {
+        assert_eq!(self.asked.replace(Some(bytes)), None, "asked for once");
+        self.device.reserve(bytes)
+    }
+
+    forward! { device: alloc free upload download copy fill launch tensor_map synchronize record elapsed_ms
+    free_memory compute_capability multiprocessors }
+}
+
+impl<D: MatrixProduct> MatrixProduct for Reserving<D> {
+    forward! { device: matmul_workspace matmul }
+}
+
+fn prompts<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(), String> {
+    let tiny = Tiny {
+        layers: 3,
+        hidden: 64,
+        intermediate: 96,
+        query_heads: 2,
+        kv_heads: 1,
+        head_dim: 64,
+        vocabulary: 72,
+        stored: Stored::Bf16,
+        ..Tiny::default()
+    };
+    let directory = tiny.write();
+    let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
+    let asked = Rc::default();
+    let reserving = Reserving { device: device.clone(), asked: Rc::clone(&asked) };
+    let backend = CudaBackend::new(reserving, "a device under test", DType::BF16)
+        .map_err(|error| error.to_string())?
+        .with_chunk_rows(64);
+    let engine = Engine::load(backend, &model).map_err(|error| error.to_string())?;
+    let saliency = Saliency { window: 4, ..SnapKv::default().saliency };
+    let retention = Budget::Rate(0.2);
+    let policies = [
+        Policy::Full,
+        Policy::FastKv(FastKv { saliency, retention, tsp_layer: Some(1), ..FastKv::proportional() }),
+        Policy::SnapKv(SnapKv { saliency, retention }),
+        Policy::Tsp(Tsp {
+            saliency,
+            tsp_layer: Some(0),
+            ..Tsp::with(Policy::H2o(H2o { window: 4, retention }))
+        }),
+    ];
+    let mut rng = Rng::new(seed);
+    let ids = rng.ids(200, 72);
+    for policy in policies {
+        let plan = |tokens| policy.plan(engine.shape(), tokens).map_err(|error| error.to_string());
+        for lengths in [&[200][..], &[90, 200]] {
+            let plans: Vec<Plan> = lengths.iter().map(|length| plan(*length)).collect::<Result<_, _>>()?;
+            let prompts: Vec<Prompt<'_>> = lengths
+                .iter()
+                .zip(&plans)
+                .map(|(length, plan)| Prompt { ids: &ids[..*length], plan })
+                .collect();
+            asked.set(None);
+            engine.backend().forget_peak();
+            let (before, _) = engine.backend().memory();
+            let options = PrefillOptions { slack: 7, ..PrefillOptions::default() };
+            engine
+                .prefill_batch(&prompts, &options, &Control::default())
+                .map_err(|error| error.to_string())?;
+            let (_, peak) = engine.backend().memory();
+            let (taken, asked) = (peak - before, asked.get().ok_or("nothing was asked for")?);
+            if taken > asked || asked > 2 * taken {
+                return Err(format!(
+                    "{} {lengths:?}: {asked} bytes were asked for and {taken} taken",
+                    policy.name()
+                ));
+            }
+        }
+    }
+    Ok(())
+}
