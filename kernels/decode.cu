@@ -96,15 +96,50 @@ struct Keys {
     uint32_t biased;
 };
 
+// Begins to load a warp's keys, or values, that lie one behind the other.
+template <int d>
+__device__ __forceinline__ void load_neighbours(const fastkv_rows& rows, int64_t offset, uint32_t shared) {
+    using S = Shape<d>;
+    const int32_t lane = threadIdx.x % 32;
+    // Copies of a warp after which it is at the beginning of a row again, and the rows until there.
+    constexpr int32_t period = 32 % S::vectors == 0 ? 1 : S::vectors / 4;
+    constexpr int32_t step = 32 * period / S::vectors;
+    static_assert(step * S::vectors == 32 * period && WARP_KEYS % step == 0, "whole rows");
+#pragma unroll
+    for (int32_t i = 0; i < period; ++i) {
+        const int32_t row = (i * 32 + lane) / S::vectors;
+        const int32_t byte = (i * 32 + lane) % S::vectors * FASTKV_VECTOR_BYTES;
+        uint64_t from = rows.base + 2 * (offset + row * rows.token_stride) + byte;
+#pragma unroll
+        for (int32_t j = 0; j < WARP_KEYS; j += step) {
+            cp_async(shared + (row + j) * S::row + byte, from, true);
+            from += 2 * step * rows.token_stride;
+        }
+    }
+}
+
 // Begins to load a warp's keys and values of a tile. Absent ones become zeros.
 template <int d, bool paged>
 __device__ __forceinline__ Keys load_keys(const fastkv_decode_params& p, const Cursor& at, uint32_t shared) {
     using S = Shape<d>;
     const int32_t lane = threadIdx.x % 32;
     const int32_t warp = threadIdx.x / 32;
+    shared += warp * S::warp_bytes;
+    // Most are entries of one page, or of a ragged list: no lane has to look for its own.
+    const int32_t first = at.key + warp * WARP_KEYS;
+    if (first + WARP_KEYS <= at.list.length && !p.bias_heads &&
+        (!paged || p.cache.pages.page_size % WARP_KEYS == 0)) {
+        const Place<paged> place(p.cache, at.list, first);
+        if (place.page >= 0) {
+            const int32_t head = paged ? at.list.head(p.cache) : 0;
+            load_neighbours<d>(p.cache.k, place.offset(p.cache.k, head), shared);
+            load_neighbours<d>(p.cache.v, place.offset(p.cache.v, head), shared + S::values);
+            return {(1u << WARP_KEYS) - 1, 0};
+        }
+    }
     // Half the lanes look up keys, half values; which is which is told when they are copied.
     const bool is_value = lane >= WARP_KEYS;
-    const int32_t entry = at.key + warp * WARP_KEYS + lane % WARP_KEYS;
+    const int32_t entry = first + lane % WARP_KEYS;
     uint64_t address = 0;
     bool biased = false;
     if (entry < at.list.length) {
@@ -118,7 +153,6 @@ __device__ __forceinline__ Keys load_keys(const fastkv_decode_params& p, const C
         address = row_address(is_value ? p.v_new : p.k_new, at.list.sequence(p.cache), at.list.head(p.cache),
                               entry - at.list.length);
     }
-    shared += warp * S::warp_bytes;
 #pragma unroll
     for (int32_t i = 0; i < 2 * WARP_KEYS * S::vectors / 32; ++i) {
         const int32_t row = (i * 32 + lane) / S::vectors; // values follow keys
@@ -148,14 +182,13 @@ __device__ __forceinline__ void load_queries(const fastkv_decode_params& p, cons
 template <int d, bool paged>
 __device__ __forceinline__ void append(const fastkv_decode_params& p, const Cursor& at) {
     using S = Shape<d>;
-    const int32_t begin = max(at.begin(p), at.list.length);
-    const int32_t end = min(at.begin(p) + chunk_keys(p, at.list), keys_of(p, at.list));
-    if (begin >= end || !has_room<paged>(p, at.list)) {
+    const int32_t begin = max(at.begin, at.list.length);
+    if (begin >= at.end || !has_room<paged>(p, at.list)) {
         return;
     }
     const int32_t head = at.list.head(p.cache);
     const int32_t sequence = at.list.sequence(p.cache);
-    for (int32_t part = threadIdx.x; part < (end - begin) * S::vectors; part += S::threads) {
+    for (int32_t part = threadIdx.x; part < (at.end - begin) * S::vectors; part += S::threads) {
         const int32_t entry = begin + part / S::vectors;
         const int32_t byte = part % S::vectors * FASTKV_VECTOR_BYTES;
         const int32_t token = entry - at.list.length;
@@ -488,7 +521,7 @@ __device__ __forceinline__ void decode(const fastkv_decode_params& p) {
             }
             cp_async_commit();
             cp_async_wait<1>();
-            if (at.key == at.begin(p)) {
+            if (at.key == at.begin) {
                 // Queries are everybody's.
                 __syncthreads();
                 biased_rows = 0;

@@ -48,20 +48,24 @@ struct Cursor {
     List list;
     int32_t chunk;
     int32_t query_tile;
+    int32_t begin;  // first key of the chunk
+    int32_t end;    // behind its last
     int32_t key;    // first of the tile
     int32_t items;  // left, this one included
     int32_t parity; // changes from item to item
 
-    // First key of the chunk.
-    __device__ __forceinline__ int32_t begin(const fastkv_decode_params& p) const {
-        return chunk * chunk_keys(p, list);
+    // Finds the keys of its chunk, and goes to the first.
+    __device__ __forceinline__ void enter(const fastkv_decode_params& p) {
+        const int32_t size = chunk_keys(p, list);
+        key = begin = chunk * size;
+        end = min(begin + size, keys_of(p, list));
     }
 
     // Goes on to the next tile; false where there is none.
     template <int32_t tile_keys>
     __device__ __forceinline__ bool advance(const fastkv_decode_params& p) {
         key += tile_keys;
-        if (key < min(keys_of(p, list), begin(p) + chunk_keys(p, list))) {
+        if (key < end) {
             return true;
         }
         if (--items == 0) {
@@ -75,7 +79,7 @@ struct Cursor {
                 list = list_at(p.cache, list.index + 1);
             }
         }
-        key = begin(p);
+        enter(p);
         return true;
     }
 };
@@ -131,7 +135,7 @@ __device__ __forceinline__ Cursor first_item(const fastkv_decode_params& p) {
         at.list = list_at(p.cache, found[0]);
         at.chunk = found[1] / p.query_tiles;
         at.query_tile = found[1] % p.query_tiles;
-        at.key = at.begin(p);
+        at.enter(p);
     }
     return at;
 }
