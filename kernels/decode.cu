@@ -8,7 +8,7 @@
 // new keys and values are read where the caller has them, so nobody reads a row that is written.
 
 #include "abi.h"
-#include "attention/softmax.cuh"
+#include "decode/softmax.cuh"
 #include "decode/work.cuh"
 #include "primitives/convert.cuh"
 #include "primitives/cp_async.cuh"
@@ -90,11 +90,15 @@ __device__ __forceinline__ bool is_biased(const fastkv_decode_params& p, const L
            bit(p.bias_keys + 4 * l.sequence(p.cache) * p.bias_key_stride, position);
 }
 
-// A bit for each of a warp's keys.
+// Two bits for each of a warp's keys: whether it is there, and 16 bits up whether it is biased.
 struct Keys {
-    uint32_t present;
-    uint32_t biased;
+    static constexpr uint32_t all = (1u << WARP_KEYS) - 1;
+    uint32_t bits;
+
+    __device__ __forceinline__ uint32_t present() const { return bits & all; }
+    __device__ __forceinline__ uint32_t biased() const { return bits >> 16; }
 };
+static_assert(WARP_KEYS == 16, "two bits for each key");
 
 // Begins to load a warp's keys, or values, that lie one behind the other.
 template <int d>
@@ -134,7 +138,7 @@ __device__ __forceinline__ Keys load_keys(const fastkv_decode_params& p, const C
             const int32_t head = paged ? at.list.head(p.cache) : 0;
             load_neighbours<d>(p.cache.k, place.offset(p.cache.k, head), shared);
             load_neighbours<d>(p.cache.v, place.offset(p.cache.v, head), shared + S::values);
-            return {(1u << WARP_KEYS) - 1, 0};
+            return {Keys::all};
         }
     }
     // Half the lanes look up keys, half values; which is which is told when they are copied.
@@ -160,8 +164,7 @@ __device__ __forceinline__ Keys load_keys(const fastkv_decode_params& p, const C
         const uint64_t from = __shfl_sync(~0u, address, row);
         cp_async(shared + row * S::row + byte, from + byte, from != 0);
     }
-    const uint32_t keys = (1u << WARP_KEYS) - 1;
-    return {__ballot_sync(~0u, address != 0) & keys, __ballot_sync(~0u, biased) & keys};
+    return {(__ballot_sync(~0u, address != 0) & Keys::all) | __ballot_sync(~0u, biased) << 16};
 }
 
 // Begins to load the queries of an item; rows behind the last are zeros.
@@ -182,7 +185,7 @@ __device__ __forceinline__ void load_queries(const fastkv_decode_params& p, cons
 template <int d, bool paged>
 __device__ __forceinline__ void append(const fastkv_decode_params& p, const Cursor& at) {
     using S = Shape<d>;
-    const int32_t begin = max(at.begin, at.list.length);
+    const int32_t begin = max(at.begin(p), at.list.length);
     if (begin >= at.end || !has_room<paged>(p, at.list)) {
         return;
     }
@@ -209,12 +212,14 @@ __device__ __forceinline__ void append(const fastkv_decode_params& p, const Curs
 // 8 n + 2 t + 1 at elements 16 i + g, and the same 8 elements on.
 template <int d, int tiles>
 struct Output {
-    Softmax softmax;
+    ColumnSoftmax<tiles> softmax;
     float o[tiles][d / 16][4] = {};
 };
 
-// One tile of a warp: S = Q K^T with queries as the 16 rows, so that S leaves the first product as P
-// has to enter the second, O^T = V^T P^T.
+// One tile of a warp: S^T = K Q^T with keys as the 16 rows, then O^T = V^T P^T. What leaves the first product
+// with a key in a row enters the second with a key in a column, so P is transposed between the lanes.
+//
+// Bits of `biased_rows`: query rows 8 n + 2 t + c, with t = lane % 4, at 2 n + c.
 template <typename T, int d, int tiles>
 __device__ __forceinline__ void multiply(const fastkv_decode_params& p, const Cursor& at, const Keys& keys,
                                          uint32_t biased_rows, uint32_t queries, uint32_t stage,
@@ -225,74 +230,78 @@ __device__ __forceinline__ void multiply(const fastkv_decode_params& p, const Cu
     const uint32_t k = stage + warp * S::warp_bytes;
     const uint32_t v = k + S::values;
 
-    float s[2][4] = {};
-    const uint32_t key_lane = k + (lane % 8 + lane / 16 * 8) * S::row + lane / 8 % 2 * 16;
+    // One tile of queries is summed in two chains, so that products need not wait for each other.
+    constexpr int32_t chains = tiles == 1 ? 2 : 1;
+    float sums[chains][tiles][4] = {};
+    const uint32_t key_lane = k + lane % 16 * S::row + lane / 16 * 16;
     const uint32_t query_lane = tiles == 1 ? queries + lane % 8 * S::row + lane / 8 * 16
-                                           : queries + lane % 16 * S::row + lane / 16 * 16;
+                                           : queries + (lane % 8 + lane / 16 * 8) * S::row + lane / 8 % 2 * 16;
+    uint32_t q[4];
 #pragma unroll
-    for (int32_t step = 0; step < d / 16; step += 2) {
-        uint32_t first[4], second[4];
-        if (tiles == 1) {
-            uint32_t both[4];
-            ldmatrix(both, query_lane + step * 32);
-            first[0] = both[0], first[1] = 0, first[2] = both[1], first[3] = 0;
-            second[0] = both[2], second[1] = 0, second[2] = both[3], second[3] = 0;
-        } else {
-            ldmatrix(first, query_lane + step * 32);
-            ldmatrix(second, query_lane + step * 32 + 32);
+    for (int32_t step = 0; step < d / 16; ++step) {
+        // Of two tiles one step, of one tile two.
+        if (tiles == 2 || step % 2 == 0) {
+            ldmatrix(q, query_lane + step * 32);
         }
-        uint32_t b[4];
-        ldmatrix(b, key_lane + step * 32);
-        mma<T>(s[0], first, b[0], b[1]);
-        mma<T>(s[1], first, b[2], b[3]);
-        ldmatrix(b, key_lane + step * 32 + 32);
-        mma<T>(s[0], second, b[0], b[1]);
-        mma<T>(s[1], second, b[2], b[3]);
+        uint32_t a[4];
+        ldmatrix(a, key_lane + step * 32);
+#pragma unroll
+        for (int32_t n = 0; n < tiles; ++n) {
+            const int32_t first = tiles == 2 ? 2 * n : step % 2 * 2;
+            mma<T>(sums[step % chains][n], a, q[first], q[first + 1]);
+        }
+    }
+    float(&s)[tiles][4] = sums[0];
+#pragma unroll
+    for (int32_t i = 0; i < 4 && chains == 2; ++i) {
+        s[0][i] += sums[chains - 1][0][i];
     }
 
     const int32_t column = 2 * (lane % 4);
-    if (keys.biased && biased_rows) {
+    if (keys.biased() && biased_rows) {
         const float bias = p.bias / p.scale;
 #pragma unroll
-        for (int32_t i = 0; i < 8; ++i) {
-            const bool biased = keys.biased >> (i / 4 * 8 + column + i % 2) & biased_rows >> (i / 2 % 2) & 1;
+        for (int32_t i = 0; i < 4 * tiles; ++i) {
+            const bool biased =
+                keys.biased() >> (lane / 4 + i / 2 % 2 * 8) & biased_rows >> (2 * (i / 4) + i % 2) & 1;
             s[i / 4][i % 4] += biased ? bias : 0.0f;
         }
     }
-    const uint32_t all = (1u << WARP_KEYS) - 1;
-    if (keys.present != all || p.tokens > 1) {
+    if (keys.present() != Keys::all || p.tokens > 1) {
 #pragma unroll
-        for (int32_t half = 0; half < 2; ++half) {
+        for (int32_t i = 0; i < 2 * tiles; ++i) {
             // A token does not see those after it, which are the last keys.
-            const int32_t after = p.tokens - 1 - Row(p, at, lane / 4 + 8 * half).token;
+            const int32_t after = p.tokens - 1 - Row(p, at, 8 * (i / 2) + column + i % 2).token;
             const int32_t seen = keys_of(p, at.list) - after - at.key - warp * WARP_KEYS;
-            const uint32_t visible = keys.present & (seen <= 0 ? 0 : seen < WARP_KEYS ? (1u << seen) - 1 : all);
+            const uint32_t before = seen <= 0 ? 0 : seen < WARP_KEYS ? (1u << seen) - 1 : Keys::all;
+            const uint32_t visible = keys.present() & before;
 #pragma unroll
-            for (int32_t i = 0; i < 4; ++i) {
+            for (int32_t half = 0; half < 2; ++half) {
                 float& logit = s[i / 2][2 * half + i % 2];
-                logit = visible >> (i / 2 * 8 + column + i % 2) & 1 ? logit : -CUDART_INF_F;
+                logit = visible >> (lane / 4 + 8 * half) & 1 ? logit : -CUDART_INF_F;
             }
         }
     }
 
-    float shrink[2];
-    out.softmax.template update<true>(s, p.scale * LOG2_E, shrink);
-    // Maxima seldom grow once there were some keys.
-    if (__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+    if (out.softmax.grows(s, p.scale * LOG2_E)) {
+        float shrink[tiles][2];
+        out.softmax.grow(s, p.scale * LOG2_E, shrink);
 #pragma unroll
         for (int32_t n = 0; n < tiles; ++n) {
-            const float left = __shfl_sync(~0u, shrink[n], 4 * column);
-            const float right = __shfl_sync(~0u, shrink[n], 4 * column + 4);
 #pragma unroll
-            for (int32_t i = 0; i < d / 16; ++i) {
-                out.o[n][i][0] *= left;
-                out.o[n][i][1] *= right;
-                out.o[n][i][2] *= left;
-                out.o[n][i][3] *= right;
+            for (int32_t i = 0; i < d / 4; ++i) {
+                out.o[n][i / 4][i % 4] *= shrink[n][i % 2];
             }
         }
     }
+    out.softmax.exponentiate(s, p.scale * LOG2_E);
 
+    uint32_t probabilities[tiles][2];
+#pragma unroll
+    for (int32_t i = 0; i < 2 * tiles; ++i) {
+        const float* pair = s[i / 2] + 2 * (i % 2);
+        probabilities[i / 2][i % 2] = transposed(pack<T>(pair[0], pair[1]));
+    }
     const uint32_t value_lane = v + (lane % 8 + lane / 16 * 8) * S::row + lane / 8 % 2 * 16;
 #pragma unroll
     for (int32_t i = 0; i < d / 16; ++i) {
@@ -300,8 +309,7 @@ __device__ __forceinline__ void multiply(const fastkv_decode_params& p, const Cu
         ldmatrix_transposed(a, value_lane + i * 32);
 #pragma unroll
         for (int32_t n = 0; n < tiles; ++n) {
-            mma<T>(out.o[n][i], a, pack<T>(s[0][2 * n], s[0][2 * n + 1]),
-                   pack<T>(s[1][2 * n], s[1][2 * n + 1]));
+            mma<T>(out.o[n][i], a, probabilities[n][0], probabilities[n][1]);
         }
     }
 }
@@ -323,10 +331,13 @@ __device__ __forceinline__ void leave_result(char* stage, const Output<d, tiles>
                 result[row * S::result_row + 16 * i + lane / 4 + j / 2 * 8] = out.o[n][i][j];
             }
         }
-        const float sum = quad_reduce(out.softmax.sum[n], [](float a, float b) { return a + b; });
-        if (lane % 4 == 0) {
-            reinterpret_cast<float2*>(own + S::statistics)[8 * n + lane / 4] =
-                make_float2(out.softmax.maximum[n], sum);
+#pragma unroll
+        for (int32_t c = 0; c < 2; ++c) {
+            const float sum = column_reduce(out.softmax.sum[n][c], [](float a, float b) { return a + b; });
+            if (lane < 4) {
+                reinterpret_cast<float2*>(own + S::statistics)[8 * n + 2 * lane + c] =
+                    make_float2(out.softmax.maximum[n][c], sum);
+            }
         }
     }
 }
@@ -507,6 +518,7 @@ __device__ __forceinline__ void decode(const fastkv_decode_params& p) {
         Output<d, tiles> out;
         uint32_t biased_rows = 0;
         int32_t stage = 0;
+        bool enters = true; // an item
         bool more;
         do {
             // The next tile loads while this one is worked on.
@@ -521,14 +533,14 @@ __device__ __forceinline__ void decode(const fastkv_decode_params& p) {
             }
             cp_async_commit();
             cp_async_wait<1>();
-            if (at.key == at.begin) {
+            if (enters) {
                 // Queries are everybody's.
                 __syncthreads();
                 biased_rows = 0;
-                for (int32_t half = 0; p.bias_heads && half < tiles; ++half) {
-                    const int32_t row = lane / 4 + 8 * half;
+                for (int32_t i = 0; p.bias_heads && i < 2 * tiles; ++i) {
+                    const int32_t row = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
                     const bool biased = row < rows_of(p, at) && bit(p.bias_heads, Row(p, at, row).head);
-                    biased_rows |= uint32_t(biased) << half;
+                    biased_rows |= uint32_t(biased) << i;
                 }
             } else {
                 __syncwarp();
@@ -536,13 +548,14 @@ __device__ __forceinline__ void decode(const fastkv_decode_params& p) {
             multiply<T>(p, at, keys, biased_rows, shared + S::queries + at.parity * 8 * tiles * S::row,
                         shared + stage, out);
             __syncwarp();
-            if (!more || ahead.parity != at.parity) {
+            enters = ahead.parity != at.parity;
+            if (!more || enters) {
                 leave_result(memory + stage, out);
-                out = {};
                 finish_item<T, d>(p, at, memory + stage);
                 if (p.k_new.base && at.query_tile == 0) {
                     append<d, paged>(p, at);
                 }
+                out = {};
             }
             at = ahead;
             keys = keys_ahead;

@@ -48,17 +48,20 @@ struct Cursor {
     List list;
     int32_t chunk;
     int32_t query_tile;
-    int32_t begin;  // first key of the chunk
-    int32_t end;    // behind its last
     int32_t key;    // first of the tile
+    int32_t end;    // behind the last of the chunk
     int32_t items;  // left, this one included
     int32_t parity; // changes from item to item
 
-    // Finds the keys of its chunk, and goes to the first.
+    // First key of the chunk.
+    __device__ __forceinline__ int32_t begin(const fastkv_decode_params& p) const {
+        return chunk * chunk_keys(p, list);
+    }
+
+    // Goes to the first tile of the chunk.
     __device__ __forceinline__ void enter(const fastkv_decode_params& p) {
-        const int32_t size = chunk_keys(p, list);
-        key = begin = chunk * size;
-        end = min(begin + size, keys_of(p, list));
+        key = begin(p);
+        end = min(key + chunk_keys(p, list), keys_of(p, list));
     }
 
     // Goes on to the next tile; false where there is none.

@@ -522,6 +522,11 @@ pub(crate) enum Op {
         address: Address,
         a: Vec<Operand>,
     },
+    /// `movmatrix`.
+    TransposeMatrix {
+        d: u32,
+        a: Operand,
+    },
     /// `m16n8k16` or `m16n8k8`.
     MultiplyMatrix {
         input: MatrixType,

@@ -36,6 +36,7 @@ fn aligned_instructions() {
         ("barrier.cluster.arrive.release.aligned;", "barrier.cluster.wait.acquire.aligned;"),
         ("", "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%row];"),
         ("", "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%row], {%r1};"),
+        ("", "movmatrix.sync.aligned.m8n8.trans.b16 %r1, %r2;"),
         (
             "",
             "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%f0, %f1, %f2, %f3}, {%r2, %r3}, {%r4}, {%f0, %f1, %f2, %f3};",

@@ -211,6 +211,20 @@ fn matrices_from_shared_memory() {
 }
 
 #[test]
+fn matrices_transposed() {
+    // Thread T holds elements (T / 4, 2 (T % 4)) and the next; element (r, c) is 8 r + c.
+    let input: Vec<Vec<u32>> = (0..32).map(|lane| vec![2 * lane | (2 * lane + 1) << 16]).collect();
+    let body = "ld.global.u32 %r0, [%in]; movmatrix.sync.aligned.m8n8.trans.b16 %r1, %r0; st.global.u32 [%out], %r1;";
+    for schedule in SCHEDULES {
+        let (found, _) = run(schedule, body, &input, 1);
+        for (lane, row) in found.iter().enumerate() {
+            let (r, c) = (lane as u32 / 4, lane as u32 % 4 * 2);
+            assert_eq!([row[0] & 0xffff, row[0] >> 16], [8 * c + r, 8 * (c + 1) + r], "lane {lane}");
+        }
+    }
+}
+
+#[test]
 fn matrix_products() {
     let (a, b, c) = (small(16 * 16), small(16 * 8), small(16 * 8));
     for (ty, convert) in [("bf16", bf16 as fn(i32) -> u32), ("f16", f16)] {

@@ -198,6 +198,7 @@ pub(crate) fn class(op: &Op, opcode: &str) -> Class {
         | Op::Barrier { .. }
         | Op::WarpSync { .. }
         | Op::Shuffle { .. }
+        | Op::TransposeMatrix { .. }
         | Op::Vote { .. }
         | Op::ActiveMask { .. }
         | Op::Match { .. }

@@ -1,4 +1,4 @@
-//! Matrices spread over the lanes of a warp: `ldmatrix`, `stmatrix`, `mma.sync`.
+//! Matrices spread over the lanes of a warp: `ldmatrix`, `stmatrix`, `movmatrix`, `mma.sync`.
 
 use super::{Cluster, Flow, Step, lanes, warp::then};
 use crate::{
@@ -21,6 +21,11 @@ impl Cluster<'_> {
             }
             Op::StoreMatrix { count, transposed, address, a } => {
                 self.store_matrix(w, *count, *transposed, *address, a)?;
+            }
+            Op::TransposeMatrix { d, a } => {
+                let mut elements = [[0_u16; 8]; 8];
+                scatter(&mut elements, &self.value(w, *a), false);
+                self.warps[w].set(*d, &gathered(&elements, true), u32::MAX);
             }
             Op::MultiplyMatrix { input, half_result, k, d, a, b, c } => {
                 let gather = |operands: &[Operand]| -> Vec<Lanes> {
@@ -60,11 +65,7 @@ impl Cluster<'_> {
                     pair.copy_from_slice(&[word as u16, (word >> 16) as u16]);
                 }
             }
-            let values = std::array::from_fn(|lane| {
-                let [first, second] = held(lane, transposed).map(|(row, column)| elements[row][column]);
-                u64::from(first) | u64::from(second) << 16
-            });
-            self.warps[w].set(*d, &values, u32::MAX);
+            self.warps[w].set(*d, &gathered(&elements, transposed), u32::MAX);
         }
         Ok(())
     }
@@ -83,12 +84,7 @@ impl Cluster<'_> {
             let rows = 8 * matrix..8 * matrix + 8;
             self.counters.shared_passes(rows.clone().map(|lane| addresses[lane]), ROW_BYTES);
             let mut elements = [[0_u16; 8]; 8];
-            let values = self.value(w, *a);
-            for lane in lanes(u32::MAX) {
-                let [first, second] = held(lane, transposed);
-                elements[first.0][first.1] = values[lane] as u16;
-                elements[second.0][second.1] = (values[lane] >> 16) as u16;
-            }
+            scatter(&mut elements, &self.value(w, *a), transposed);
             for (row, lane) in elements.iter().zip(rows) {
                 let at = self.access_shared(w, lane, addresses[lane], ROW_BYTES, true)?;
                 for (element, offset) in row.iter().zip((0..).step_by(2)) {
@@ -104,6 +100,23 @@ impl Cluster<'_> {
 fn held(lane: usize, transposed: bool) -> [(usize, usize); 2] {
     let (group, first) = (lane / 4, 2 * (lane % 4));
     if transposed { [(first, group), (first + 1, group)] } else { [(group, first), (group, first + 1)] }
+}
+
+/// What the lanes hold of a matrix.
+fn gathered(elements: &[[u16; 8]; 8], transposed: bool) -> Lanes {
+    std::array::from_fn(|lane| {
+        let [first, second] = held(lane, transposed).map(|(row, column)| elements[row][column]);
+        u64::from(first) | u64::from(second) << 16
+    })
+}
+
+/// The matrix of what the lanes hold.
+fn scatter(elements: &mut [[u16; 8]; 8], values: &Lanes, transposed: bool) {
+    for lane in lanes(u32::MAX) {
+        let [first, second] = held(lane, transposed);
+        elements[first.0][first.1] = values[lane] as u16;
+        elements[second.0][second.1] = (values[lane] >> 16) as u16;
+    }
 }
 
 /// `d[16][8] = a[16][k] * b[k][8] + c[16][8]`. Products of 16-bit numbers are exact; they and `c` are

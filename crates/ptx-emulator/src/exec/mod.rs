@@ -544,9 +544,10 @@ impl<'a> Cluster<'a> {
             | Op::Redux { .. }
             | Op::Elect { .. } => self.warp_op(w, pc, active, op),
             Op::Barrier { .. } => self.barrier_op(w, pc, active, op),
-            Op::LoadMatrix { .. } | Op::StoreMatrix { .. } | Op::MultiplyMatrix { .. } => {
-                self.matrix_op(w, pc, active, op)
-            }
+            Op::LoadMatrix { .. }
+            | Op::StoreMatrix { .. }
+            | Op::TransposeMatrix { .. }
+            | Op::MultiplyMatrix { .. } => self.matrix_op(w, pc, active, op),
             Op::CopyAsync { .. } | Op::CommitGroup | Op::WaitGroup { .. } => {
                 self.copy_op(w, active, op).map(|()| Flow::Next)
             }

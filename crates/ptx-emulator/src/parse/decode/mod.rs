@@ -251,6 +251,9 @@ fn operation(words: &[&str], o: &mut Operands<'_>, label: &Labels<'_>, table: &T
             }
             Ok(Op::StoreMatrix { count, transposed, address, a })
         }
+        ["movmatrix", "sync", "aligned", "m8n8", "trans", "b16"] => {
+            Ok(Op::TransposeMatrix { d: o.register()?, a: o.value()? })
+        }
         ["mma", "sync", "aligned", shape, "row", "col", to, a, b, from] => {
             let input = match (*a, *b) {
                 ("f16", "f16") => MatrixType::F16,
