@@ -170,11 +170,11 @@ impl Ceilings {
 
     /// What bounds a kernel.
     fn floor(&self, work: &Work<'_>) -> Floor {
-        let of_bytes =
-            Floor { seconds: work.bytes / self.bytes_per_second, amount: work.bytes, unit: "TB/s" };
-        let of_products =
-            Floor { seconds: work.flops / self.flops_per_second, amount: work.flops, unit: "TFLOP/s" };
-        if of_bytes.seconds < of_products.seconds { of_products } else { of_bytes }
+        let of =
+            |amount, per_second, unit, counted| Floor { seconds: amount / per_second, amount, unit, counted };
+        let bytes = of(work.bytes, self.bytes_per_second, "TB/s", Throughput::Bytes as fn(_) -> _);
+        let products = of(work.flops, self.flops_per_second, "TFLOP/s", Throughput::Elements);
+        if bytes.seconds < products.seconds { products } else { bytes }
     }
 }
 
@@ -183,7 +183,10 @@ struct Floor {
     seconds: f64,
     /// Bytes or FLOP.
     amount: f64,
+    /// Of 10^12 of them a second.
     unit: &'static str,
+    /// How criterion takes them.
+    counted: fn(u64) -> Throughput,
 }
 
 /// Seconds of a launch, in the best of five rows of ten.
@@ -215,10 +218,7 @@ fn measure(
     let floor = ceilings.floor(work);
     let (group, shape) = work.name.split_once('/').expect("a family and a shape");
     let mut group = criterion.benchmark_group(group);
-    group.sample_size(20).throughput(match work.flops {
-        0.0 => Throughput::Bytes(work.bytes as u64),
-        flops => Throughput::Elements(flops as u64),
-    });
+    group.sample_size(20).throughput((floor.counted)(floor.amount as u64));
     group.bench_function(shape, |bencher| {
         bencher.iter_custom(|launches| {
             let taken = time(device, launches, &work.run).expect("a launch that is right");
