@@ -30,6 +30,9 @@ pub(crate) fn check() -> Result<()> {
         let found = Case { batch: line.batch, tokens: line.tokens };
         ensure!((line.policy, found) == (policy, case), "{}, {found}: not {policy}, {case}", line.policy);
         ensure!(line.stages_ms.is_some() == (case == together), "{policy}, {case}: {:?}", line.stages_ms);
+        // K and V of 2 heads of 64 in 4 layers, in 16 bits.
+        let of_all = 2048 * case.rows();
+        ensure!(policy != "full" || line.kv_peak_bytes == of_all, "{case}: {} bytes", line.kv_peak_bytes);
         ensure!(
             line.decode_tokens_per_s.is_some() == DECODED.contains(&policy),
             "{policy}, {case}: decoding"
