@@ -1,51 +1,47 @@
-//! A step of decoding of Llama 3.1 8B over caches of these lengths, one sequence and sixteen.
+//! A step of decoding over caches of these lengths: one sequence and sixteen, ragged and paged, one token and four.
 
 use anyhow::Result;
 use fastkv::{
-    abi::{Cache, Rows},
-    backend::cuda::CudaLauncher,
+    abi::Rows,
     kernels::{
-        DType,
+        DType, Device,
         batch::default_scale,
         decode::{self, Decode},
     },
 };
 
-use crate::{Memory, Work};
+use crate::{Work, memory::Memory, shape::Shape};
 
-const QUERY_HEADS: u32 = 32;
-const KV_HEADS: u32 = 8;
-const HEAD_DIM: u32 = 128;
-
-pub(crate) fn works(device: &CudaLauncher) -> Result<Vec<Work<'_>>> {
+pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<Work<'a>>> {
     let mut works = Vec::new();
     for (sequences, entries) in
         [(1, 512), (1, 2048), (1, 8192), (1, 32_768), (1, 131_072), (16, 512), (16, 2048), (16, 8192)]
     {
-        works.push(step(device, sequences, entries)?);
+        works.push(step(device, shape, [sequences, entries, 1], false)?);
     }
+    for (sequences, entries) in [(1, 8192), (1, 131_072), (16, 2048)] {
+        works.push(step(device, shape, [sequences, entries, 1], true)?);
+    }
+    works.push(step(device, shape, [1, 8192, 4], false)?);
     Ok(works)
 }
 
 /// The caches hold the new tokens already: every step of a measurement sees the same lengths.
-fn step(device: &CudaLauncher, sequences: u32, entries: u32) -> Result<Work<'_>> {
+fn step<'a, D: Device>(
+    device: &'a D,
+    shape: &Shape,
+    [sequences, entries, tokens]: [u32; 3],
+    paged: bool,
+) -> Result<Work<'a>> {
+    let Shape { query_heads, head_dim, .. } = *shape;
+    let entries = shape.length(entries);
     let memory = Memory::new(device);
-    let lists = sequences * KV_HEADS;
-    let rows = u64::from(lists) * u64::from(entries);
-    let elements = rows as usize * HEAD_DIM as usize;
-    let dense = |base: u64| Rows { base, token_stride: HEAD_DIM.into(), ..Rows::default() };
-    let queries = |base: u64| Rows::token_major(base, 1, QUERY_HEADS, HEAD_DIM);
-    let outputs = (sequences * QUERY_HEADS * HEAD_DIM) as usize;
+    let outputs = shape.query_elements(sequences * tokens);
+    let queries = |base| Rows::token_major(base, tokens, query_heads, head_dim);
     let mut work = Decode {
-        cache: Cache {
-            k: dense(memory.normal(elements, 1)?),
-            v: dense(memory.normal(elements, 2)?),
-            lengths: memory.put(&vec![entries as i32; lists as usize])?,
-            rows: rows as i64,
-            capacity: entries as i32,
-            sequences: sequences as i32,
-            heads: KV_HEADS as i32,
-            ..Cache::default()
+        cache: match paged {
+            true => shape.paged_cache(&memory, sequences, entries)?,
+            false => shape.cache(&memory, sequences, entries)?,
         },
         q: queries(memory.normal(outputs, 3)?),
         k_new: Rows::default(),
@@ -56,24 +52,22 @@ fn step(device: &CudaLauncher, sequences: u32, entries: u32) -> Result<Work<'_>>
         full: 0,
         bias: None,
         bias_positions: 0,
-        scale: default_scale(HEAD_DIM),
-        query_heads: QUERY_HEADS,
-        tokens: 1,
-        head_dim: HEAD_DIM,
+        scale: default_scale(head_dim),
+        query_heads,
+        tokens,
+        head_dim,
         dtype: DType::BF16,
         workspace: 0,
         workspace_bytes: 0,
     };
     work.workspace_bytes = decode::decode_workspace(&work)?;
     work.workspace = memory.filled(work.workspace_bytes, 0)?;
-    Ok(Work {
-        name: format!("decode/{entries} entries, {sequences} sequences"),
-        bytes: 4.0 * (elements + outputs) as f64,
-        flops: 0.0,
-        run: Box::new(move || {
-            let _alive = &memory;
-            // SAFETY: every address is a block of `memory`, of the size that its field states.
-            unsafe { decode::decode(device, &work) }
-        }),
-    })
+    let new = if tokens > 1 { format!(", {tokens} tokens") } else { String::new() };
+    let pages = if paged { ", paged" } else { "" };
+    let name = format!("decode/{entries} entries, {sequences} sequences{new}{pages}");
+    // K and V, queries and output.
+    let bytes = 4.0 * (shape.key_elements(sequences * entries) + outputs) as f64;
+    // SAFETY: every address is a block of `memory`, of the size that its field states.
+    let run = move || unsafe { decode::decode(device, &work) };
+    Ok(Work::new(name, bytes, memory, run))
 }

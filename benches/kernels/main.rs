@@ -1,16 +1,23 @@
 //! Every kernel on a GPU: time, and the share of its floor that it reaches. The floor is what its bytes or its
 //! products cost at the rates that this run measures first: a copy within the device, and a matrix
-//! product. Without a GPU nothing is measured, and that is said.
+//! product; kernels/README.md has their formulas. Without a GPU nothing is measured, and that is said; `--test`
+//! then runs every work once on the PTX emulator, where kernels were built.
 //!
 //! `cargo bench --bench kernels -- attention` measures one family. `FASTKV_BENCH_JSON=file` writes the figures for
 //! programs, such as those of benches/peers/.
 
 mod attention;
 mod decode;
+mod emulated;
 mod gather;
+mod llama;
+mod memory;
 #[path = "../support/random.rs"]
 mod random;
+mod scores;
 mod select;
+mod shape;
+mod sums;
 
 use std::{cell::RefCell, fmt, time::Duration};
 
@@ -19,30 +26,36 @@ use criterion::{Criterion, Throughput};
 use fastkv::{
     abi::Rows,
     backend::cuda::CudaLauncher,
-    kernels::{DType, Device, Error, Matmul, MatrixProduct},
+    kernels::{DType, Device, Error, Matmul, MatrixProduct, images},
 };
-use random::Random;
+use memory::Memory;
+use shape::Shape;
 
 fn main() -> Result<()> {
     let device = match CudaLauncher::new(0) {
         Ok(device) => device,
         Err(unavailable) => {
             println!("no kernel is measured: {unavailable}");
-            return Ok(());
+            let once = std::env::args().any(|argument| argument == "--test");
+            return if once && images::built() { emulated::check() } else { Ok(()) };
         }
     };
-    let mut criterion = Criterion::default().configure_from_args();
+    // Launches take microseconds to milliseconds, and there are many.
+    let (warm_up, measurement) = (Duration::from_millis(500), Duration::from_secs(1));
+    let mut criterion =
+        Criterion::default().warm_up_time(warm_up).measurement_time(measurement).configure_from_args();
     let ceilings = Ceilings::measure(&device)?;
     println!("copy within the device: {:.2} TB/s, read and written", ceilings.bytes_per_second / 1e12);
     println!("bf16 product of 8192 x 8192 x 8192: {:.0} TFLOP/s", ceilings.flops_per_second / 1e12);
+    let shape = Shape::LLAMA_3_1_8B;
     let mut table = Vec::new();
     // One family's tensors at a time.
-    for works in [attention::works, decode::works, gather::works, select::works] {
-        for work in works(&device)? {
+    for works in families() {
+        for work in works(&device, &shape)? {
             table.extend(measure(&mut criterion, &device, &ceilings, &work));
         }
     }
-    for (name, without, with) in attention::scoring(&device)? {
+    for (name, without, with) in attention::scoring(&device, &shape)? {
         println!("{name}: {:.2} % of the attention", 100.0 * added(&device, &without, &with)?);
     }
     criterion.final_summary();
@@ -53,6 +66,13 @@ fn main() -> Result<()> {
         std::fs::write(&path, serde_json::to_string_pretty(&table)?).with_context(|| format!("{path:?}"))?;
     }
     Ok(())
+}
+
+/// Makes what is to be measured of a family of kernels, ready to run on a device.
+type Works<D> = for<'a> fn(&'a D, &Shape) -> Result<Vec<Work<'a>>>;
+
+fn families<D: Device>() -> [Works<D>; 7] {
+    [attention::works, decode::works, gather::works, llama::works, scores::works, select::works, sums::works]
 }
 
 /// One launch, or the few that belong together, to be measured.
@@ -66,6 +86,26 @@ struct Work<'a> {
     run: Box<dyn Fn() -> Result<(), Error> + 'a>,
 }
 
+impl<'a> Work<'a> {
+    /// Without products. `run` works on what `memory` holds.
+    fn new<D: Device>(
+        name: String,
+        bytes: f64,
+        memory: Memory<'a, D>,
+        run: impl Fn() -> Result<(), Error> + 'a,
+    ) -> Self {
+        let run = move || {
+            let _alive = &memory;
+            run()
+        };
+        Self { name, bytes, flops: 0.0, run: Box::new(run) }
+    }
+
+    fn with_flops(self, flops: f64) -> Self {
+        Self { flops, ..self }
+    }
+}
+
 /// What was measured of a kernel, in microseconds.
 #[derive(serde::Serialize)]
 struct Measured {
@@ -74,13 +114,16 @@ struct Measured {
     least_us: f64,
     most_us: f64,
     floor_us: f64,
+    /// Of what the floor counts, in the median.
+    rate: f64,
+    unit: &'static str,
 }
 
 impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, median_us, least_us, most_us, floor_us } = self;
+        let Self { name, median_us, least_us, most_us, floor_us, rate, unit } = self;
         let share = 100.0 * floor_us / median_us;
-        write!(f, "{name}: median {median_us:.2} us ({least_us:.2} to {most_us:.2}), ")?;
+        write!(f, "{name}: median {median_us:.2} us ({least_us:.2} to {most_us:.2}), {rate:.2} {unit}, ")?;
         write!(f, "floor {floor_us:.2} us, {share:.0} % of it reached")
     }
 }
@@ -125,10 +168,25 @@ impl Ceilings {
         })
     }
 
-    /// Seconds that a kernel takes at least.
-    fn floor(&self, work: &Work<'_>) -> f64 {
-        (work.bytes / self.bytes_per_second).max(work.flops / self.flops_per_second)
+    /// What bounds a kernel.
+    fn floor(&self, work: &Work<'_>) -> Floor {
+        let of =
+            |amount, per_second, unit, counted| Floor { seconds: amount / per_second, amount, unit, counted };
+        let bytes = of(work.bytes, self.bytes_per_second, "TB/s", Throughput::Bytes as fn(_) -> _);
+        let products = of(work.flops, self.flops_per_second, "TFLOP/s", Throughput::Elements);
+        if bytes.seconds < products.seconds { products } else { bytes }
     }
+}
+
+/// The least time that a kernel takes.
+struct Floor {
+    seconds: f64,
+    /// Bytes or FLOP.
+    amount: f64,
+    /// Of 10^12 of them a second.
+    unit: &'static str,
+    /// How criterion takes them.
+    counted: fn(u64) -> Throughput,
 }
 
 /// Seconds of a launch, in the best of five rows of ten.
@@ -157,12 +215,10 @@ fn measure(
     work: &Work<'_>,
 ) -> Option<Measured> {
     let times = RefCell::new(Vec::new());
+    let floor = ceilings.floor(work);
     let (group, shape) = work.name.split_once('/').expect("a family and a shape");
     let mut group = criterion.benchmark_group(group);
-    group.sample_size(20).throughput(match work.flops {
-        0.0 => Throughput::Bytes(work.bytes as u64),
-        flops => Throughput::Elements(flops as u64),
-    });
+    group.sample_size(20).throughput((floor.counted)(floor.amount as u64));
     group.bench_function(shape, |bencher| {
         bencher.iter_custom(|launches| {
             let taken = time(device, launches, &work.run).expect("a launch that is right");
@@ -179,7 +235,9 @@ fn measure(
         median_us: median * 1e6,
         least_us: times[0] * 1e6,
         most_us: times[times.len() - 1] * 1e6,
-        floor_us: ceilings.floor(work) * 1e6,
+        floor_us: floor.seconds * 1e6,
+        rate: floor.amount / median / 1e12,
+        unit: floor.unit,
     })
 }
 
@@ -194,68 +252,4 @@ fn added(device: &CudaLauncher, without: &Work<'_>, with: &Work<'_>) -> Result<f
     }
     shares.sort_by(f64::total_cmp);
     Ok(shares[shares.len() / 2])
-}
-
-/// Device memory for the length of a run.
-struct Memory<'a> {
-    device: &'a CudaLauncher,
-    blocks: RefCell<Vec<u64>>,
-}
-
-impl<'a> Memory<'a> {
-    fn new(device: &'a CudaLauncher) -> Self {
-        Self { device, blocks: RefCell::default() }
-    }
-
-    fn filled(&self, bytes: usize, value: u8) -> Result<u64, Error> {
-        let address = self.device.alloc(bytes)?;
-        self.blocks.borrow_mut().push(address);
-        // SAFETY: a block of that size, just reserved.
-        unsafe { self.device.fill(address, value, bytes) }?;
-        Ok(address)
-    }
-
-    /// Normal numbers in bf16, as activations are spread.
-    fn normal(&self, elements: usize, seed: u64) -> Result<u64, Error> {
-        // A block of them, again and again: the chip does not notice.
-        let mut random = Random(seed);
-        let block: Vec<_> =
-            (0..elements.min(1 << 20)).map(|_| half::bf16::from_f32(random.normal())).collect();
-        self.repeated(&block, elements)
-    }
-
-    /// f32 in [0, 1), as scores are positive.
-    fn uniform(&self, elements: usize) -> Result<u64, Error> {
-        let mut random = Random(4);
-        let block: Vec<_> = (0..elements.min(1 << 20)).map(|_| random.unit()).collect();
-        self.repeated(&block, elements)
-    }
-
-    fn repeated<T: bytemuck::NoUninit>(&self, block: &[T], elements: usize) -> Result<u64, Error> {
-        let address = self.filled(elements * size_of::<T>(), 0)?;
-        for first in (0..elements).step_by(block.len().max(1)) {
-            let bytes = bytemuck::cast_slice(&block[..block.len().min(elements - first)]);
-            // SAFETY: within the block just reserved.
-            unsafe { self.device.upload(address + (first * size_of::<T>()) as u64, bytes) }?;
-        }
-        Ok(address)
-    }
-
-    fn put<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<u64, Error> {
-        let bytes = bytemuck::cast_slice(values);
-        let address = self.device.alloc(bytes.len())?;
-        self.blocks.borrow_mut().push(address);
-        // SAFETY: a block of that size, just reserved.
-        unsafe { self.device.upload(address, bytes) }?;
-        Ok(address)
-    }
-}
-
-impl Drop for Memory<'_> {
-    fn drop(&mut self) {
-        for address in self.blocks.borrow_mut().drain(..) {
-            // SAFETY: from `alloc`, once. A device that fails here has failed before.
-            let _ = unsafe { self.device.free(address) };
-        }
-    }
 }

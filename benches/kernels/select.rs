@@ -1,39 +1,45 @@
-//! The best keys of 8 kv heads, pooled and summed over the 4 query heads of each; and the TSP layer's one set.
+//! The best keys of every kv head, pooled and summed over its query heads; and the TSP layer's one set.
 
 use anyhow::Result;
 use fastkv::{
-    abi::{POOLING_MAX, Pooling},
-    backend::cuda::CudaLauncher,
+    abi::Pooling,
     kernels::{
+        Device,
         batch::{Lengths, ScoreRows},
-        select::{self, Reduction, SelectTopk},
+        select::{self, Form, Reduction, SelectTopk},
     },
 };
 
-use crate::{Memory, Work};
+use crate::{Work, attention::WINDOW, memory::Memory, shape::Shape};
 
 const KEPT: u32 = 2048;
-const WINDOW: u32 = 8;
 
-pub(crate) fn works(device: &CudaLauncher) -> Result<Vec<Work<'_>>> {
+pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<Work<'a>>> {
+    let (heads, group) = (shape.kv_heads, shape.group());
     let mut works = Vec::new();
     for keys in [8192, 32_768, 131_072, 1 << 20] {
-        let plain = Pooling { kind: POOLING_MAX, kernel: 1 };
-        let max = Pooling { kind: POOLING_MAX, kernel: 7 };
-        works.push(topk(device, keys, [8, 1, 1], plain, "8 rows")?);
-        works.push(topk(device, keys, [8, 1, 4], max, "8 rows of 4 heads, max pooling")?);
-        works.push(topk(device, keys, [1, 8, 4], max, "1 row of 32 heads, max pooling")?);
+        works.push(topk(device, shape, keys, [heads, 1, 1], Pooling::NONE, None)?);
+        works.push(topk(device, shape, keys, [heads, 1, group], Pooling::max(7), None)?);
+        works.push(topk(device, shape, keys, [1, heads, group], Pooling::max(7), None)?);
+    }
+    // A length that every form can do: the driver's choice should be the fastest.
+    let forms = [Form::Block, Form::Cluster, Form::Grid];
+    let has = |form: &Form| *form != Form::Cluster || device.compute_capability() == (9, 0);
+    for form in forms.into_iter().filter(has) {
+        works.push(topk(device, shape, 8192, [heads, 1, 1], Pooling::NONE, Some(form))?);
     }
     Ok(works)
 }
 
-fn topk<'a>(
-    device: &'a CudaLauncher,
+fn topk<'a, D: Device>(
+    device: &'a D,
+    shape: &Shape,
     keys: u32,
     [rows, groups, heads]: [u32; 3],
     pooling: Pooling,
-    words: &str,
+    form: Option<Form>,
 ) -> Result<Work<'a>> {
+    let (keys, kept) = (shape.length(keys), shape.length(KEPT));
     let memory = Memory::new(device);
     let scores = (rows * groups * heads) as usize * keys as usize;
     let mut work = SelectTopk {
@@ -54,25 +60,26 @@ fn topk<'a>(
         pooling,
         reduction: Reduction::Sum,
         page: 1,
-        count: KEPT,
+        count: kept,
         counts: 0,
-        kept: memory.filled((rows * KEPT) as usize * 4, 0)?,
+        kept: memory.filled((rows * kept) as usize * 4, 0)?,
         kept_lengths: memory.filled(rows as usize * 4, 0)?,
-        capacity: KEPT,
+        capacity: kept,
         workspace: 0,
         workspace_bytes: 0,
-        form: None,
+        form,
     };
     work.workspace_bytes = select::select_topk_workspace(device, &work)?;
     work.workspace = memory.filled(work.workspace_bytes.max(16), 0)?;
-    Ok(Work {
-        name: format!("select_topk/{keys} keys, {words}, {KEPT} kept"),
-        bytes: 4.0 * (scores as f64 + f64::from(rows * KEPT)),
-        flops: 0.0,
-        run: Box::new(move || {
-            let _alive = &memory;
-            // SAFETY: every address is a block of `memory`, of the size that its field states.
-            unsafe { select::select_topk(device, &work) }
-        }),
-    })
+    let words = match (rows, groups * heads) {
+        (rows, 1) => format!("{rows} rows"),
+        (1, heads) => format!("1 row of {heads} heads, max pooling"),
+        (rows, heads) => format!("{rows} rows of {heads} heads, max pooling"),
+    };
+    let form = form.map_or_else(String::new, |form| format!(", {form:?}").to_lowercase());
+    let name = format!("select_topk/{keys} keys, {words}, {kept} kept{form}");
+    let bytes = 4.0 * (scores as f64 + f64::from(rows * kept));
+    // SAFETY: every address is a block of `memory`, of the size that its field states.
+    let run = move || unsafe { select::select_topk(device, &work) };
+    Ok(Work::new(name, bytes, memory, run))
 }

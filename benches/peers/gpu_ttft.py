@@ -53,7 +53,7 @@ def main():
 
 
 def figures(options, lengths):
-    """Our seconds by length, full context."""
+    """Our seconds by length, full context, a prompt at a time."""
     path = Path(options.ours)
     if not path.exists():
         lengths = ",".join(map(str, lengths))
@@ -61,7 +61,7 @@ def figures(options, lengths):
         path.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([options.binary, "--bench"], check=True, env=dict(os.environ, **chosen))
     measured = json.loads(path.read_text())["measured"]
-    return {row["tokens"]: row["ttft_s"] for row in measured if row["policy"] == "full"}
+    return {row["tokens"]: row["ttft_s"] for row in measured if row["policy"] == "full" and row["batch"] == 1}
 
 
 def llama(attention):

@@ -1,36 +1,55 @@
-//! A Llama of the shape of Llama 3.1 8B with random weights, in bf16 on a GPU.
+//! A Llama with random weights in bf16 on a GPU: that of Llama 3.1 8B, prompts alone and several at once.
 //!
-//! `FASTKV_TTFT=8192,32768` measures these lengths, `FASTKV_TTFT_POLICIES=full,fastkv` these policies;
-//! `FASTKV_BENCH_JSON=file` writes the figures for programs.
+//! `FASTKV_TTFT=8192,4x32768` measures a prompt of 8192 tokens and four of 32768 that are read together,
+//! `FASTKV_TTFT_POLICIES=full,fastkv` these policies; `FASTKV_BENCH_JSON=file` writes the figures for programs.
 
+pub(crate) mod emulated;
 mod staged;
+
+use std::fmt;
+use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use fastkv::backend::cuda::{CudaBackend, CudaLauncher, probe};
 use fastkv::engine::{Control, Engine, PrefillOptions, Prompt};
-use fastkv::kernels::DType;
-use fastkv::measure::{decode, prefill, prefill_flops, random_engine, random_tokens, shape};
+use fastkv::kernels::{DType, MatrixProduct};
+use fastkv::measure::{decode, median, prefill, prefill_flops, random_engine, random_prompts, shape};
 use fastkv::policy::{FastKv, GemFilter, Policy, SnapKv};
 use serde::Serialize;
 
 use staged::{STAGES, Staged};
 
-const LENGTHS: [usize; 5] = [8192, 16_384, 32_768, 65_536, 131_072];
+const CASES: &str = "8192,16384,32768,65536,131072,4x8192,2x32768";
 const POLICIES: [&str; 5] = ["full", "fastkv", "fastkv-constant", "snapkv", "gemfilter"];
 /// Policies whose decoding is measured: the others decode over caches like these.
 const DECODED: [&str; 2] = ["full", "fastkv"];
-const ANSWER: usize = 32;
-/// From this length on, events between launches are lost in the noise, and tell the time by stage.
-const STAGED: usize = 32_768;
 
-const SHAPE: &str = "llama-3.1-8b";
+type Gpu<D> = CudaBackend<Staged<D>>;
 
-type Gpu = CudaBackend<Staged>;
+/// A model, what it reads, and by which policies.
+struct Setting {
+    shape: &'static str,
+    cases: Vec<Case>,
+    policies: Vec<&'static str>,
+    /// Tokens of an answer.
+    answer: usize,
+    /// From so many tokens on, events between launches are lost in the noise, and tell the time by stage.
+    staged: usize,
+}
 
-/// What was measured of a policy at a length.
+/// Prompts of one length that are read together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Case {
+    batch: usize,
+    tokens: usize,
+}
+
+/// What was measured of a policy and prompts.
 #[derive(Serialize)]
 struct Measured {
     policy: &'static str,
+    batch: usize,
+    /// Of each prompt.
     tokens: usize,
     ttft_s: f64,
     runs_s: Vec<f64>,
@@ -38,9 +57,11 @@ struct Measured {
     speed_up: Option<f64>,
     /// Full context's products over this one's: what the speed-up could be at the same rate.
     flop_bound: f64,
+    /// Of all prompts.
     flops: f64,
     peak_bytes: usize,
     kv_peak_bytes: usize,
+    /// Of all prompts together.
     decode_tokens_per_s: Option<f64>,
     /// Milliseconds by stage, in the order of `stages`.
     stages_ms: Option<[f64; STAGES.len()]>,
@@ -54,25 +75,66 @@ struct Report {
     measured: Vec<Measured>,
 }
 
-pub(crate) fn measure(device: CudaLauncher) -> Result<()> {
-    let lengths = match std::env::var("FASTKV_TTFT") {
-        Ok(list) => list
-            .split(',')
-            .map(|length| length.trim().parse())
-            .collect::<Result<Vec<usize>, _>>()
-            .with_context(|| format!("FASTKV_TTFT={list}: lengths such as 8192,32768"))?,
-        Err(_) => LENGTHS.to_vec(),
-    };
-    let chosen = std::env::var("FASTKV_TTFT_POLICIES").unwrap_or_else(|_| POLICIES.join(","));
-    if let Some(unknown) = chosen.split(',').find(|name| !POLICIES.contains(name)) {
-        bail!("FASTKV_TTFT_POLICIES names {unknown}: there are {}", POLICIES.join(", "));
+impl Case {
+    /// Tokens of all prompts.
+    fn rows(self) -> usize {
+        self.batch * self.tokens
     }
+}
+
+impl FromStr for Case {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (batch, tokens) = text.trim().split_once('x').unwrap_or(("1", text));
+        match (batch.trim().parse(), tokens.trim().parse()) {
+            (Ok(batch), Ok(tokens)) if batch > 0 && tokens > 0 => Ok(Self { batch, tokens }),
+            _ => bail!("{text}: give tokens such as 8192, or 4x8192 for four prompts together"),
+        }
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} x {} tokens", self.batch, self.tokens)
+    }
+}
+
+impl Setting {
+    /// Llama 3.1 8B, and what the environment asks for.
+    fn from_environment() -> Result<Self> {
+        let variable = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
+        let cases = variable("FASTKV_TTFT", CASES);
+        let cases = cases.split(',').map(str::parse).collect::<Result<_>>().context("FASTKV_TTFT")?;
+        let chosen = variable("FASTKV_TTFT_POLICIES", &POLICIES.join(","));
+        let chosen: Vec<&str> = chosen.split(',').map(str::trim).collect();
+        if let Some(unknown) = chosen.iter().find(|name| !POLICIES.contains(name)) {
+            bail!("FASTKV_TTFT_POLICIES names {unknown}: there are {}", POLICIES.join(", "));
+        }
+        let policies = POLICIES.into_iter().filter(|name| chosen.contains(name)).collect();
+        Ok(Self { shape: "llama-3.1-8b", cases, policies, answer: 32, staged: 32_768 })
+    }
+}
+
+pub(crate) fn measure(device: CudaLauncher) -> Result<()> {
+    let setting = Setting::from_environment()?;
     let name = probe::devices()?.devices.swap_remove(0).name;
-    let engine = engine(device, &name)?;
+    let report = measure_all(device, name, &setting)?;
+    if let Some(path) = std::env::var_os("FASTKV_BENCH_JSON") {
+        std::fs::write(&path, serde_json::to_string_pretty(&report)?).with_context(|| format!("{path:?}"))?;
+    }
+    Ok(())
+}
+
+fn measure_all<D: MatrixProduct + fmt::Debug>(device: D, name: String, setting: &Setting) -> Result<Report> {
+    let backend = CudaBackend::new(Staged::new(device), &*name, DType::BF16)?;
+    let config = shape(setting.shape).context(setting.shape)?;
+    let engine = random_engine(backend, config, 1, |_| ())?;
     let weight_bytes = engine.backend().memory().0;
-    println!("{name}: Llama 3.1 8B, random bf16 weights of {:.1} GiB, batch 1", gib(weight_bytes));
+    println!("{name}: {}, random bf16 weights of {:.1} GiB", setting.shape, gib(weight_bytes));
     println!(
-        "{:>7} {:16} {:>9} {:>8} {:>6} {:>9} {:>9} {:>9}  {}",
+        "{:>5} {:>7} {:16} {:>9} {:>8} {:>6} {:>9} {:>9} {:>9}  {}",
+        "batch",
         "tokens",
         "policy",
         "TTFT",
@@ -84,23 +146,19 @@ pub(crate) fn measure(device: CudaLauncher) -> Result<()> {
         STAGES.join(" / ")
     );
     let mut measured = Vec::new();
-    for tokens in lengths {
+    for case in &setting.cases {
         let mut full_s = None;
-        for policy in POLICIES.into_iter().filter(|name| chosen.split(',').any(|chosen| chosen == *name)) {
-            let line = measure_policy(&engine, policy, tokens, full_s)
-                .with_context(|| format!("{policy} at {tokens} tokens"))?;
-            if policy == "full" {
+        for policy in &setting.policies {
+            let line = measure_policy(&engine, setting, policy, *case, full_s)
+                .with_context(|| format!("{policy}, {case}"))?;
+            if *policy == "full" {
                 full_s = Some(line.ttft_s);
             }
             print(&line);
             measured.push(line);
         }
     }
-    if let Some(path) = std::env::var_os("FASTKV_BENCH_JSON") {
-        let report = Report { device: name, weight_bytes, stages: STAGES, measured };
-        std::fs::write(&path, serde_json::to_string_pretty(&report)?).with_context(|| format!("{path:?}"))?;
-    }
-    Ok(())
+    Ok(Report { device: name, weight_bytes, stages: STAGES, measured })
 }
 
 fn print(line: &Measured) {
@@ -110,7 +168,8 @@ fn print(line: &Measured) {
         .stages_ms
         .map_or_else(String::new, |stages| stages.map(|ms| format!("{ms:.0}")).join(" / ") + " ms");
     println!(
-        "{:7} {:16} {:7.3} s {:>8} {:6.2} {:9.0} {:9.1} {:>9}  {stages}",
+        "{:5} {:7} {:16} {:7.3} s {:>8} {:6.2} {:9.0} {:9.1} {:>9}  {stages}",
+        line.batch,
         line.tokens,
         line.policy,
         line.ttft_s,
@@ -122,10 +181,11 @@ fn print(line: &Measured) {
     );
 }
 
-fn measure_policy(
-    engine: &Engine<Gpu>,
+fn measure_policy<D: MatrixProduct + fmt::Debug>(
+    engine: &Engine<Gpu<D>>,
+    setting: &Setting,
     name: &'static str,
-    tokens: usize,
+    case: Case,
     full_s: Option<f64>,
 ) -> Result<Measured> {
     let policy = match name {
@@ -135,23 +195,24 @@ fn measure_policy(
         "gemfilter" => Policy::GemFilter(GemFilter::default()),
         _ => Policy::Full,
     };
+    let Case { batch, tokens } = case;
     let plan = policy.plan(engine.shape(), tokens)?;
     let backend = engine.backend();
-    let ids = random_tokens(tokens, engine.config().vocab_size, tokens as u64);
-    let options = PrefillOptions { slack: ANSWER, ..PrefillOptions::default() };
+    let ids = random_prompts(batch, tokens, engine.config().vocab_size, tokens as u64);
+    let options = PrefillOptions { slack: setting.answer, ..PrefillOptions::default() };
     let control = Control::default();
-    let prompts = [Prompt { ids: &ids, plan: &plan }];
+    let prompts: Vec<Prompt<'_>> = ids.iter().map(|ids| Prompt { ids, plan: &plan }).collect();
     let prefill = || prefill(engine, &prompts, &options, &control);
     // Long prompts take their time; what a first run has to do beside is little there.
-    if tokens <= 32_768 || name == "full" {
+    if case.rows() <= 32_768 || name == "full" {
         prefill()?;
     }
-    let runs = match tokens {
+    let runs = match case.rows() {
         ..=32_768 => 3,
         32_769..=65_536 => 2,
         _ => 1,
     };
-    let stages = tokens >= STAGED;
+    let stages = case.rows() >= setting.staged;
     let (mut runs_s, mut stages_ms) = (Vec::new(), None);
     let mut last = None;
     backend.forget_peak();
@@ -159,42 +220,36 @@ fn measure_policy(
         // One cache at a time.
         drop(last.take());
         backend.device().start(stages);
-        let (prefill, seconds) = prefill()?;
+        let (prefills, seconds) = prefill()?;
         stages_ms = backend.device().stop()?;
         runs_s.push(seconds);
-        last = Some(prefill);
+        last = Some(prefills);
     }
     let peak_bytes = backend.memory().1;
-    let mut sorted = runs_s.clone();
-    sorted.sort_by(f64::total_cmp);
-    let ttft_s = sorted[sorted.len() / 2];
+    let ttft_s = median(&runs_s).context("a run")?;
 
     let mut last = last.context("a run")?;
     let kv_peak_bytes = last.iter().map(|prefill| prefill.peak_kv_bytes).sum();
     let decode_tokens_per_s = match DECODED.contains(&name) {
         false => None,
-        true => decode(engine, &mut last, ANSWER, &control)?,
+        true => decode(engine, &mut last, setting.answer, &control)?,
     };
-    let flops = prefill_flops(engine.config(), &plan, true);
-    let full = prefill_flops(engine.config(), &Policy::Full.plan(engine.shape(), tokens)?, true);
+    let full_plan = Policy::Full.plan(engine.shape(), tokens)?;
+    let [flops, of_full] = [&plan, &full_plan].map(|plan| prefill_flops(engine.config(), plan, true));
     Ok(Measured {
         policy: name,
+        batch,
         tokens,
         ttft_s,
         runs_s,
         speed_up: full_s.map(|full| full / ttft_s),
-        flop_bound: full / flops,
-        flops,
+        flop_bound: of_full / flops,
+        flops: batch as f64 * flops,
         peak_bytes,
         kv_peak_bytes,
         decode_tokens_per_s,
         stages_ms,
     })
-}
-
-fn engine(device: CudaLauncher, name: &str) -> Result<Engine<Gpu>> {
-    let backend = CudaBackend::new(Staged::new(device), name, DType::BF16)?;
-    Ok(random_engine(backend, shape(SHAPE).context(SHAPE)?, 1, |_| ())?)
 }
 
 fn gib(bytes: usize) -> f64 {

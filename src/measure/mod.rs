@@ -6,7 +6,7 @@ mod shapes;
 mod timing;
 
 pub use flops::prefill_flops;
-pub use random::{Measurable, Normals, random_engine, random_tokens};
+pub use random::{Measurable, Normals, random_engine, random_prompts, random_tokens};
 pub use shapes::{SHAPES, parameters, shape};
 pub use timing::{decode, median, prefill};
 

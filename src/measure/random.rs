@@ -76,6 +76,12 @@ pub fn random_tokens(count: usize, vocabulary: usize, seed: u64) -> Vec<u32> {
     (0..count).map(|_| random.below(vocabulary) as u32).collect()
 }
 
+/// Prompts of one length: [`random_tokens`] of this seed, of the next one, and so on.
+pub fn random_prompts(count: usize, tokens: usize, vocabulary: usize, seed: u64) -> Vec<Vec<u32>> {
+    let seeds = (0..count as u64).map(|prompt| seed.wrapping_add(prompt));
+    seeds.map(|seed| random_tokens(tokens, vocabulary, seed)).collect()
+}
+
 /// Normal random numbers: mean 0, deviation 1.
 #[derive(Clone, Debug)]
 pub struct Normals(SplitMix64);
@@ -253,6 +259,8 @@ mod tests {
         assert_eq!(tokens, random_tokens(4000, 100, 7));
         assert_ne!(tokens, random_tokens(4000, 100, 8));
         assert!((0..100).all(|id| tokens.contains(&id)) && tokens.iter().all(|id| *id < 100));
+        let seeds = [u64::MAX, 0, 1];
+        assert_eq!(random_prompts(3, 50, 100, u64::MAX), seeds.map(|seed| random_tokens(50, 100, seed)));
     }
 
     #[test]

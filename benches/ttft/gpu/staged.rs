@@ -1,9 +1,9 @@
 //! A device that takes the time of what is queued on it, by stage.
 
 use std::cell::RefCell;
+use std::fmt;
 
 use fastkv::abi;
-use fastkv::backend::cuda::{CudaEvent, CudaLauncher};
 use fastkv::kernels::{Device, Error, Graph, Launch, Matmul, MatrixProduct, TensorMap};
 
 use forward::forward;
@@ -14,14 +14,22 @@ mod forward;
 pub(crate) const STAGES: [&str; 4] = ["attention", "products", "selection", "rest"];
 
 /// Passes everything on; where it was [`start`](Self::start)ed with stages, an event follows every launch.
-#[derive(Debug)]
-pub(crate) struct Staged {
-    device: CudaLauncher,
-    events: RefCell<Option<Vec<(usize, CudaEvent)>>>,
+pub(crate) struct Staged<D: Device> {
+    device: D,
+    events: RefCell<Option<Events<D>>>,
 }
 
-impl Staged {
-    pub(crate) fn new(device: CudaLauncher) -> Self {
+/// Each with the stage of what it follows.
+type Events<D> = Vec<(usize, <D as Device>::Event)>;
+
+impl<D: Device + fmt::Debug> fmt::Debug for Staged<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.device.fmt(f)
+    }
+}
+
+impl<D: Device> Staged<D> {
+    pub(crate) fn new(device: D) -> Self {
         Self { device, events: RefCell::default() }
     }
 
@@ -48,8 +56,8 @@ impl Staged {
     }
 }
 
-impl Device for Staged {
-    type Event = CudaEvent;
+impl<D: Device> Device for Staged<D> {
+    type Event = D::Event;
 
     forward! { device: alloc free upload download copy fill tensor_map synchronize record elapsed_ms free_memory
     reserve compute_capability multiprocessors }
@@ -77,7 +85,7 @@ impl Device for Staged {
     }
 }
 
-impl MatrixProduct for Staged {
+impl<D: MatrixProduct> MatrixProduct for Staged<D> {
     forward! { device: matmul_workspace }
 
     unsafe fn matmul(&self, work: &Matmul) -> Result<(), Error> {

@@ -14,7 +14,7 @@ use fastkv::engine::{
     Prompt,
 };
 use fastkv::measure::{
-    Measurable, SHAPES, decode, median, parameters, prefill, prefill_flops, random_engine, random_tokens,
+    Measurable, SHAPES, decode, median, parameters, prefill, prefill_flops, random_engine, random_prompts,
     shape,
 };
 use fastkv::model::{Dtype, LlamaConfig, ModelDir};
@@ -327,9 +327,8 @@ fn run_all<B: Measurable>(
     let control = Control { cancel: Some(cancel), progress: Some(&report) };
     for jobs in jobs.chunk_by_mut(|a, b| a.plan.prompt_tokens == b.plan.prompt_tokens) {
         let length = jobs[0].plan.prompt_tokens;
-        let seeds = (0..u64::from(arguments.batch)).map(|prompt| arguments.prompt_seed.wrapping_add(prompt));
         let vocabulary = engine.config().vocab_size;
-        let ids: Vec<Vec<u32>> = seeds.map(|seed| random_tokens(length, vocabulary, seed)).collect();
+        let ids = random_prompts(arguments.batch.into(), length, vocabulary, arguments.prompt_seed);
         for turn in 0..turns {
             for job in &mut *jobs {
                 bar.set_message(format!("{} {length}", job.name.text()));
