@@ -30,6 +30,7 @@ pub(crate) struct Bar {
 #[derive(Clone, Copy)]
 pub(crate) enum Bound {
     Exactly(usize),
+    AtMost(usize),
 }
 
 const NONE: Bound = Bound::Exactly(0);
@@ -45,7 +46,8 @@ const fn attention(kernels: &'static str, dynamic_shared: u32, instructions: usi
         registers: 255,
         marker: "HMMA",
         instructions,
-        mix: &[("HGMMA", NONE)],
+        // The softmax of a block: an exponential for each logit, one more and two shuffles for each row.
+        mix: &[("HGMMA", NONE), ("MUFU", Bound::AtMost(68)), ("SHFL", Bound::AtMost(8))],
         in_flight: 0,
     }
 }
@@ -69,6 +71,38 @@ const fn sm90_attention(
         marker: "HGMMA",
         instructions,
         mix,
+        in_flight: 0,
+    }
+}
+
+/// Products of a tile, and its softmax: 64 logits of a lane in two rows, which become 32 words of probabilities.
+const fn sm90_mix(products: usize) -> [(&'static str, Bound); 7] {
+    [
+        ("HGMMA", Bound::Exactly(products)),
+        ("LDS", NONE),
+        ("STS", NONE),
+        ("MUFU", Bound::AtMost(66)),
+        ("SHFL", Bound::AtMost(4)),
+        ("F2FP", Bound::AtMost(32)),
+        ("FMNMX", Bound::AtMost(70)),
+    ]
+}
+
+/// Scores: products of 32 keys (16 of long rows) with the queries of a step, and an exponential for each logit.
+const fn scores(kernels: &'static str, dynamic_shared: u32, instructions: usize, shuffles: usize) -> Bar {
+    Bar {
+        kernels,
+        archs: &[],
+        threads: 128,
+        dynamic_shared,
+        blocks: 1,
+        registers: 168,
+        marker: "HMMA",
+        instructions,
+        mix: match shuffles {
+            6 => &[("HMMA", Bound::AtMost(32)), ("MUFU", Bound::AtMost(32)), ("SHFL", Bound::AtMost(6))],
+            _ => &[("HMMA", Bound::AtMost(32)), ("MUFU", Bound::AtMost(26)), ("SHFL", Bound::AtMost(24))],
+        },
         in_flight: 0,
     }
 }
@@ -102,25 +136,25 @@ pub(crate) static BARS: &[Bar] = &[
         "fastkv_sm90_attention_f16_64",
         64,
         430,
-        &[("HGMMA", Bound::Exactly(12)), ("LDS", NONE), ("STS", NONE)],
+        &sm90_mix(12),
     ),
     sm90_attention(
         "fastkv_sm90_attention_f16_128",
         128,
         470,
-        &[("HGMMA", Bound::Exactly(16)), ("LDS", NONE), ("STS", NONE)],
+        &sm90_mix(16),
     ),
     sm90_attention(
         "fastkv_sm90_attention_bf16_64",
         64,
         430,
-        &[("HGMMA", Bound::Exactly(12)), ("LDS", NONE), ("STS", NONE)],
+        &sm90_mix(12),
     ),
     sm90_attention(
         "fastkv_sm90_attention_bf16_128",
         128,
         470,
-        &[("HGMMA", Bound::Exactly(16)), ("LDS", NONE), ("STS", NONE)],
+        &sm90_mix(16),
     ),
     Bar {
         kernels: "fastkv_decode_f16_256",
@@ -191,46 +225,13 @@ pub(crate) static BARS: &[Bar] = &[
         blocks: 1,
         registers: 128,
         marker: "LDG.128",
-        instructions: 400,
+        instructions: 60,
         mix: &[],
         in_flight: 0,
     },
-    Bar {
-        kernels: "fastkv_window_partials",
-        archs: &[],
-        threads: 128,
-        dynamic_shared: 66 << 10,
-        blocks: 1,
-        registers: 168,
-        marker: "HMMA",
-        instructions: 4000,
-        mix: &[],
-        in_flight: 0,
-    },
-    Bar {
-        kernels: "fastkv_window_scores",
-        archs: &[],
-        threads: 128,
-        dynamic_shared: 49 << 10,
-        blocks: 1,
-        registers: 168,
-        marker: "HMMA",
-        instructions: 4000,
-        mix: &[],
-        in_flight: 0,
-    },
-    Bar {
-        kernels: "fastkv_column_sums",
-        archs: &[],
-        threads: 128,
-        dynamic_shared: 66 << 10,
-        blocks: 1,
-        registers: 168,
-        marker: "HMMA",
-        instructions: 4000,
-        mix: &[],
-        in_flight: 0,
-    },
+    scores("fastkv_window_partials", 66 << 10, 440, 24),
+    scores("fastkv_window_scores", 49 << 10, 415, 6),
+    scores("fastkv_column_sums", 66 << 10, 480, 6),
     Bar {
         kernels: "fastkv_window_lse",
         archs: &[],
@@ -239,7 +240,7 @@ pub(crate) static BARS: &[Bar] = &[
         blocks: 6,
         registers: 40,
         marker: "LDG",
-        instructions: 400,
+        instructions: 66,
         mix: &[],
         in_flight: 0,
     },
@@ -251,7 +252,7 @@ pub(crate) static BARS: &[Bar] = &[
         blocks: 4,
         registers: 64,
         marker: "LDG",
-        instructions: 400,
+        instructions: 180,
         mix: &[],
         in_flight: 0,
     },
@@ -263,7 +264,7 @@ pub(crate) static BARS: &[Bar] = &[
         blocks: 1,
         registers: 128,
         marker: "LDS",
-        instructions: 400,
+        instructions: 205,
         mix: &[],
         in_flight: 0,
     },
@@ -275,7 +276,7 @@ pub(crate) static BARS: &[Bar] = &[
         blocks: 1,
         registers: 128,
         marker: "LDG",
-        instructions: 400,
+        instructions: 245,
         mix: &[],
         in_flight: 0,
     },
@@ -299,7 +300,7 @@ pub(crate) static BARS: &[Bar] = &[
         blocks: 1,
         registers: 64,
         marker: "LDG",
-        instructions: 400,
+        instructions: 85,
         mix: &[],
         in_flight: 0,
     },
@@ -311,7 +312,7 @@ pub(crate) static BARS: &[Bar] = &[
         blocks: 1,
         registers: 64,
         marker: "LDG",
-        instructions: 400,
+        instructions: 75,
         mix: &[],
         in_flight: 0,
     },
@@ -323,7 +324,7 @@ pub(crate) static BARS: &[Bar] = &[
         blocks: 1,
         registers: 64,
         marker: "LDG",
-        instructions: 400,
+        instructions: 24,
         mix: &[],
         in_flight: 0,
     },
@@ -450,6 +451,7 @@ impl Bar {
             let found = of.count(opcode);
             let (holds, words) = match *bound {
                 Bound::Exactly(n) => (found == n, format!("exactly {n}")),
+                Bound::AtMost(n) => (found <= n, format!("at most {n}")),
             };
             if holds { Ok(()) } else { Err(format!("{found} {opcode} in the {name}, the bar is {words}")) }
         })
