@@ -30,6 +30,8 @@ const BIAS: f32 = -1.5;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     Ragged,
+    /// The same, rows of V further from each other than those of K.
+    Apart,
     /// `[pages, page_size, heads, d]`, K and V apart.
     Paged(usize),
     /// `[pages, 2, page_size, heads, d]`, K and V of a page side by side.
@@ -54,6 +56,8 @@ pub(crate) struct Case {
     /// Whether pages are missing here and there.
     pub(crate) holes: bool,
     pub(crate) bias: bool,
+    /// Whether keys grow from tile to tile: maxima that a kernel has taken do not last.
+    pub(crate) rising: bool,
     pub(crate) steps: usize,
     /// What the contents of each sequence are drawn from.
     pub(crate) seeds: Vec<u64>,
@@ -74,6 +78,7 @@ impl Case {
             appends: true,
             holes: false,
             bias: false,
+            rising: false,
             steps: 1,
             seeds: (1..=lengths.len() as u64).collect(),
         }
@@ -94,6 +99,7 @@ impl Case {
         let layout = match random.below(4) {
             0 => Layout::Paged(random.of(&[1, 7, 16, 64])),
             1 => Layout::PagedTogether(random.of(&[8, 16])),
+            2 => Layout::Apart,
             _ => Layout::Ragged,
         };
         Self {
@@ -108,6 +114,7 @@ impl Case {
             appends: random.below(4) > 0,
             holes: random.below(2) == 0,
             bias: random.below(3) == 0,
+            rising: random.below(3) == 0,
             steps: 1 + random.below(2),
             seeds: (0..sequences).map(|_| random.next()).collect(),
         }
@@ -117,9 +124,15 @@ impl Case {
         self.lengths.len() * self.heads
     }
 
+    /// Elements from a row of K to the next, and of V, where no other lies between.
+    fn strides(&self) -> [usize; 2] {
+        let more = if self.layout == Layout::Apart { 8 } else { 0 };
+        [self.head_dim, self.head_dim + more]
+    }
+
     fn page_size(&self) -> Option<usize> {
         match self.layout {
-            Layout::Ragged => None,
+            Layout::Ragged | Layout::Apart => None,
             Layout::Paged(size) | Layout::PagedTogether(size) => Some(size),
         }
     }
@@ -194,11 +207,10 @@ impl State {
             }
         }
         let together = matches!(case.layout, Layout::PagedTogether(_));
-        let elements = rows * case.head_dim;
         state.tensors = if together {
-            [vec![POISON; 2 * elements], Vec::new()]
+            [vec![POISON; 2 * rows * case.head_dim], Vec::new()]
         } else {
-            [vec![POISON; elements], vec![POISON; elements]]
+            case.strides().map(|stride| vec![POISON; rows * stride])
         };
         state.positions = vec![UNTOUCHED_POSITION; rows];
         for (sequence, seed) in case.seeds.iter().enumerate() {
@@ -208,7 +220,8 @@ impl State {
                 for entry in 0..state.length(case, sequence, head) {
                     // Drawn whether or not there is a place for it, so that holes change nothing else.
                     position += 1 + random.below(3) as i32;
-                    let row = [0, 1].map(|_| draw(&mut random, case.dtype, case.head_dim));
+                    let scale = if case.rising { 1.0 + 6.0 * (entry / 64 % 4) as f32 } else { 1.0 };
+                    let row = [scale, 1.0].map(|scale| draw(&mut random, case.dtype, case.head_dim, scale));
                     if let Some(place) = state.place(case, sequence, head, entry) {
                         state.put(&place, &row, position);
                     }
@@ -249,7 +262,8 @@ impl State {
         let d = case.head_dim;
         let Some(size) = case.page_size() else {
             let row = self.starts[sequence * case.heads + head] as usize + entry;
-            return Some(Place { rows: [(0, row * d), (1, row * d)], position: row });
+            let [k, v] = case.strides().map(|stride| row * stride);
+            return Some(Place { rows: [(0, k), (1, v)], position: row });
         };
         let page = self.table[sequence * self.table_pages + entry / size];
         let page = usize::try_from(page).ok().filter(|page| *page < self.pages)?;
@@ -292,7 +306,8 @@ impl Step {
         let mut step = Self { q: Vec::new(), k: Vec::new(), v: Vec::new(), positions: Vec::new() };
         for seed in &case.seeds {
             let mut random = Random(seed ^ (number as u64 + 1) << 48);
-            let mut rows = |heads: usize| draw(&mut random, case.dtype, heads * case.tokens * case.head_dim);
+            let mut rows =
+                |heads: usize| draw(&mut random, case.dtype, heads * case.tokens * case.head_dim, 1.0);
             step.q.extend(rows(case.heads * case.group));
             step.k.extend(rows(case.heads));
             step.v.extend(rows(case.heads));
@@ -302,11 +317,11 @@ impl Step {
     }
 }
 
-/// Uniform in [-2, 2), so that some keys outweigh others.
-fn draw(random: &mut Random, dtype: DType, count: usize) -> Vec<u16> {
+/// Uniform in [-2, 2) times `scale`, so that some keys outweigh others.
+fn draw(random: &mut Random, dtype: DType, count: usize, scale: f32) -> Vec<u16> {
     (0..count)
         .map(|_| {
-            let value = 2.0 * random.symmetric();
+            let value = 2.0 * scale * random.symmetric();
             if dtype == DType::F16 { f16::from_f32(value).to_bits() } else { bf16::from_f32(value).to_bits() }
         })
         .collect()
@@ -471,8 +486,9 @@ impl OnDevice {
             if tensor.is_empty() { 0 } else { memory.put(bytemuck::cast_slice(tensor)) }
         });
         let size = case.page_size().unwrap_or(0) as i64;
-        let rows = |base| match case.layout {
-            Layout::Ragged => Rows { base, token_stride: d, ..Rows::default() },
+        let [k_stride, v_stride] = case.strides();
+        let rows = |base, stride: usize| match case.layout {
+            Layout::Ragged | Layout::Apart => Rows { base, token_stride: stride as i64, ..Rows::default() },
             Layout::Paged(_) => {
                 Rows { base, sequence_stride: size * heads * d, head_stride: d, token_stride: heads * d }
             }
@@ -485,8 +501,8 @@ impl OnDevice {
         let paged = case.page_size().is_some();
         let mut put = |bytes: &[u8], present: bool| if present { memory.put(bytes) } else { 0 };
         let cache = Cache {
-            k: rows(tensors[0]),
-            v: rows(v),
+            k: rows(tensors[0], k_stride),
+            v: rows(v, v_stride),
             starts: put(bytemuck::cast_slice(&state.starts), !paged),
             lengths: put(bytemuck::cast_slice(&state.lengths), true),
             capacities: put(bytemuck::cast_slice(&state.capacities), !paged),
@@ -661,6 +677,9 @@ fn lengths() -> Vec<Case> {
         Case::new(64, 1, &[&[4096], &[4095]]),
         Case::new(64, 1, &[&[2100], &[64 * 256]]),
         Case { slack: 0, ..Case::new(64, 2, &[&[0, 64], &[100, 3]]) },
+        // Chunks of two tiles, whose maxima differ by more than f16 can hold.
+        Case { rising: true, ..Case::new(64, 4, &[&[1100], &[70]]) },
+        Case { rising: true, dtype: DType::F16, layout: Layout::Apart, ..Case::new(64, 16, &[&[1100, 70]]) },
     ]
 }
 
@@ -688,6 +707,10 @@ fn paged() -> Vec<Case> {
         for holes in [false, true] {
             cases.push(Case { layout, holes, bias: holes, ..case.clone() });
         }
+    }
+    // Holes among pages that are copied whole.
+    for layout in [Layout::Paged(16), Layout::PagedTogether(32)] {
+        cases.push(Case { layout, holes: true, ..Case::new(64, 4, &[&[400, 400], &[333, 333]]) });
     }
     // The second token of the second sequence has no page.
     cases.push(Case { layout: Layout::Paged(8), tokens: 2, slack: 2, holes: true, ..case });
