@@ -90,6 +90,20 @@ pub trait Backend: Debug {
     /// Adds `y` to the rows of `x` that begin at `first_row`.
     fn add(&self, x: &mut Self::Tensor, first_row: usize, y: &Self::Tensor) -> Result<(), BackendError>;
 
+    /// [`add`](Self::add), then [`rms_norm`](Self::rms_norm) of the rows that it changed. A backend may do both in
+    /// one pass.
+    fn add_norm(
+        &self,
+        x: &mut Self::Tensor,
+        first_row: usize,
+        y: &Self::Tensor,
+        weight: &Self::Weight,
+        epsilon: f32,
+    ) -> Result<Self::Tensor, BackendError> {
+        self.add(x, first_row, y)?;
+        self.rms_norm(x, first_row..first_row + self.rows(y), weight, epsilon)
+    }
+
     /// Angles `position · inverse_frequency` for a list of positions.
     fn rotary(
         &self,

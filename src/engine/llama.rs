@@ -250,8 +250,8 @@ impl<B: Backend> Layer<B> {
         attended: Vec<B::Tensor>,
     ) -> Result<(), EngineError> {
         let attended = joined(backend, attended)?;
-        add(backend, parts, self.o.apply(backend, &attended)?)?;
-        let normed = normed(backend, config, parts, &self.post_attention_norm)?;
+        let projected = self.o.apply(backend, &attended)?;
+        let normed = add_normed(backend, config, parts, projected, &self.post_attention_norm)?;
         let gate = self.gate.apply(backend, &normed)?;
         let up = self.up.apply(backend, &normed)?;
         add(backend, parts, self.down.apply(backend, &backend.swiglu(gate, &up)?)?)
@@ -291,6 +291,23 @@ fn add<B: Backend>(backend: &B, parts: &mut [Part<'_, B>], x: B::Tensor) -> Resu
         backend.add(part.hidden, part.span.rows.start, &x)?;
     }
     Ok(())
+}
+
+/// The same, and the normed rows of all streams that this gives.
+fn add_normed<B: Backend>(
+    backend: &B,
+    config: &LlamaConfig,
+    parts: &mut [Part<'_, B>],
+    x: B::Tensor,
+    weight: &B::Weight,
+) -> Result<B::Tensor, EngineError> {
+    let spans: Vec<Span<'_, B>> = parts.iter().map(|part| part.span.clone()).collect();
+    let mut all = Vec::with_capacity(parts.len());
+    for (part, x) in parts.iter_mut().zip(split(backend, x, &spans)?) {
+        let first = part.span.rows.start;
+        all.push(backend.add_norm(part.hidden, first, &x, weight, config.rms_norm_eps)?);
+    }
+    joined(backend, all)
 }
 
 fn joined<B: Backend>(backend: &B, mut parts: Vec<B::Tensor>) -> Result<B::Tensor, EngineError> {

@@ -200,6 +200,8 @@ impl Scene {
         let added = self.rows(backend, [rows - 3, width], 1.0, 7, true)?;
         backend.add(&mut sum, 2, &added)?;
         put("add", [1e-6; 2], backend.read(&sum)?);
+        put("add_norm", product, backend.read(&backend.add_norm(&mut sum, 3, &added, &norm, 1e-5)?)?);
+        put("add_norm's sum", [1e-6; 2], backend.read(&sum)?);
         put("last_rows", [0.0; 2], backend.read(&backend.last_rows(&x, 3)?)?);
         let some = backend.indices(vec![vec![1, 3, rows as u32 - 1]])?;
         put("gather_rows", [0.0; 2], backend.read(&backend.gather_rows(&x, &some)?)?);
@@ -476,6 +478,10 @@ fn bad_operands<D: MatrixProduct + Clone + Debug>(device: &D, _: u64) -> Result<
     )?;
     refused("add", backend.add(&mut x, 0, &narrow))?;
     refused("add", backend.add(&mut x, usize::MAX, &narrow))?;
+    refused("add_norm", backend.add_norm(&mut x, 0, &narrow, &vector, 1e-5))?;
+    let stream = scene.rows(&backend, [3, 128], 1.0, 1, false).map_err(|error| error.to_string())?;
+    refused("add_norm", backend.add_norm(&mut x, 0, &stream, &vector, 1e-5))?;
+    refused("add_norm", backend.add_norm(&mut x, 1, &stream, &vector, 1e-5))?;
     refused("new_kv", backend.new_kv(0, 64, 1))?;
     let lists = |lists: Vec<Vec<u32>>| backend.indices(lists).map_err(|error| error.to_string());
     refused("append_kv", backend.append_kv(&mut kv, &x, &narrow, &lists(vec![vec![0, 1, 2]])?, 0))?;

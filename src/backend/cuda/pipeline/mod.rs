@@ -156,6 +156,32 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
         Ok(scratch.insert(out))
     }
 
+    /// The normed rows of `x`, to which something may be added first.
+    fn norm(
+        &self,
+        x: &Tensor<D>,
+        rows: Range<usize>,
+        added: Option<Rows>,
+        weight: u64,
+        epsilon: f32,
+    ) -> Result<Tensor<D>, BackendError> {
+        let out = self.tensor("normed activations", rows.len(), x.width, self.dtype)?;
+        let work = RmsNorm {
+            x: x.matrix(rows.start),
+            added,
+            out: out.matrix(0),
+            weight,
+            rows: rows.len() as u32,
+            width: x.width as u32,
+            x_dtype: x.dtype,
+            dtype: out.dtype,
+            epsilon,
+        };
+        // SAFETY: live blocks of the sizes stated, in stream order.
+        unsafe { rms_norm(self.device(), &work) }?;
+        Ok(out)
+    }
+
     /// `x · weightᵀ + bias` in a type of choice.
     fn product(
         &self,
@@ -380,22 +406,23 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         if rows.start > rows.end || rows.end > x.rows {
             return Err(shape("rms_norm", format!("rows {rows:?} of {}", x.rows)));
         }
-        let weight = weight.vector("rms_norm", x.width)?;
-        let out = self.tensor("normed activations", rows.len(), x.width, self.dtype)?;
-        let work = RmsNorm {
-            x: x.matrix(rows.start),
-            added: None,
-            out: out.matrix(0),
-            weight,
-            rows: rows.len() as u32,
-            width: x.width as u32,
-            x_dtype: x.dtype,
-            dtype: out.dtype,
-            epsilon,
-        };
-        // SAFETY: live blocks of the sizes stated, in stream order.
-        unsafe { rms_norm(self.device(), &work) }?;
-        Ok(out)
+        self.norm(x, rows, None, weight.vector("rms_norm", x.width)?, epsilon)
+    }
+
+    fn add_norm(
+        &self,
+        x: &mut Tensor<D>,
+        first_row: usize,
+        y: &Tensor<D>,
+        weight: &Weight<D>,
+        epsilon: f32,
+    ) -> Result<Tensor<D>, BackendError> {
+        check_sum("add_norm", x, first_row, y)?;
+        if y.dtype != self.dtype {
+            return Err(shape("add_norm", format!("{:?} is added, not {:?}", y.dtype, self.dtype)));
+        }
+        let weight = weight.vector("add_norm", x.width)?;
+        self.norm(x, first_row..first_row + y.rows, Some(y.matrix(0)), weight, epsilon)
     }
 
     fn linear(
@@ -434,10 +461,7 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
     }
 
     fn add(&self, x: &mut Tensor<D>, first_row: usize, y: &Tensor<D>) -> Result<(), BackendError> {
-        if y.width != x.width || first_row.saturating_add(y.rows) > x.rows {
-            let problem = format!("{}×{} at row {first_row} of {}×{}", y.rows, y.width, x.rows, x.width);
-            return Err(shape("add", problem));
-        }
+        check_sum("add", x, first_row, y)?;
         let work = Add {
             x: x.matrix(first_row),
             y: y.matrix(0),
@@ -871,6 +895,20 @@ const CONVERTED: usize = 1 << 20;
 
 fn widen<T: bytemuck::Pod + Into<f32>>(bits: u16) -> f32 {
     bytemuck::cast::<u16, T>(bits).into()
+}
+
+/// Whether `y` can be added to the rows of `x` from `first_row` on.
+fn check_sum<D: Device>(
+    operation: &'static str,
+    x: &Tensor<D>,
+    first_row: usize,
+    y: &Tensor<D>,
+) -> Result<(), BackendError> {
+    if y.width == x.width && first_row.saturating_add(y.rows) <= x.rows {
+        return Ok(());
+    }
+    let problem = format!("{}×{} at row {first_row} of {}×{}", y.rows, y.width, x.rows, x.width);
+    Err(shape(operation, problem))
 }
 
 fn shape(operation: &'static str, problem: String) -> BackendError {
