@@ -829,15 +829,23 @@ fn not_finite<D: Device>(device: &D, form: Form) -> Result<(), String> {
     // Keys that rows see wherever they stand; the first row of each sequence sees none, the last key is seen by none.
     let spread: Vec<i32> = lengths
         .iter()
-        .flat_map(|&(queries, keys)| (0..queries).map(move |i| (i * keys / queries) as i32 - i32::from(i == 0)))
+        .flat_map(|&(queries, keys)| {
+            (0..queries).map(move |i| (i * keys / queries) as i32 - i32::from(i == 0))
+        })
         .collect();
     let works = match form {
-        Form::Portable => {
-            [(DType::BF16, 64, false), (DType::F16, 256, true), (DType::F16, 96, false), (DType::BF16, 128, true)]
-        }
-        Form::Hopper => {
-            [(DType::BF16, 64, false), (DType::F16, 128, true), (DType::F16, 64, true), (DType::BF16, 128, false)]
-        }
+        Form::Portable => [
+            (DType::BF16, 64, false),
+            (DType::F16, 256, true),
+            (DType::F16, 96, false),
+            (DType::BF16, 128, true),
+        ],
+        Form::Hopper => [
+            (DType::BF16, 64, false),
+            (DType::F16, 128, true),
+            (DType::F16, 64, true),
+            (DType::BF16, 128, false),
+        ],
     };
     for (dtype, head_dim, is_spread) in works {
         let clean = Case {
@@ -880,23 +888,26 @@ fn not_finite<D: Device>(device: &D, form: Form) -> Result<(), String> {
     Ok(())
 }
 
-/// Of heads 0..5: values, then keys with NaN, inf and -inf, then queries; in even and odd columns, the first and the
-/// last; in keys that every row sees, some, one or none, and in the sequence behind, which a tile may hold too.
+/// Of heads 0..5: values, then keys with NaN, inf and -inf, then queries and a value; in keys that every row sees, some,
+/// one or none, and in the sequence behind, which a tile may hold too. Some blocks of keys have such values in
+/// even columns alone, some in odd ones, in the upper half, or in their last key.
 fn planted(head_dim: usize) -> Vec<Planted> {
     use Operand::{Key, Query, Value};
     const NAN: f32 = f32::NAN;
     const INF: f32 = f32::INFINITY;
     let (middle, last) = (head_dim / 2 + 3, head_dim - 1);
     [
-        (Value, 0, (0, 90), 1, NAN),
         (Value, 0, (0, 10), 2, INF),
+        (Value, 0, (0, 40), last - 1, NAN),
         (Value, 0, (0, 85), middle, -INF),
+        (Value, 0, (0, 90), 1, NAN),
         // Rows that see both have NaN.
-        (Value, 0, (0, 30), last, -INF),
-        (Value, 0, (0, 63), last, INF),
-        (Value, 0, (0, 99), 6, NAN),
-        (Value, 0, (1, 0), 5, INF),
-        (Value, 0, (1, 49), 8, -INF),
+        (Value, 0, (0, 70), last, -INF),
+        (Value, 0, (0, 95), last, INF),
+        (Value, 0, (0, 99), 7, NAN),
+        (Value, 0, (1, 0), middle, INF),
+        (Value, 0, (1, 49), last - 2, -INF),
+        (Value, 4, (0, 63), 2, -INF),
         (Key, 1, (0, 64), 0, NAN),
         (Key, 1, (1, 0), last, NAN),
         (Key, 2, (0, 80), last, INF),
