@@ -541,7 +541,7 @@ fn launch_with<D: Device>(
     let lse = memory.untouched(case.query_heads() * lse_stride * 4);
     let scores = memory.untouched(case.lengths.len() * sequence_stride * 4);
     let bias = case.bias.as_ref().map(|bias| {
-        let key_stride = (of_keys.longest as usize).div_ceil(32) + 1;
+        let key_stride = (of_keys.longest as usize).div_ceil(32) + case.gap;
         let words: Vec<u32> = bias
             .keys
             .iter()
@@ -797,7 +797,8 @@ fn extremes() -> Vec<Case> {
 fn windows() -> Vec<Case> {
     let with = |window, heads, case| Case { scores: Some((window, heads)), ..case };
     let bf16 = |head_dim, heads, lengths: &[_]| Case::plain(DType::BF16, head_dim, heads, lengths);
-    let straddling = [(130, 230), (5, 40), (0, 30)];
+    // Of the first tile the last query alone is in the window.
+    let straddling = [(135, 230), (5, 40), (0, 30)];
     vec![
         with(Window::Last(8), ScoreHeads::Query, bf16(64, [1, 3], &straddling)),
         Case {
@@ -810,10 +811,10 @@ fn windows() -> Vec<Case> {
         Case {
             bias: Some(BiasBits {
                 heads: vec![true, false, true],
-                keys: vec![(0..150).map(|key| key % 3 == 0).collect()],
+                keys: vec![(0..160).map(|key| key % 3 == 0).collect()],
                 value: 3.0,
             }),
-            ..with(Window::Last(10), ScoreHeads::Query, bf16(128, [1, 3], &[(70, 150)]))
+            ..with(Window::Last(10), ScoreHeads::Query, bf16(128, [1, 3], &[(70, 160)]))
         },
     ]
 }
