@@ -20,7 +20,8 @@ use crate::abi::{self, PrefillAttentionParams, Rows, Sm90AttentionParams};
 /// `0..=positions[i]`. A query that sees no key has output 0 and LSE -inf.
 ///
 /// A key that a query does not see adds nothing to its output, whatever the key and its value hold, NaN
-/// included. What it sees spreads as IEEE arithmetic says.
+/// included. What it sees spreads as IEEE arithmetic says; but a query may have NaN where its logits are all
+/// -inf over a stretch of 64 keys.
 #[derive(Clone, Copy, Debug)]
 pub struct PrefillAttention {
     /// Queries, `[sequence][query head][token][head_dim]`.

@@ -42,6 +42,24 @@ pub(crate) enum Contents {
     Denormal,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operand {
+    Query,
+    Key,
+    Value,
+}
+
+/// A number in the place of an element, of a query head or of a kv head.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Planted {
+    operand: Operand,
+    head: usize,
+    sequence: usize,
+    token: usize,
+    column: usize,
+    number: f32,
+}
+
 /// One launch.
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
@@ -60,8 +78,7 @@ pub(crate) struct Case {
     /// Last key that each query sees, sequence after sequence.
     pub(crate) positions: Option<Vec<i32>>,
     pub(crate) contents: Contents,
-    /// Keys whose value is NaN in column 0, as (sequence, key).
-    pub(crate) poisoned: Vec<(usize, usize)>,
+    pub(crate) planted: Vec<Planted>,
     pub(crate) bias: Option<BiasBits>,
     pub(crate) lse: bool,
     pub(crate) scores: Option<(Window, ScoreHeads)>,
@@ -96,7 +113,7 @@ impl Case {
             slack: 0,
             positions: None,
             contents: Contents::Random(4.0),
-            poisoned: Vec::new(),
+            planted: Vec::new(),
             bias: None,
             lse: true,
             scores: None,
@@ -319,11 +336,15 @@ impl Inputs {
                 }
             });
         }
-        keys.each(|sequence, head, token| {
-            if case.poisoned.contains(&(sequence, token)) {
-                inputs.v.put(keys.element(sequence, head, token), f32::NAN);
-            }
-        });
+        let queries = case.tensor(case.query_heads(), case.queries());
+        for &Planted { operand, head, sequence, token, column, number } in &case.planted {
+            let (tensor, elements) = match operand {
+                Operand::Query => (&queries, &mut inputs.q),
+                Operand::Key => (&keys, &mut inputs.k),
+                Operand::Value => (&keys, &mut inputs.v),
+            };
+            elements.put(tensor.element(sequence, head, token) + column, number);
+        }
         inputs
     }
 }
@@ -351,7 +372,8 @@ impl Expected {
     /// base 2 cost some roundings of the logit and of the maximum. An error in the logits is a relative
     /// error of probabilities, once for the term and once for the denominator. Probabilities are rounded
     /// to 16 bits before they meet values, which dominates; each block of 64 keys rescales what was
-    /// there; n terms are summed in f32. The output is rounded once more.
+    /// there; n terms are summed in f32. The output is rounded once more. Where a number is not finite none
+    /// of this matters: it is met, or it is not.
     fn new(case: &Case, inputs: &Inputs) -> Self {
         let (unit, tiny) = match case.dtype {
             DType::F16 => (2_f64.powi(-11), 2_f64.powi(-25)),
@@ -377,7 +399,9 @@ impl Expected {
                             let products =
                                 (0..case.head_dim).map(|i| inputs.q.get(q + i) * inputs.k.get(k + i));
                             *logit = products.clone().sum::<f64>() * scale;
-                            magnitude = magnitude.max(products.map(f64::abs).sum::<f64>() * scale);
+                            if logit.is_finite() {
+                                magnitude = magnitude.max(products.map(f64::abs).sum::<f64>() * scale);
+                            }
                             if let Some(bias) = &case.bias
                                 && bias.heads[head]
                                 && bias.keys[sequence][key]
@@ -385,7 +409,9 @@ impl Expected {
                                 *logit += f64::from(bias.value);
                                 largest = largest.max(f64::from(bias.value.abs()));
                             }
-                            largest = largest.max(logit.abs());
+                            if logit.is_finite() {
+                                largest = largest.max(logit.abs());
+                            }
                         }
                         let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                         let sum = logits.iter().map(|logit| (logit - most).exp()).sum::<f64>();
@@ -454,6 +480,21 @@ pub(crate) struct Written {
     scores: Vec<u32>,
 }
 
+impl Written {
+    fn compare(&self, case: &Case, expected: &Expected) -> Result<(), String> {
+        let out = Elements { dtype: case.dtype, bits: self.out.clone() };
+        compare("out", (0..out.bits.len()).map(|at| out.get(at)), &expected.out)?;
+        let single = |bits: &u32| f64::from(f32::from_bits(*bits));
+        if case.lse {
+            compare("lse", self.lse.iter().map(single), &expected.lse)?;
+        }
+        if case.scores.is_some() && query_total(case) > 0 {
+            compare("scores", self.scores.iter().map(single), &expected.scores)?;
+        }
+        Ok(())
+    }
+}
+
 /// Bits of memory that nothing wrote to.
 const UNTOUCHED_HALF: u16 = u16::from_ne_bytes([UNTOUCHED; 2]);
 const UNTOUCHED_WORD: u32 = u32::from_ne_bytes([UNTOUCHED; 4]);
@@ -500,7 +541,7 @@ fn launch_with<D: Device>(
     let lse = memory.untouched(case.query_heads() * lse_stride * 4);
     let scores = memory.untouched(case.lengths.len() * sequence_stride * 4);
     let bias = case.bias.as_ref().map(|bias| {
-        let key_stride = (of_keys.longest as usize).div_ceil(32) + 1;
+        let key_stride = (of_keys.longest as usize).div_ceil(32) + case.gap;
         let words: Vec<u32> = bias
             .keys
             .iter()
@@ -609,8 +650,11 @@ fn compare(what: &str, found: impl ExactSizeIterator<Item = f64>, expected: &[Bo
         return Err(format!("{what}: {} numbers, not {}", found.len(), expected.len()));
     }
     for (at, (found, Bound { value, error })) in found.zip(expected).enumerate() {
-        let right =
-            if value.is_nan() { found.is_nan() } else { found == *value || (found - value).abs() <= *error };
+        let right = if value.is_nan() {
+            found.is_nan()
+        } else {
+            found == *value || value.is_finite() && (found - value).abs() <= *error
+        };
         if !right {
             return Err(format!("{what}[{at}] is {found}, not {value} to within {error}"));
         }
@@ -622,17 +666,7 @@ fn compare(what: &str, found: impl ExactSizeIterator<Item = f64>, expected: &[Bo
 pub(crate) fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
     let inputs = Inputs::new(case);
     let written = launch(device, case, &inputs)?;
-    let expected = Expected::new(case, &inputs);
-    let out = Elements { dtype: case.dtype, bits: written.out };
-    compare("out", (0..out.bits.len()).map(|at| out.get(at)), &expected.out)?;
-    let single = |bits: &u32| f64::from(f32::from_bits(*bits));
-    if case.lse {
-        compare("lse", written.lse.iter().map(single), &expected.lse)?;
-    }
-    if case.scores.is_some() && query_total(case) > 0 {
-        compare("scores", written.scores.iter().map(single), &expected.scores)?;
-    }
-    Ok(())
+    written.compare(case, &Expected::new(case, &inputs))
 }
 
 /// Runs cases in a form; those that Hopper's form does not do it leaves out.
@@ -763,7 +797,8 @@ fn extremes() -> Vec<Case> {
 fn windows() -> Vec<Case> {
     let with = |window, heads, case| Case { scores: Some((window, heads)), ..case };
     let bf16 = |head_dim, heads, lengths: &[_]| Case::plain(DType::BF16, head_dim, heads, lengths);
-    let straddling = [(130, 230), (5, 40), (0, 30)];
+    // Of the first tile the last query alone is in the window.
+    let straddling = [(135, 230), (5, 40), (0, 30)];
     vec![
         with(Window::Last(8), ScoreHeads::Query, bf16(64, [1, 3], &straddling)),
         Case {
@@ -776,53 +811,126 @@ fn windows() -> Vec<Case> {
         Case {
             bias: Some(BiasBits {
                 heads: vec![true, false, true],
-                keys: vec![(0..150).map(|key| key % 3 == 0).collect()],
+                keys: vec![(0..160).map(|key| key % 3 == 0).collect()],
                 value: 3.0,
             }),
-            ..with(Window::Last(10), ScoreHeads::Query, bf16(128, [1, 3], &[(70, 150)]))
+            ..with(Window::Last(10), ScoreHeads::Query, bf16(128, [1, 3], &[(70, 160)]))
         },
     ]
 }
 
-/// NaN in a value: rows that see the key have NaN in its column, the others what they had without it, on Hopper up to
-/// rounding. Other columns do not change.
+/// NaN and infinities in queries, keys and values, each kind in heads of its own: rows that see them have what IEEE
+/// arithmetic says. Everything else has the bits that it has without them; on Hopper, in the columns of such
+/// values, what it has up to rounding.
 fn not_finite<D: Device>(device: &D, form: Form) -> Result<(), String> {
     if !has(device, form) {
         return Ok(());
     }
-    let widest = if form == Form::Portable { 256 } else { 128 };
-    for (dtype, head_dim) in [(DType::BF16, 64), (DType::F16, widest)] {
-        let clean = Case { form: Some(form), ..Case::plain(dtype, head_dim, [1, 1], &[(70, 100)]) };
-        // One key that some rows of a tile see, and one that every row sees.
-        for key in [90, 10] {
-            let poisoned = Case { poisoned: vec![(0, key)], ..clean.clone() };
-            check(device, &poisoned).map_err(|error| format!("{error}\n{poisoned:?}"))?;
-            let (found, without) = (run(device, &poisoned)?, run(device, &clean)?);
-            for query in 0..70 {
-                let row = query * head_dim..(query + 1) * head_dim;
-                let sees = clean.last_key(0, query) >= key as i64;
-                let exactly = !sees && form == Form::Portable;
-                if exactly && found.out[row.clone()] != without.out[row.clone()]
-                    || found.out[row.clone()][1..] != without.out[row][1..]
-                {
-                    return Err(format!("NaN in key {key} changed query {query} of d = {head_dim}"));
-                }
+    let lengths = [(70, 100), (33, 50)];
+    // Keys that rows see wherever they stand; the first row of each sequence sees none, the last key is seen by none.
+    let spread: Vec<i32> = lengths
+        .iter()
+        .flat_map(|&(queries, keys)| {
+            (0..queries).map(move |i| (i * keys / queries) as i32 - i32::from(i == 0))
+        })
+        .collect();
+    let works = match form {
+        Form::Portable => [
+            (DType::BF16, 64, false),
+            (DType::F16, 256, true),
+            (DType::F16, 96, false),
+            (DType::BF16, 128, true),
+        ],
+        Form::Hopper => [
+            (DType::BF16, 64, false),
+            (DType::F16, 128, true),
+            (DType::F16, 64, true),
+            (DType::BF16, 128, false),
+        ],
+    };
+    for (dtype, head_dim, is_spread) in works {
+        let clean = Case {
+            form: Some(form),
+            positions: is_spread.then(|| spread.clone()),
+            scores: Some((Window::Last(5), ScoreHeads::Query)),
+            ..Case::plain(dtype, head_dim, [5, 1], &lengths)
+        };
+        let case = Case { planted: planted(head_dim), ..clean.clone() };
+        let describe = |error| format!("{error}\n{case:?}");
+        let (inputs, clean_inputs) = (Inputs::new(&case), Inputs::new(&clean));
+        let (found, without) = (launch(device, &case, &inputs)?, launch(device, &clean, &clean_inputs)?);
+        let (expected, usual) = (Expected::new(&case, &inputs), Expected::new(&clean, &clean_inputs));
+        found.compare(&case, &expected).map_err(describe)?;
+        let same = |at: usize, expected: &[Bound], usual: &[Bound]| expected[at].value == usual[at].value;
+        let is_anew = |at: usize| {
+            let of_values = |planted: &Planted| {
+                planted.operand == Operand::Value && planted.column == at % head_dim && form == Form::Hopper
+            };
+            case.planted.iter().any(of_values)
+        };
+        let changed = (0..found.out.len())
+            .filter(|at| same(*at, &expected.out, &usual.out) && !is_anew(*at))
+            .find(|at| found.out[*at] != without.out[*at]);
+        if let Some(at) = changed {
+            return Err(describe(format!("out[{at}] changed, which sees nothing that did")));
+        }
+        let words = [
+            ("lse", &found.lse, &without.lse, &expected.lse, &usual.lse),
+            ("scores", &found.scores, &without.scores, &expected.scores, &usual.scores),
+        ];
+        for (what, found, without, expected, usual) in words {
+            let changed =
+                (0..found.len()).find(|at| same(*at, expected, usual) && found[*at] != without[*at]);
+            if let Some(at) = changed {
+                return Err(describe(format!("{what}[{at}] changed, which sees nothing that did")));
             }
         }
     }
-    // Values of the sequence behind, which a tile may hold too, and keys that rows see wherever they stand.
-    let lengths = [(40, 70), (33, 50)];
-    let spread =
-        lengths.iter().flat_map(|&(queries, keys)| (0..queries).map(move |i| (i * keys / queries) as i32));
-    let spread: Vec<i32> = spread.collect();
-    for (dtype, head_dim, heads) in [(DType::BF16, 128, [2, 2]), (DType::F16, 64, [1, 3])] {
-        for positions in [None, Some(spread.clone())] {
-            let plain = Case::plain(dtype, head_dim, heads, &lengths);
-            let case = Case { form: Some(form), positions, poisoned: vec![(1, 0), (1, 30)], ..plain };
-            check(device, &case).map_err(|error| format!("{error}\n{case:?}"))?;
-        }
-    }
     Ok(())
+}
+
+/// Of heads 0..5: values, then keys with NaN, inf and -inf, then queries and a value; in keys that every row sees, some,
+/// one or none, and in the sequence behind, which a tile may hold too. Some blocks of keys have such values in
+/// even columns alone, some in odd ones, in the upper half, or in their last key.
+fn planted(head_dim: usize) -> Vec<Planted> {
+    use Operand::{Key, Query, Value};
+    const NAN: f32 = f32::NAN;
+    const INF: f32 = f32::INFINITY;
+    let (middle, last) = (head_dim / 2 + 3, head_dim - 1);
+    [
+        (Value, 0, (0, 10), 2, INF),
+        (Value, 0, (0, 40), last - 1, NAN),
+        (Value, 0, (0, 85), middle, -INF),
+        (Value, 0, (0, 90), 1, NAN),
+        // Rows that see both have NaN.
+        (Value, 0, (0, 70), last, -INF),
+        (Value, 0, (0, 95), last, INF),
+        (Value, 0, (0, 99), 7, NAN),
+        (Value, 0, (1, 0), middle, INF),
+        (Value, 0, (1, 49), last - 2, -INF),
+        (Value, 4, (0, 63), 2, -INF),
+        (Key, 1, (0, 64), 0, NAN),
+        (Key, 1, (1, 0), last, NAN),
+        (Key, 2, (0, 80), last, INF),
+        (Key, 2, (1, 30), 1, INF),
+        (Key, 3, (0, 85), middle, -INF),
+        (Key, 3, (0, 99), 2, NAN),
+        (Key, 3, (1, 49), 0, -INF),
+        (Query, 4, (0, 0), 3, NAN),
+        (Query, 4, (0, 40), last, INF),
+        (Query, 4, (0, 68), 0, -INF),
+        (Query, 4, (1, 0), middle, INF),
+        (Query, 4, (1, 31), 1, NAN),
+    ]
+    .map(|(operand, head, (sequence, token), column, number)| Planted {
+        operand,
+        head,
+        sequence,
+        token,
+        column,
+        number,
+    })
+    .to_vec()
 }
 
 /// Probabilities of a query add up to 1, so those of a window to its queries.
