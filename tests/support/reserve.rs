@@ -7,7 +7,7 @@ use std::rc::Rc;
 use fastkv::{
     abi,
     backend::cuda::CudaBackend,
-    engine::{Control, Engine, PrefillOptions, Prompt},
+    engine::{Control, Engine, MemoryEstimate, MemoryOptions, PrefillOptions, Prompt},
     kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, TensorMap},
     model::ModelDir,
     policy::{Budget, FastKv, H2o, Plan, Policy, Saliency, SnapKv, Tsp},
@@ -98,9 +98,13 @@ fn prompts<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
                 .map_err(|error| error.to_string())?;
             let (_, peak) = engine.backend().memory();
             let (taken, asked) = (peak - before, asked.get().ok_or("nothing was asked for")?);
-            if taken > asked || asked > 2 * taken {
+            let memory =
+                MemoryOptions { weight_bytes: 0, chunk_rows: 64, kv_element_bytes: 2, more_tokens: 7 };
+            let all: Vec<&Plan> = plans.iter().collect();
+            let told = MemoryEstimate::together(engine.config(), &all, &memory).total();
+            if asked as u64 != told || taken > asked || asked > 2 * taken {
                 return Err(format!(
-                    "{} {lengths:?}: {asked} bytes were asked for and {taken} taken",
+                    "{} {lengths:?}: {told} bytes were told, {asked} asked for, {taken} taken",
                     policy.name()
                 ));
             }
