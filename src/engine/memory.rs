@@ -200,6 +200,23 @@ mod tests {
     }
 
     #[test]
+    fn prompts_share_the_temporaries_of_a_chunk() {
+        let config = llama_8b();
+        let shape = ModelShape { layers: 32, query_heads: 32, kv_heads: 8, head_dim: 128 };
+        let plan = Policy::Full.plan(shape, 600).expect("valid");
+        let activations = |prompts: usize, chunk_rows| {
+            let options = MemoryOptions { weight_bytes: 0, chunk_rows, kv_element_bytes: 2, more_tokens: 0 };
+            MemoryEstimate::together(&config, &vec![&plan; prompts], &options).activations
+        };
+        // Normed rows, queries, attention's output, and in the MLP three times the rows, gate and up.
+        let row = 2 * (4096 + 4096 + 4096 + 3 * 4096 + 2 * 14336);
+        assert_eq!(activations(1, 600) - activations(1, 100), 500 * row);
+        assert_eq!(activations(1, 1000), activations(1, 600), "a prompt is no longer");
+        assert_eq!(activations(2, 1000) - activations(2, 600), 400 * row, "together they are");
+        assert_eq!(activations(3, 0), 3 * activations(1, 0));
+    }
+
+    #[test]
     fn too_large_is_told_with_the_figures() {
         let full = estimate(&Policy::Full, 0);
         assert!(full.check(full.total()).is_ok());
