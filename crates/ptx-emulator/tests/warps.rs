@@ -213,7 +213,7 @@ fn matrices_from_shared_memory() {
 #[test]
 fn matrices_transposed() {
     // Thread T holds elements (T / 4, 2 (T % 4)) and the next; element (r, c) is 8 r + c.
-    let input: Vec<Vec<u32>> = (0..32).map(|lane| vec![2 * lane | (2 * lane + 1) << 16]).collect();
+    let input: Vec<Vec<u32>> = (0..32).map(|lane| vec![(2 * lane) | ((2 * lane + 1) << 16)]).collect();
     let body = "ld.global.u32 %r0, [%in]; movmatrix.sync.aligned.m8n8.trans.b16 %r1, %r0; st.global.u32 [%out], %r1;";
     for schedule in SCHEDULES {
         let (found, _) = run(schedule, body, &input, 1);
