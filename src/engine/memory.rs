@@ -53,8 +53,10 @@ impl MemoryEstimate {
     pub fn together(config: &LlamaConfig, plans: &[&Plan], options: &MemoryOptions) -> Self {
         let element = options.kv_element_bytes;
         let token = |plan: &Plan| (plan.shape.kv_elements() * element * plan.layers.len()) as u64;
+        let more = |plan: &Plan| (options.more_tokens as u64).saturating_mul(token(plan));
         let sum = |bytes: &dyn Fn(&Plan) -> u64| {
-            plans.iter().map(|plan| bytes(plan) + options.more_tokens as u64 * token(plan)).sum()
+            let each = plans.iter().map(|plan| bytes(plan).saturating_add(more(plan)));
+            each.fold(0, u64::saturating_add)
         };
         Self {
             weights: options.weight_bytes,
@@ -68,7 +70,7 @@ impl MemoryEstimate {
 
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.kv_peak + self.activations
+        self.weights.saturating_add(self.kv_peak).saturating_add(self.activations)
     }
 
     /// Whether that many bytes are enough.
