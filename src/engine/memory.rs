@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::EngineError;
+use crate::backend::Backend;
 use crate::model::LlamaConfig;
 use crate::policy::Plan;
 
@@ -19,6 +20,14 @@ pub struct MemoryOptions {
     pub kv_element_bytes: usize,
     /// Tokens that will follow the prompt: a question and the answer.
     pub more_tokens: usize,
+}
+
+impl MemoryOptions {
+    /// Those of a run on this backend.
+    pub fn new(backend: &impl Backend, weight_bytes: u64, more_tokens: usize) -> Self {
+        let (chunk_rows, kv_element_bytes) = (backend.chunk_rows(), backend.kv_element_bytes());
+        Self { weight_bytes, chunk_rows, kv_element_bytes, more_tokens }
+    }
 }
 
 /// Bytes that reading a prompt and answering it take, each an upper bound. The program itself and what

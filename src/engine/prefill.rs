@@ -94,12 +94,7 @@ impl<B: Backend> Engine<B> {
             return Ok(Vec::new());
         }
         let plans: Vec<&Plan> = prompts.iter().map(|prompt| prompt.plan).collect();
-        let memory = MemoryOptions {
-            weight_bytes: 0,
-            chunk_rows: backend.chunk_rows(),
-            kv_element_bytes: backend.kv_element_bytes(),
-            more_tokens: options.slack,
-        };
+        let memory = MemoryOptions::new(backend, 0, options.slack);
         backend.reserve(MemoryEstimate::together(&llama.config, &plans, &memory).total());
         let total = prompts.iter().map(rows_read).sum();
         let meter = Meter { control, done: Cell::new(0), total: Cell::new(total) };

@@ -309,6 +309,7 @@ fn a_batch_takes_no_more_memory_than_its_members() {
         assert_eq!(all.kv_peak, sum(|estimate| estimate.kv_peak));
         // Temporaries are those of one chunk.
         let longest = alone.clone().map(|estimate| estimate.activations).max().expect("members");
+        assert_eq!(MemoryEstimate::together(config, &[], &options).total(), 1000);
         assert!(longest < all.activations && all.activations < sum(|estimate| estimate.activations));
         let members = together(&rig, &ids, &plans, &PrefillOptions::default());
         let peak = (rig.engine.backend().peak() * 2 * tiny.head_dim * 4) as u64;

@@ -22,7 +22,7 @@ pub(crate) struct Bar {
     pub(crate) marker: &'static str,
     /// Of the main loop: instructions at most, then bounds for some kinds.
     pub(crate) instructions: usize,
-    pub(crate) mix: &'static [(&'static str, Bound)],
+    pub(crate) mix: Mix,
     /// Vector loads from global memory that the main loop starts before it stores anything.
     pub(crate) in_flight: usize,
 }
@@ -35,32 +35,41 @@ pub(crate) enum Bound {
 
 const NONE: Bound = Bound::Exactly(0);
 
-/// The portable form: two blocks of a chip with much shared memory, one of the others.
-const fn attention(kernels: &'static str, dynamic_shared: u32, instructions: usize) -> Bar {
+type Mix = &'static [(&'static str, Bound)];
+
+/// Four warps that multiply with `mma`.
+const fn products(
+    kernels: &'static str,
+    dynamic_shared: u32,
+    registers: u32,
+    instructions: usize,
+    mix: Mix,
+) -> Bar {
     Bar {
         kernels,
         archs: &[],
         threads: 128,
         dynamic_shared,
         blocks: 1,
-        registers: 255,
+        registers,
         marker: "HMMA",
         instructions,
-        // The softmax of a block: an exponential for each logit, one more and two shuffles for each row.
-        mix: &[("HGMMA", NONE), ("MUFU", Bound::AtMost(68)), ("SHFL", Bound::AtMost(8))],
+        mix,
         in_flight: 0,
     }
+}
+
+/// The portable form: two blocks of a chip with much shared memory, one of the others. The softmax of a block is an
+/// exponential for each logit, one more and two shuffles for each row.
+const fn attention(kernels: &'static str, dynamic_shared: u32, instructions: usize) -> Bar {
+    const MIX: Mix = &[("HGMMA", NONE), ("MUFU", Bound::AtMost(68)), ("SHFL", Bound::AtMost(8))];
+    products(kernels, dynamic_shared, 255, instructions, MIX)
 }
 
 /// Hopper's form: as many registers as three warpgroups have before they share them out anew, and a loop
 /// whose softmax fits under its products: a warp issues an instruction a clock at most, and two warps of each
 /// scheduler have to be through within the 2,048 clocks of the tile's products.
-const fn sm90_attention(
-    kernels: &'static str,
-    head_dim: u32,
-    instructions: usize,
-    mix: &'static [(&'static str, Bound)],
-) -> Bar {
+const fn sm90_attention(kernels: &'static str, head_dim: u32, instructions: usize, mix: Mix) -> Bar {
     Bar {
         kernels,
         archs: &["sm_90a"],
@@ -88,24 +97,12 @@ const fn sm90_mix(products: usize) -> [(&'static str, Bound); 7] {
     ]
 }
 
-/// Scores: products of 32 keys (16 of long rows) with the queries of a step, and an exponential for each logit.
-const fn scores(kernels: &'static str, dynamic_shared: u32, instructions: usize, shuffles: usize) -> Bar {
-    Bar {
-        kernels,
-        archs: &[],
-        threads: 128,
-        dynamic_shared,
-        blocks: 1,
-        registers: 168,
-        marker: "HMMA",
-        instructions,
-        mix: match shuffles {
-            6 => &[("HMMA", Bound::AtMost(32)), ("MUFU", Bound::AtMost(32)), ("SHFL", Bound::AtMost(6))],
-            _ => &[("HMMA", Bound::AtMost(32)), ("MUFU", Bound::AtMost(26)), ("SHFL", Bound::AtMost(24))],
-        },
-        in_flight: 0,
-    }
-}
+/// Products of 32 keys (16 of long rows) with the queries of a step; an exponential for each logit, and shuffles for
+/// each head.
+const SCORES: Mix = &[("HMMA", Bound::AtMost(32)), ("MUFU", Bound::AtMost(32)), ("SHFL", Bound::AtMost(6))];
+/// The same, for maxima and sums of rows.
+const PARTIALS: Mix =
+    &[("HMMA", Bound::AtMost(32)), ("MUFU", Bound::AtMost(26)), ("SHFL", Bound::AtMost(24))];
 
 /// A thread does a number's work, in no loop.
 const fn small(kernels: &'static str) -> Bar {
@@ -209,9 +206,9 @@ pub(crate) static BARS: &[Bar] = &[
         mix: &[],
         in_flight: 0,
     },
-    scores("fastkv_window_partials", 66 << 10, 440, 24),
-    scores("fastkv_window_scores", 49 << 10, 415, 6),
-    scores("fastkv_column_sums", 66 << 10, 480, 6),
+    products("fastkv_window_partials", 66 << 10, 168, 440, PARTIALS),
+    products("fastkv_window_scores", 49 << 10, 168, 415, SCORES),
+    products("fastkv_column_sums", 66 << 10, 168, 480, SCORES),
     Bar {
         kernels: "fastkv_window_lse",
         archs: &[],

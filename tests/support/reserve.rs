@@ -6,7 +6,6 @@ use std::rc::Rc;
 
 use fastkv::{
     abi,
-    backend::cuda::CudaBackend,
     engine::{Control, Engine, MemoryEstimate, MemoryOptions, PrefillOptions, Prompt},
     kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, TensorMap},
     model::ModelDir,
@@ -15,6 +14,7 @@ use fastkv::{
 
 use super::{
     Check,
+    backend::{cuda, model},
     forward::forward,
     tiny::{Rng, Stored, Tiny},
 };
@@ -47,25 +47,13 @@ impl<D: MatrixProduct> MatrixProduct for Reserving<D> {
 }
 
 fn prompts<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(), String> {
-    let tiny = Tiny {
-        layers: 3,
-        hidden: 64,
-        intermediate: 96,
-        query_heads: 2,
-        kv_heads: 1,
-        head_dim: 64,
-        vocabulary: 72,
-        stored: Stored::Bf16,
-        ..Tiny::default()
-    };
+    let tiny = Tiny { layers: 3, ..model(Stored::Bf16) };
     let directory = tiny.write();
-    let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
+    let opened = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
     let asked = Rc::default();
     let reserving = Reserving { device: device.clone(), asked: Rc::clone(&asked) };
-    let backend = CudaBackend::new(reserving, "a device under test", DType::BF16)
-        .map_err(|error| error.to_string())?
-        .with_chunk_rows(64);
-    let engine = Engine::load(backend, &model).map_err(|error| error.to_string())?;
+    let backend = cuda(&reserving, DType::BF16)?.with_chunk_rows(64);
+    let engine = Engine::load(backend, &opened).map_err(|error| error.to_string())?;
     let saliency = Saliency { window: 4, ..SnapKv::default().saliency };
     let retention = Budget::Rate(0.2);
     let policies = [

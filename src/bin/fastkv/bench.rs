@@ -282,12 +282,7 @@ fn measure<B: Measurable>(
     for length in &lengths {
         for (name, policy) in arguments.policies.iter().zip(policies) {
             let plan = policy.plan(ModelShape::from(config), *length)?;
-            let options = MemoryOptions {
-                weight_bytes: weights_bytes,
-                chunk_rows: backend.chunk_rows(),
-                kv_element_bytes: backend.kv_element_bytes(),
-                more_tokens: arguments.decode,
-            };
+            let options = MemoryOptions::new(&backend, weights_bytes, arguments.decode);
             let estimate = MemoryEstimate::together(config, &vec![&plan; arguments.batch.into()], &options);
             let skipped = match length.saturating_add(arguments.decode) > limit.tokens {
                 true => Some(format!("the model's context takes {} tokens ({})", limit.tokens, limit.reason)),

@@ -129,12 +129,7 @@ pub(crate) fn estimate(
 
 /// What a run of the model takes besides its plan.
 pub(crate) fn memory_options(model: &ModelDir, more_tokens: usize, backend: &impl Backend) -> MemoryOptions {
-    MemoryOptions {
-        weight_bytes: model.weights.total_bytes(),
-        chunk_rows: backend.chunk_rows(),
-        kv_element_bytes: backend.kv_element_bytes(),
-        more_tokens,
-    }
+    MemoryOptions::new(backend, model.weights.total_bytes(), more_tokens)
 }
 
 fn check_weights(model: &ModelDir, threads: usize, hide_progress: bool, cancel: &Cancel) -> Result<()> {
