@@ -819,7 +819,7 @@ fn windows() -> Vec<Case> {
     ]
 }
 
-/// NaN and infinities in queries, keys and values, each kind in heads of its own: rows that see them have what IEEE
+/// NaN and infinities in queries, keys and values, each kind in kv heads of its own: rows that see them have what IEEE
 /// arithmetic says. Everything else has the bits that it has without them; on Hopper, in the columns of such
 /// values, what it has up to rounding.
 fn not_finite<D: Device>(device: &D, form: Form) -> Result<(), String> {
@@ -853,7 +853,7 @@ fn not_finite<D: Device>(device: &D, form: Form) -> Result<(), String> {
             form: Some(form),
             positions: is_spread.then(|| spread.clone()),
             scores: Some((Window::Last(5), ScoreHeads::Query)),
-            ..Case::plain(dtype, head_dim, [5, 1], &lengths)
+            ..Case::plain(dtype, head_dim, [5, if is_spread { 2 } else { 1 }], &lengths)
         };
         let case = Case { planted: planted(head_dim), ..clean.clone() };
         let describe = |error| format!("{error}\n{case:?}");
