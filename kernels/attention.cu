@@ -300,7 +300,7 @@ struct Walk {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             float shrink[2];
-            softmax[m].template update<masked>(s[m], p.scale * LOG2_E, shrink);
+            softmax[m].update(s[m], p.scale * LOG2_E, shrink);
 #pragma unroll
             for (int j = 0; j < O; ++j) {
 #pragma unroll

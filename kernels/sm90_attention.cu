@@ -293,7 +293,7 @@ struct Consumer {
         if (masked) {
             hide(s, last[0] - block * ROWS, last[1] - block * ROWS);
         }
-        softmax.template update<masked>(s, p.scale * LOG2_E, shrink);
+        softmax.update(s, p.scale * LOG2_E, shrink);
     }
 
     // After the softmax of a tile: its probabilities, and what they do to the output so far.

@@ -17,13 +17,15 @@ __device__ __forceinline__ float quad_reduce(float value, Combine combine) {
 
 // Two rows. `sum` is this lane's share until `finish`.
 struct Softmax {
-    float maximum[2] = {-CUDART_INF_F, -CUDART_INF_F};
+    // Where nothing but -inf has come by, the maximum is a number far below any product: -inf less it is still
+    // -inf, and exp2 makes it 0. Any factor below 2^28 keeps it finite.
+    static constexpr float LOWEST = -0x1p100f;
+
+    float maximum[2] = {LOWEST, LOWEST};
     float sum[2] = {0.0f, 0.0f};
 
     // Replaces logits by exp2((logit - maximum) * factor); `shrink` is for what was accumulated before.
-    // A row that has seen no key yet has maximum -inf; where `masked` says that there may be such rows
-    // they get zeros.
-    template <bool masked, int blocks>
+    template <int blocks>
     __device__ __forceinline__ void update(float (&s)[blocks][4], float factor, float (&shrink)[2]) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -33,10 +35,9 @@ struct Softmax {
                 most = fmaxf(most, fmaxf(s[j][2 * row], s[j][2 * row + 1]));
             }
             most = quad_reduce(most, [](float a, float b) { return fmaxf(a, b); });
-            const float base = masked && most == -CUDART_INF_F ? 0.0f : most;
-            shrink[row] = exp2_approx((maximum[row] - base) * factor);
+            shrink[row] = exp2_approx((maximum[row] - most) * factor);
             maximum[row] = most;
-            const float offset = -base * factor;
+            const float offset = -most * factor;
             float added = 0.0f;
 #pragma unroll
             for (int j = 0; j < blocks; ++j) {
@@ -51,7 +52,7 @@ struct Softmax {
     }
 
     // The factor that makes probabilities of what was accumulated, and the natural logarithm of the sum.
-    // A row that saw no key has 0 and -inf.
+    // A row that saw nothing but -inf has 0 and -inf.
     __device__ __forceinline__ void finish(int row, float scale, float& normalize, float& lse) const {
         const float total = quad_reduce(sum[row], [](float a, float b) { return a + b; });
         const bool seen = total != 0.0f;

@@ -17,11 +17,10 @@ use super::{
 use crate::abi::{self, PrefillAttentionParams, Rows, Sm90AttentionParams};
 
 /// Causal attention of `sequences` x `query_heads`: query i of a sequence attends to its keys
-/// `0..=positions[i]`. A query that sees no key has output 0 and LSE -inf.
+/// `0..=positions[i]`. A query that sees no key, or only logits of -inf, has output 0 and LSE -inf.
 ///
 /// A key that a query does not see adds nothing to its output, whatever the key and its value hold, NaN
-/// included. What it sees spreads as IEEE arithmetic says; but a query may have NaN where its logits are all
-/// -inf over a stretch of 64 keys.
+/// included. What it sees spreads as IEEE arithmetic says. Logits are above -2^100, or -inf.
 #[derive(Clone, Copy, Debug)]
 pub struct PrefillAttention {
     /// Queries, `[sequence][query head][token][head_dim]`.

@@ -2,6 +2,8 @@
 //!
 //! Where memory holds more than a tensor, gaps between heads and rows past the end, it holds NaN.
 
+use std::ops::Range;
+
 use fastkv::{
     abi::Rows,
     kernels::{
@@ -49,13 +51,13 @@ pub(crate) enum Operand {
     Value,
 }
 
-/// A number in the place of an element, of a query head or of a kv head.
-#[derive(Clone, Copy, Debug)]
+/// A number in the place of an element of some tokens, of a query head or of a kv head.
+#[derive(Clone, Debug)]
 pub(crate) struct Planted {
     operand: Operand,
     head: usize,
     sequence: usize,
-    token: usize,
+    tokens: Range<usize>,
     column: usize,
     number: f32,
 }
@@ -337,13 +339,15 @@ impl Inputs {
             });
         }
         let queries = case.tensor(case.query_heads(), case.queries());
-        for &Planted { operand, head, sequence, token, column, number } in &case.planted {
+        for Planted { operand, head, sequence, tokens, column, number } in &case.planted {
             let (tensor, elements) = match operand {
                 Operand::Query => (&queries, &mut inputs.q),
                 Operand::Key => (&keys, &mut inputs.k),
                 Operand::Value => (&keys, &mut inputs.v),
             };
-            elements.put(tensor.element(sequence, head, token) + column, number);
+            for token in tokens.clone() {
+                elements.put(tensor.element(*sequence, *head, token) + column, *number);
+            }
         }
         inputs
     }
@@ -414,7 +418,7 @@ impl Expected {
                             }
                         }
                         let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                        let sum = logits.iter().map(|logit| (logit - most).exp()).sum::<f64>();
+                        let sum = logits.iter().map(|logit| weight(*logit, most)).sum::<f64>();
                         let lse = most + sum.ln();
                         let of_logit = single * (case.head_dim as f64 * magnitude + 4.0 * largest + 2.0);
                         let blocks = (seen / 64 + 2) as f64;
@@ -426,7 +430,7 @@ impl Expected {
                             let (mut out, mut absolute, mut widest) = (0.0, 0.0, 0_f64);
                             for (key, logit) in logits.iter().enumerate() {
                                 let value = inputs.v.get(keys.element(sequence, kv_head, key) + i);
-                                let probability = (logit - lse).exp();
+                                let probability = weight(*logit, lse);
                                 out += probability * value;
                                 absolute += probability * value.abs();
                                 widest = widest.max(value.abs());
@@ -444,7 +448,7 @@ impl Expected {
                         });
                         if query >= query_count.saturating_sub(window) {
                             for (sum, logit) in sums.iter_mut().zip(&logits) {
-                                let probability = (logit - lse).exp();
+                                let probability = weight(*logit, lse);
                                 let relative = of_logit + of_lse + 2.0 * single * (2.0 + largest + lse.abs());
                                 sum.value += probability;
                                 sum.error += probability * (relative + single * query_count as f64) + 1e-37;
@@ -469,6 +473,11 @@ impl Expected {
         }
         expected
     }
+}
+
+/// e^(logit - base), and 0 where every logit is -inf, which is as if the query saw no key.
+fn weight(logit: f64, base: f64) -> f64 {
+    if base == f64::NEG_INFINITY { 0.0 } else { (logit - base).exp() }
 }
 
 /// What a launch wrote, in the order of [`Expected`].
@@ -789,6 +798,17 @@ fn extremes() -> Vec<Case> {
             cases.push(Case { contents, scores, ..Case::plain(dtype, 64, [1, 2], &[(20, 140)]) });
         }
     }
+    // Logits of -inf in all keys but the first ones, which are read last.
+    for (head_dim, tokens) in [(64, 100..384), (128, 1..384), (128, 0..384)] {
+        let number = f32::NEG_INFINITY;
+        let planted = Planted { operand: Operand::Key, head: 0, sequence: 0, tokens, column: 9, number };
+        cases.push(Case {
+            contents: Contents::Equal,
+            planted: vec![planted],
+            scores: Some((Window::Last(2), ScoreHeads::Query)),
+            ..Case::plain(DType::BF16, head_dim, [1, 1], &[(3, 384)])
+        });
+    }
     cases
 }
 
@@ -926,7 +946,7 @@ fn planted(head_dim: usize) -> Vec<Planted> {
         operand,
         head,
         sequence,
-        token,
+        tokens: token..token + 1,
         column,
         number,
     })
