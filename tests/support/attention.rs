@@ -775,6 +775,9 @@ fn shapes() -> Vec<Case> {
     cases
 }
 
+/// Tokens of one head with d = 64 whose keys and values fill a section.
+const SECTION_TOKENS: usize = (32 << 20) / (4 * 64);
+
 /// Queries that were picked from a sequence, in any order; positions outside it.
 fn positions() -> Vec<Case> {
     let gathered = |positions: Vec<i32>, lengths: &[(usize, usize)]| Case {
@@ -787,6 +790,11 @@ fn positions() -> Vec<Case> {
         gathered((0..70).map(|i| i * 2).collect(), &[(70, 140)]),
         gathered(vec![i32::MIN, -1, 0, 63, 64, 129, 130, i32::MAX], &[(8, 130)]),
         gathered(vec![-1; 12], &[(3, 70), (9, 70)]),
+        // A section of two kv heads, and one of one, with two tiles of queries each.
+        Case {
+            positions: Some((0..130).collect()),
+            ..Case::plain(DType::BF16, 64, [3, 1], &[(130, SECTION_TOKENS * 2 / 5)])
+        },
     ]
 }
 
