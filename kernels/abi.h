@@ -87,13 +87,13 @@ static const int32_t FASTKV_SELECT_CHUNK = 4096;
 static const int32_t FASTKV_SELECT_STATE_BYTES = 24608;
 
 /** Shared memory of `fastkv_select_block` beside 4 bytes for each item. */
-static const int32_t FASTKV_SELECT_BLOCK_BYTES = 8272;
+static const int32_t FASTKV_SELECT_BLOCK_BYTES = 8528;
 
 /** Blocks of a cluster of `fastkv_select_cluster`. */
 static const int32_t FASTKV_SELECT_CLUSTER = 8;
 
 /** Shared memory of a block of `fastkv_select_cluster` beside 4 bytes for each item. */
-static const int32_t FASTKV_SELECT_CLUSTER_BYTES = 24656;
+static const int32_t FASTKV_SELECT_CLUSTER_BYTES = 25424;
 
 /**
  * Which rows to take and where they go: for each (sequence, head) a list of token indices, its

@@ -17,7 +17,7 @@ namespace {
 
 // Shared memory of a block that has a row to itself; the ranks follow.
 struct BlockShared {
-    uint32_t bins[FASTKV_SELECT_BINS];
+    Histogram histogram;
     SelectScratch scratch;
     uint32_t padding[2];
 };
@@ -56,14 +56,14 @@ __device__ __forceinline__ Chunk chunk_of(const fastkv_select_params& p, const R
 
 // Adds a block's histogram of a digit to the row's. The last block of the row to do so finds the digit.
 __device__ __forceinline__ void share_digit(const fastkv_select_params& p, const Row& row, const Chunk& chunk,
-                                            int32_t digit, const Threshold& threshold, const uint32_t* bins,
+                                            int32_t digit, const Threshold& threshold, Histogram& histogram,
                                             SelectScratch& scratch) {
     uint32_t* all = chunk.state->bins[digit];
 #pragma unroll
     for (int32_t i = 0; i < 4; ++i) {
         const int32_t bin = threadIdx.x + i * FASTKV_SELECT_THREADS;
-        if (bins[bin] != 0) {
-            atomicAdd(all + bin, bins[bin]);
+        if (histogram.bins[bin] != 0) {
+            atomicAdd(all + bin, histogram.bins[bin]);
         }
     }
     __shared__ bool last;
@@ -74,7 +74,10 @@ __device__ __forceinline__ void share_digit(const fastkv_select_params& p, const
     }
     __syncthreads();
     if (last) {
-        const Threshold found = next_digit(from_the_top(*bins_of_thread(all)), digit, threshold, scratch);
+        sum_stretches(bins_of_thread(all), histogram.stretches);
+        Split before = {0, 0};
+        const Threshold found =
+            next_digit<OneHistogram>(all, histogram.stretches, digit, threshold, scratch, 0, before);
         if (threadIdx.x == 0) {
             chunk.state->threshold = found;
         }
@@ -93,14 +96,17 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SELECT_THREADS, 1)
     if (row.kept > 0) {
         load_ranks(p, row, 0, row.items, ranks);
         Threshold threshold = {0, row.kept};
+        Split before = {0, 0};
 #pragma unroll
         for (int32_t digit = 0; digit < DIGITS; ++digit) {
-            clear_bins(shared.bins);
-            count_digits(ranks, row.items, digit, threshold, shared.bins);
-            const uint4 bins = from_the_top(*bins_of_thread(shared.bins));
-            threshold = next_digit(bins, digit, threshold, shared.scratch);
+            Histogram& histogram = shared.histogram;
+            clear_bins(histogram);
+            count_digits(ranks, row.items, digit, threshold, histogram);
+            sum_stretches(bins_of_thread(histogram.bins), histogram.stretches);
+            threshold = next_digit<OneHistogram>(histogram.bins, histogram.stretches, digit, threshold,
+                                                 shared.scratch, 0, before);
         }
-        write_kept(ranks, 0, row.items, threshold, {0, 0}, kept_of(p, blockIdx.x), shared.scratch);
+        write_kept(ranks, 0, row.items, threshold, before, kept_of(p, blockIdx.x), shared.scratch);
     }
     finish_row(p, row, blockIdx.x, 0, 1);
 }
@@ -110,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SELECT_THREADS, 1)
 extern "C" __global__ void __launch_bounds__(FASTKV_SELECT_THREADS, 1)
     fastkv_select_rank(__grid_constant__ const fastkv_select_params p) {
     __shared__ uint4 vectors[FASTKV_SELECT_CHUNK / 4];
-    __shared__ alignas(16) uint32_t bins[FASTKV_SELECT_BINS];
+    __shared__ alignas(16) Histogram histogram;
     __shared__ SelectScratch scratch;
     const Row row = row_of(p, blockIdx.x);
     const Chunk chunk = chunk_of(p, row);
@@ -118,30 +124,30 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SELECT_THREADS, 1)
         return;
     }
     uint32_t* ranks = reinterpret_cast<uint32_t*>(vectors);
-    clear_bins(bins);
+    clear_bins(histogram);
     load_ranks(p, row, chunk.first, chunk.count, ranks);
     for (int32_t item = 4 * threadIdx.x; item < chunk.count; item += 4 * FASTKV_SELECT_THREADS) {
         reinterpret_cast<uint4*>(chunk.ranks)[item / 4] = vectors[item / 4];
     }
     const Threshold threshold = {0, row.kept};
-    count_digits(ranks, chunk.count, 0, threshold, bins);
-    share_digit(p, row, chunk, 0, threshold, bins, scratch);
+    count_digits(ranks, chunk.count, 0, threshold, histogram);
+    share_digit(p, row, chunk, 0, threshold, histogram, scratch);
 }
 
 // The second or the third digit.
 extern "C" __global__ void __launch_bounds__(FASTKV_SELECT_THREADS)
     fastkv_select_digit(__grid_constant__ const fastkv_select_params p) {
-    __shared__ alignas(16) uint32_t bins[FASTKV_SELECT_BINS];
+    __shared__ alignas(16) Histogram histogram;
     __shared__ SelectScratch scratch;
     const Row row = row_of(p, blockIdx.x);
     const Chunk chunk = chunk_of(p, row);
     if (chunk.count == 0) {
         return;
     }
-    clear_bins(bins);
+    clear_bins(histogram);
     const Threshold threshold = chunk.state->threshold;
-    count_digits(chunk.ranks, chunk.count, p.digit, threshold, bins);
-    share_digit(p, row, chunk, p.digit, threshold, bins, scratch);
+    count_digits(chunk.ranks, chunk.count, p.digit, threshold, histogram);
+    share_digit(p, row, chunk, p.digit, threshold, histogram, scratch);
 }
 
 // How many items of each chunk lie above the threshold, and how many at it.
@@ -153,14 +159,9 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SELECT_THREADS)
     if (chunk.count == 0) {
         return;
     }
-    const uint32_t threshold = chunk.state->threshold.rank;
-    uint32_t both = 0; // in one word: a chunk has at most 4096 items
-    for (int32_t item = 4 * threadIdx.x; item < chunk.count; item += 4 * FASTKV_SELECT_THREADS) {
-        const Split bits = split_four(chunk.ranks, item, chunk.count, threshold);
-        both += __popc(bits.above) << 16 | __popc(bits.equal);
-    }
+    const uint32_t of_warp = WarpItems(chunk.count).split(chunk.ranks, chunk.state->threshold.rank);
     uint32_t all;
-    sum_before(both, scratch, all);
+    sum_of_warps_before(of_warp, scratch, all);
     if (threadIdx.x == 0) {
         chunk.splits[blockIdx.y] = {all >> 16, all & 0xffff};
     }
@@ -178,9 +179,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SELECT_THREADS)
             mine.above += chunk.splits[before].above;
             mine.equal += chunk.splits[before].equal;
         }
-        Split before;
-        sum_before(mine.above, scratch, before.above);
-        sum_before(mine.equal, scratch, before.equal);
+        const Split before = {sum_of_block(mine.above, scratch), sum_of_block(mine.equal, scratch)};
         const Threshold threshold = chunk.state->threshold;
         write_kept(chunk.ranks, chunk.first, chunk.count, threshold, before, kept_of(p, blockIdx.x), scratch);
     }

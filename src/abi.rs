@@ -51,11 +51,11 @@ pub const SELECT_CHUNK: i32 = 4096;
 /// Bytes for each row that the selection in several launches needs zeroed.
 pub const SELECT_STATE_BYTES: i32 = 24608;
 /// Shared memory of `fastkv_select_block` beside 4 bytes for each item.
-pub const SELECT_BLOCK_BYTES: i32 = 8272;
+pub const SELECT_BLOCK_BYTES: i32 = 8528;
 /// Blocks of a cluster of `fastkv_select_cluster`.
 pub const SELECT_CLUSTER: i32 = 8;
 /// Shared memory of a block of `fastkv_select_cluster` beside 4 bytes for each item.
-pub const SELECT_CLUSTER_BYTES: i32 = 24656;
+pub const SELECT_CLUSTER_BYTES: i32 = 25424;
 /** Which rows to take and where they go: for each (sequence, head) a list of token indices, its
  length, and the place of its first row in a ragged destination `[out_rows, ...]`. The lists,
  lengths and starts live on the device, so that nothing has to come back to the host to launch.

@@ -20,16 +20,27 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// 16 bytes of the shared memory of another block of the cluster, at the place that `own` has in this one.
-__device__ __forceinline__ uint4 load_cluster(const uint4* own, uint32_t block) {
+// Where another block of the cluster has what lies at `own` in this one.
+__device__ __forceinline__ uint32_t cluster_address(const void* own, uint32_t block) {
     uint32_t address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;"
         : "=r"(address)
         : "r"(uint32_t(__cvta_generic_to_shared(own))), "r"(block));
-    uint4 value;
-    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "r"(address)
+    return address;
+}
+
+// A word, or two, of the shared memory of another block.
+__device__ __forceinline__ uint32_t load_cluster(const uint32_t* own, uint32_t block) {
+    uint32_t value;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(cluster_address(own, block)) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ uint2 load_cluster(const uint2* own, uint32_t block) {
+    uint2 value;
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(value.x), "=r"(value.y)
+                 : "r"(cluster_address(own, block))
                  : "memory");
     return value;
 }

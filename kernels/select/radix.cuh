@@ -22,6 +22,20 @@ struct Threshold {
     int32_t wanted;
 };
 
+// Items above the threshold and items at it: how many, or one bit for each of four.
+struct alignas(8) Split {
+    uint32_t above;
+    uint32_t equal;
+};
+
+// How many items have each value of a digit, and how many have one of each stretch of values: the digit of the
+// worst kept rank is looked for among the stretches, and then among the values of one.
+struct Histogram {
+    uint32_t bins[FASTKV_SELECT_BINS];
+    uint32_t stretches[FASTKV_SELECT_BINS / 32];
+};
+static_assert(FASTKV_SELECT_BINS / 32 == 2 * 32, "a lane looks at two stretches");
+
 struct SelectScratch {
     uint32_t warps[WARPS];
     Threshold found;
@@ -40,8 +54,8 @@ __device__ __forceinline__ uint32_t digit_of(uint32_t rank, int32_t digit) {
     return rank >> shift_of(digit) & (digit == 2 ? 1023 : 2047);
 }
 
-// Sum of `value` over the threads of the block before this one, and over all of them.
-__device__ __forceinline__ uint32_t sum_before(uint32_t value, SelectScratch& scratch, uint32_t& all) {
+// Sum of `value` over the lanes before this one.
+__device__ __forceinline__ uint32_t sum_of_lanes_before(uint32_t value) {
     const int32_t lane = threadIdx.x % 32;
     uint32_t sum = value;
 #pragma unroll
@@ -49,9 +63,14 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t value, SelectScratch& sc
         const uint32_t other = __shfl_up_sync(ALL_LANES, sum, step);
         sum += lane >= step ? other : 0;
     }
+    return sum - value;
+}
+
+// Sum of `value`, which all lanes of a warp share, over the warps before this one, and over all of them.
+__device__ __forceinline__ uint32_t sum_of_warps_before(uint32_t value, SelectScratch& scratch, uint32_t& all) {
     __syncthreads(); // the last sums have been read
-    if (lane == 31) {
-        scratch.warps[threadIdx.x / 32] = sum;
+    if (threadIdx.x % 32 == 0) {
+        scratch.warps[threadIdx.x / 32] = value;
     }
     __syncthreads();
     uint32_t before = 0;
@@ -61,11 +80,36 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t value, SelectScratch& sc
         before += warp < threadIdx.x / 32 ? scratch.warps[warp] : 0;
         all += scratch.warps[warp];
     }
-    return before + sum - value;
+    return before;
 }
 
-__device__ __forceinline__ void clear_bins(uint32_t* bins) {
-    reinterpret_cast<uint4*>(bins)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+// Sum of `value` over the block.
+__device__ __forceinline__ uint32_t sum_of_block(uint32_t value, SelectScratch& scratch) {
+    uint32_t all;
+    sum_of_warps_before(__reduce_add_sync(ALL_LANES, value), scratch, all);
+    return all;
+}
+
+// A thread has four bins.
+__device__ __forceinline__ uint4& bins_of_thread(uint32_t* bins) {
+    return reinterpret_cast<uint4*>(bins)[threadIdx.x];
+}
+
+__device__ __forceinline__ void clear_bins(Histogram& histogram) {
+    bins_of_thread(histogram.bins) = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+}
+
+// Sums of the stretches of a histogram, given each thread's four bins.
+__device__ __forceinline__ void sum_stretches(uint4 bins, uint32_t* stretches) {
+    uint32_t sum = bins.x + bins.y + bins.z + bins.w;
+#pragma unroll
+    for (int32_t distance = 1; distance < 8; distance *= 2) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+    }
+    if (threadIdx.x % 8 == 0) {
+        stretches[threadIdx.x / 8] = sum;
+    }
     __syncthreads();
 }
 
@@ -73,7 +117,7 @@ __device__ __forceinline__ void clear_bins(uint32_t* bins) {
 // few exponents and pooling makes neighbours equal, so many lanes hit one bin: adding the constant 1 and
 // asking for nothing back is an instruction of its own, which counts them at once.
 __device__ __forceinline__ void count_digits(const uint32_t* ranks, int32_t count, int32_t digit,
-                                             const Threshold& threshold, uint32_t* bins) {
+                                             const Threshold& threshold, Histogram& histogram) {
     for (int32_t tile = 0; tile < count; tile += 4 * FASTKV_SELECT_THREADS) {
         const int32_t item = tile + 4 * threadIdx.x;
         if (item < count) {
@@ -82,7 +126,7 @@ __device__ __forceinline__ void count_digits(const uint32_t* ranks, int32_t coun
 #pragma unroll
             for (int32_t i = 0; i < 4; ++i) {
                 if (item + i < count && matches(of[i], digit, threshold)) {
-                    atomicAdd(bins + digit_of(of[i], digit), 1);
+                    atomicAdd(histogram.bins + digit_of(of[i], digit), 1);
                 }
             }
         }
@@ -90,45 +134,63 @@ __device__ __forceinline__ void count_digits(const uint32_t* ranks, int32_t coun
     __syncthreads();
 }
 
-// A thread has four bins, and the first thread the highest: bin_of(0) to bin_of(3), from the top.
-__device__ __forceinline__ int32_t bin_of(int32_t i) {
-    return FASTKV_SELECT_BINS - 1 - 4 * int32_t(threadIdx.x) - i;
-}
+// Histograms that are added up lie in one place alone, in that of the block itself.
+struct OneHistogram {
+    static constexpr int32_t COUNT = 1;
 
-__device__ __forceinline__ const uint4* bins_of_thread(const uint32_t* bins) {
-    return reinterpret_cast<const uint4*>(bins) + FASTKV_SELECT_THREADS - 1 - threadIdx.x;
-}
+    template <typename T>
+    static __device__ __forceinline__ T load(const T* address, int32_t) {
+        return *address;
+    }
+};
 
-__device__ __forceinline__ uint4 from_the_top(uint4 bins) {
-    return make_uint4(bins.w, bins.z, bins.y, bins.x);
-}
-
-// The threshold with one digit more, from each thread's four bins. The bins hold `wanted` items or
-// more, and `wanted` is not 0, so exactly one thread finds it.
-__device__ __forceinline__ Threshold next_digit(uint4 bins, int32_t digit, const Threshold& threshold,
-                                                SelectScratch& scratch) {
-    const uint32_t of[4] = {bins.x, bins.y, bins.z, bins.w};
-    uint32_t all;
-    uint32_t above = sum_before(of[0] + of[1] + of[2] + of[3], scratch, all);
-#pragma unroll
-    for (int32_t i = 0; i < 4; ++i) {
+// The threshold with one digit more, from histograms that together hold `wanted` items or more; `wanted` is
+// not 0, so exactly one lane finds it. The first warp looks, and adds to its lanes' `before` what the first
+// `own` histograms have above the digit, and with the last digit at it.
+template <typename Histograms>
+__device__ __forceinline__ Threshold next_digit(const uint32_t* bins, const uint32_t* stretches, int32_t digit,
+                                                const Threshold& threshold, SelectScratch& scratch,
+                                                int32_t own, Split& before) {
+    if (threadIdx.x < 32) {
+        const int32_t lane = threadIdx.x;
         const uint32_t wanted = threshold.wanted;
-        if (above < wanted && wanted <= above + of[i]) {
-            scratch.found.rank = threshold.rank | uint32_t(bin_of(i)) << shift_of(digit);
-            scratch.found.wanted = wanted - above;
+        // The first lane has the two highest stretches, of which y is the higher.
+        const uint2* pair = reinterpret_cast<const uint2*>(stretches) + 31 - lane;
+        uint2 all = make_uint2(0, 0), first = make_uint2(0, 0);
+#pragma unroll
+        for (int32_t i = 0; i < Histograms::COUNT; ++i) {
+            const uint2 two = Histograms::load(pair, i);
+            all = make_uint2(all.x + two.x, all.y + two.y);
+            first = i < own ? make_uint2(first.x + two.x, first.y + two.y) : first;
         }
-        above += of[i];
+        const uint32_t above_y = sum_of_lanes_before(all.x + all.y);
+        const uint32_t above_x = above_y + all.y;
+        const bool in_y = above_y < wanted && wanted <= above_x;
+        const bool in_x = above_x < wanted && wanted <= above_x + all.x;
+        const int32_t owner = __ffs(__ballot_sync(ALL_LANES, in_x || in_y)) - 1;
+        const int32_t stretch = __shfl_sync(ALL_LANES, 2 * (31 - lane) + in_y, owner);
+        uint32_t above = __shfl_sync(ALL_LANES, in_y ? above_y : above_x, owner);
+        before.above += lane < owner ? first.x + first.y : in_x ? first.y : 0;
+
+        const int32_t bin = 32 * stretch + 31 - lane;
+        uint32_t items = 0, first_items = 0;
+#pragma unroll
+        for (int32_t i = 0; i < Histograms::COUNT; ++i) {
+            const uint32_t one = Histograms::load(bins + bin, i);
+            items += one;
+            first_items += i < own ? one : 0;
+        }
+        above += sum_of_lanes_before(items);
+        before.above += wanted > above + items ? first_items : 0;
+        if (above < wanted && wanted <= above + items) {
+            before.equal = digit == DIGITS - 1 ? first_items : 0;
+            scratch.found = {threshold.rank | uint32_t(bin) << shift_of(digit), int32_t(wanted - above)};
+        }
     }
     __syncthreads();
     const Threshold found = scratch.found;
     return found;
 }
-
-// Items above the threshold and items at it: how many, or one bit for each of four.
-struct alignas(8) Split {
-    uint32_t above;
-    uint32_t equal;
-};
 
 __device__ __forceinline__ Split split_four(const uint32_t* ranks, int32_t item, int32_t count,
                                             uint32_t threshold) {
@@ -146,18 +208,43 @@ __device__ __forceinline__ Split split_four(const uint32_t* ranks, int32_t item,
     return bits;
 }
 
+// A warp's share of `count` items, in steps of four for each lane.
+struct WarpItems {
+    static constexpr int32_t STEP = 4 * 32;
+    int32_t begin, end;
+
+    __device__ __forceinline__ explicit WarpItems(int32_t count) {
+        const int32_t share = (count + WARPS * STEP - 1) / (WARPS * STEP) * STEP;
+        begin = min(int32_t(threadIdx.x / 32) * share, count);
+        end = min(begin + share, count);
+    }
+
+    // How many of a block's items lie above the threshold, and how many at it, both in one word: there are
+    // fewer than 2^16. Of a warp.
+    __device__ __forceinline__ uint32_t split(const uint32_t* ranks, uint32_t threshold) const {
+        uint32_t both = 0;
+        for (int32_t item = begin + 4 * (threadIdx.x % 32); item < end; item += STEP) {
+            const Split bits = split_four(ranks, item, end, threshold);
+            both += __popc(bits.above) << 16 | __popc(bits.equal);
+        }
+        return __reduce_add_sync(ALL_LANES, both);
+    }
+};
+
 // Writes the kept ones of `count` items, whose numbers begin at `first`, in ascending order. `before`
 // counts the items of the row that lie before them, which says where to write.
 __device__ __forceinline__ void write_kept(const uint32_t* ranks, int32_t first, int32_t count,
                                            const Threshold& threshold, Split before, int32_t* kept,
                                            SelectScratch& scratch) {
     const uint32_t wanted = threshold.wanted;
-    for (int32_t tile = 0; tile < count; tile += 4 * FASTKV_SELECT_THREADS) {
-        const int32_t item = tile + 4 * threadIdx.x;
-        const Split bits = split_four(ranks, item, count, threshold.rank);
-        // Both in one word: a tile has 2048 items.
-        uint32_t all;
-        const uint32_t sum = sum_before(__popc(bits.above) << 16 | __popc(bits.equal), scratch, all);
+    const WarpItems items(count);
+    uint32_t all;
+    uint32_t sum = sum_of_warps_before(items.split(ranks, threshold.rank), scratch, all);
+    for (int32_t step = items.begin; step < items.end; step += WarpItems::STEP) {
+        const int32_t item = step + 4 * (threadIdx.x % 32);
+        const Split bits = split_four(ranks, item, items.end, threshold.rank);
+        const uint32_t own = __popc(bits.above) << 16 | __popc(bits.equal);
+        sum += sum_of_lanes_before(own);
         uint32_t above = before.above + (sum >> 16);
         uint32_t equal = before.equal + (sum & 0xffff);
 #pragma unroll
@@ -170,7 +257,6 @@ __device__ __forceinline__ void write_kept(const uint32_t* ranks, int32_t first,
             above += is_above;
             equal += is_equal;
         }
-        before.above += all >> 16;
-        before.equal += all & 0xffff;
+        sum = __shfl_sync(ALL_LANES, sum + own, 31);
     }
 }
