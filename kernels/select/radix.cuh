@@ -1,5 +1,6 @@
 // Radix selection: the rank of the worst item that is kept, found digit by digit from the top, and the
-// kept items in their order. Integers throughout, so that nothing depends on who came first.
+// kept items in their order. Integers throughout, so that nothing depends on who came first. Ranks are read
+// in fours; behind the last item of a row lie lowest ones, which are never kept: they come behind all others.
 //
 // 32 bits are three digits of 11, 11 and 10. A histogram of the first says which of its values the
 // worst kept rank has, one of the second among the items with that value goes on from there, and so
@@ -22,7 +23,7 @@ struct Threshold {
     int32_t wanted;
 };
 
-// Items above the threshold and items at it: how many, or one bit for each of four.
+// Items above the threshold and items at it.
 struct alignas(8) Split {
     uint32_t above;
     uint32_t equal;
@@ -118,16 +119,11 @@ __device__ __forceinline__ void sum_stretches(uint4 bins, uint32_t* stretches) {
 // asking for nothing back is an instruction of its own, which counts them at once.
 __device__ __forceinline__ void count_digits(const uint32_t* ranks, int32_t count, int32_t digit,
                                              const Threshold& threshold, Histogram& histogram) {
-    for (int32_t tile = 0; tile < count; tile += 4 * FASTKV_SELECT_THREADS) {
-        const int32_t item = tile + 4 * threadIdx.x;
-        if (item < count) {
-            const uint4 four = *reinterpret_cast<const uint4*>(ranks + item);
-            const uint32_t of[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-            for (int32_t i = 0; i < 4; ++i) {
-                if (item + i < count && matches(of[i], digit, threshold)) {
-                    atomicAdd(histogram.bins + digit_of(of[i], digit), 1);
-                }
+    for (int32_t item = 4 * threadIdx.x; item < count; item += 4 * FASTKV_SELECT_THREADS) {
+        const uint4 four = *reinterpret_cast<const uint4*>(ranks + item);
+        for (const uint32_t rank : {four.x, four.y, four.z, four.w}) {
+            if (matches(rank, digit, threshold)) {
+                atomicAdd(histogram.bins + digit_of(rank, digit), 1);
             }
         }
     }
@@ -192,23 +188,7 @@ __device__ __forceinline__ Threshold next_digit(const uint32_t* bins, const uint
     return found;
 }
 
-__device__ __forceinline__ Split split_four(const uint32_t* ranks, int32_t item, int32_t count,
-                                            uint32_t threshold) {
-    Split bits = {0, 0};
-    if (item < count) {
-        const uint4 four = *reinterpret_cast<const uint4*>(ranks + item);
-        const uint32_t of[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int32_t i = 0; i < 4; ++i) {
-            const bool exists = item + i < count;
-            bits.above |= uint32_t(exists && of[i] > threshold) << i;
-            bits.equal |= uint32_t(exists && of[i] == threshold) << i;
-        }
-    }
-    return bits;
-}
-
-// A warp's share of `count` items, in steps of four for each lane.
+// A warp's share of `count` items.
 struct WarpItems {
     static constexpr int32_t STEP = 4 * 32;
     int32_t begin, end;
@@ -219,13 +199,15 @@ struct WarpItems {
         end = min(begin + share, count);
     }
 
-    // How many of a block's items lie above the threshold, and how many at it, both in one word: there are
-    // fewer than 2^16. Of a warp.
+    // How many of them lie above the threshold, and how many at it, in one word, which also holds the sums
+    // over a block: it has fewer than 2^16 items.
     __device__ __forceinline__ uint32_t split(const uint32_t* ranks, uint32_t threshold) const {
         uint32_t both = 0;
         for (int32_t item = begin + 4 * (threadIdx.x % 32); item < end; item += STEP) {
-            const Split bits = split_four(ranks, item, end, threshold);
-            both += __popc(bits.above) << 16 | __popc(bits.equal);
+            const uint4 four = *reinterpret_cast<const uint4*>(ranks + item);
+            for (const uint32_t rank : {four.x, four.y, four.z, four.w}) {
+                both += rank > threshold ? 1 << 16 : rank == threshold;
+            }
         }
         return __reduce_add_sync(ALL_LANES, both);
     }
@@ -239,24 +221,34 @@ __device__ __forceinline__ void write_kept(const uint32_t* ranks, int32_t first,
     const uint32_t wanted = threshold.wanted;
     const WarpItems items(count);
     uint32_t all;
-    uint32_t sum = sum_of_warps_before(items.split(ranks, threshold.rank), scratch, all);
+    const uint32_t of_warps = sum_of_warps_before(items.split(ranks, threshold.rank), scratch, all);
+    before.above += of_warps >> 16;
+    before.equal += of_warps & 0xffff;
+    const int32_t lane = threadIdx.x % 32;
+    const uint32_t lanes_before = (1u << lane) - 1;
     for (int32_t step = items.begin; step < items.end; step += WarpItems::STEP) {
-        const int32_t item = step + 4 * (threadIdx.x % 32);
-        const Split bits = split_four(ranks, item, items.end, threshold.rank);
-        const uint32_t own = __popc(bits.above) << 16 | __popc(bits.equal);
-        sum += sum_of_lanes_before(own);
-        uint32_t above = before.above + (sum >> 16);
-        uint32_t equal = before.equal + (sum & 0xffff);
+        uint32_t of[4];
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
-            const bool is_above = bits.above >> i & 1;
-            const bool is_equal = bits.equal >> i & 1;
-            if (is_above || (is_equal && equal < wanted)) {
-                kept[above + min(equal, wanted)] = first + item + i;
-            }
-            above += is_above;
-            equal += is_equal;
+            const int32_t item = step + 32 * i + lane;
+            of[i] = item < items.end ? ranks[item] : 0;
         }
-        sum = __shfl_sync(ALL_LANES, sum + own, 31);
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+            const int32_t item = step + 32 * i + lane;
+            const bool is_high = item < items.end && of[i] >= threshold.rank;
+            const uint32_t high = __ballot_sync(ALL_LANES, is_high);
+            if (high == 0) {
+                continue;
+            }
+            const uint32_t at = __ballot_sync(ALL_LANES, is_high && of[i] == threshold.rank);
+            const uint32_t above = before.above + __popc((high ^ at) & lanes_before);
+            const uint32_t equal = before.equal + __popc(at & lanes_before);
+            if (is_high && (of[i] > threshold.rank || equal < wanted)) {
+                kept[above + min(equal, wanted)] = first + item;
+            }
+            before.above += __popc(high ^ at);
+            before.equal += __popc(at);
+        }
     }
 }

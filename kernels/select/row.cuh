@@ -6,6 +6,8 @@
 
 #include "scoring/pool.cuh"
 
+#include <math_constants.h>
+
 // Below the rank of every number; what NaN has.
 constexpr uint32_t LOWEST_RANK = 0;
 // Above the rank of +inf.
@@ -46,11 +48,8 @@ __device__ __forceinline__ Row row_of(const fastkv_select_params& p, uint32_t nu
 }
 
 __device__ __forceinline__ uint32_t rank_of(float score) {
-    if (isnan(score)) {
-        return LOWEST_RANK;
-    }
-    const uint32_t bits = __float_as_uint(score + 0.0f); // -0 becomes +0
-    return bits >> 31 ? ~bits : bits | 1u << 31;
+    const int32_t bits = __float_as_int(score + 0.0f); // -0 becomes +0
+    return isnan(score) ? LOWEST_RANK : bits ^ (bits >> 31 | INT32_MIN);
 }
 
 // Scores of keys key..key+4 for a row. The sum over groups is taken in their order, the largest passes
@@ -72,16 +71,8 @@ __device__ __forceinline__ FourScores row_scores(const fastkv_select_params& p, 
     return scores;
 }
 
-// Ranks of keys key..key+4 by their scores; `key` is a multiple of 4. Behind the last key they mean nothing.
-__device__ __forceinline__ uint4 key_ranks(const fastkv_select_params& p, const Row& row, int32_t key,
-                                           const FourScores& scores) {
-    uint32_t ranks[4];
-#pragma unroll
-    for (int32_t i = 0; i < 4; ++i) {
-        const bool forced = key + i < p.sinks || key + i >= row.group.keys;
-        ranks[i] = forced ? FORCED_RANK : rank_of(scores.of[i]);
-    }
-    return make_uint4(ranks[0], ranks[1], ranks[2], ranks[3]);
+__device__ __forceinline__ uint4 ranks_of(const FourScores& scores) {
+    return make_uint4(rank_of(scores.of[0]), rank_of(scores.of[1]), rank_of(scores.of[2]), rank_of(scores.of[3]));
 }
 
 // Raises the ranks of pages to those of the four keys from `key` on, as far as these lie before `end`.
@@ -113,9 +104,17 @@ __device__ __forceinline__ bool is_plain(const fastkv_select_params& p, const Ro
     return p.page == 1 && p.groups * p.heads == 1 && p.pooling.kernel == 1 && is_aligned(row.group);
 }
 
+// Those of the items from..to that a block has are always kept.
+__device__ __forceinline__ void force(uint32_t* ranks, int32_t first, int32_t count, int32_t from, int32_t to) {
+    const int32_t end = min(to, first + count);
+    for (int32_t item = max(from, first) + threadIdx.x; item < end; item += FASTKV_SELECT_THREADS) {
+        ranks[item - first] = FORCED_RANK;
+    }
+}
+
 // The whole block writes the ranks of items first..first+count to shared memory, which has room for a
-// multiple of four; `first` is such a multiple. A page has the rank of its best key: a sum would favour
-// full pages, a mean would hide one key that matters among many that do not.
+// multiple of four, and up to there the lowest ones; `first` is such a multiple. A page has the rank of its
+// best key: a sum would favour full pages, a mean would hide one key that matters among many that do not.
 __device__ __forceinline__ void load_ranks(const fastkv_select_params& p, const Row& row, int32_t first,
                                            int32_t count, uint32_t* ranks) {
     uint4* vectors = reinterpret_cast<uint4*>(ranks);
@@ -128,12 +127,13 @@ __device__ __forceinline__ void load_ranks(const fastkv_select_params& p, const 
     const int32_t begin = first * p.page;
     const int32_t end = min(int64_t(row.keys), (int64_t(first) + count) * p.page);
     int32_t key = begin + 4 * threadIdx.x;
+    uint4* four = vectors + threadIdx.x;
     if (is_plain(p, row)) {
         // Vectors that a thread asks for at once.
         constexpr int32_t BATCH = 4;
         constexpr int32_t STEP = 4 * FASTKV_SELECT_THREADS;
-        const int32_t whole = min(end, row.group.keys) - (BATCH - 1) * STEP - 4;
-        for (; key <= whole; key += BATCH * STEP) {
+        const int32_t whole = min(end, row.group.keys) - 4;
+        for (; key <= whole - (BATCH - 1) * STEP; key += BATCH * STEP, four += BATCH * FASTKV_SELECT_THREADS) {
             FourScores scores[BATCH];
 #pragma unroll
             for (int32_t i = 0; i < BATCH; ++i) {
@@ -141,18 +141,30 @@ __device__ __forceinline__ void load_ranks(const fastkv_select_params& p, const 
             }
 #pragma unroll
             for (int32_t i = 0; i < BATCH; ++i) {
-                vectors[(key - begin + i * STEP) / 4] = key_ranks(p, row, key + i * STEP, scores[i]);
+                four[i * FASTKV_SELECT_THREADS] = ranks_of(scores[i]);
             }
         }
-    }
-    for (; key < end; key += 4 * FASTKV_SELECT_THREADS) {
-        const uint4 four = key_ranks(p, row, key, row_scores(p, row, key));
-        if (p.page > 1) {
-            raise_pages(ranks, p.page, first, key, end, four);
-        } else {
-            vectors[(key - begin) / 4] = four;
+        for (; key <= whole; key += STEP, four += FASTKV_SELECT_THREADS) {
+            *four = ranks_of(load_vector(row.group.first + key));
         }
     }
+    for (; key < end; key += 4 * FASTKV_SELECT_THREADS, four += FASTKV_SELECT_THREADS) {
+        FourScores scores = row_scores(p, row, key);
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+            scores.of[i] = key + i < row.group.keys ? scores.of[i] : CUDART_NAN_F;
+        }
+        if (p.page > 1) {
+            raise_pages(ranks, p.page, first, key, end, ranks_of(scores));
+        } else {
+            *four = ranks_of(scores);
+        }
+    }
+    __syncthreads();
+    const int32_t of_sinks = p.sinks / p.page + (p.sinks % p.page != 0);
+    const int32_t of_tail = row.keys > row.group.keys ? row.group.keys / p.page : row.items;
+    force(ranks, first, count, 0, min(of_sinks, row.items));
+    force(ranks, first, count, max(of_sinks, of_tail), row.items);
     __syncthreads();
 }
 

@@ -1,6 +1,11 @@
 //! Selections.
 
-use crate::support::recorder::{Recorded, Recorder, Resources};
+use crate::support::{
+    emulator::Emulator,
+    random::Random,
+    recorder::{Recorded, Recorder, Resources},
+    select::{Case, check},
+};
 use fastkv::{
     abi::{Pooling, SelectParams},
     kernels::{
@@ -11,6 +16,7 @@ use fastkv::{
     },
 };
 use proptest::prelude::*;
+use ptx_emulator::Schedule;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
@@ -48,6 +54,26 @@ proptest! {
     }
 }
 
+/// Instructions of PTX for 128 items of a warp, on the way from scores to indices: beside barriers they are what
+/// the time of a long row goes by.
+#[test]
+#[cfg_attr(not(fastkv_kernels), ignore = "built without nvcc")]
+fn items_take_few_instructions() {
+    assert!(images::built());
+    const ITEMS: [usize; 2] = [65_536, 98_304];
+    let mut random = Random(1);
+    let scores: Vec<f32> = (0..ITEMS[1]).map(|_| random.symmetric()).collect();
+    for (form, bar) in [(Form::Cluster, 250), (Form::Grid, 300)] {
+        let [fewer, more] = ITEMS.map(|items| {
+            let emulator = Emulator::new(Schedule::Eager, (9, 0));
+            check(&emulator, form, vec![Case::plain(vec![scores[..items].to_vec()], vec![2048])]).unwrap();
+            emulator.counters().warp_instructions
+        });
+        let each = (more - fewer) * 128 / (ITEMS[1] - ITEMS[0]) as u64;
+        assert!(each <= bar, "{form:?}: {each} instructions, the bar is {bar}");
+    }
+}
+
 #[test]
 fn short_rows_have_a_block() {
     let recorder = Recorder::hopper();
@@ -55,7 +81,7 @@ fn short_rows_have_a_block() {
     unsafe { select::select_topk(&recorder, &work()) }.unwrap();
     let Recorded { kernel, grid, block, params } = recorder.last();
     assert_eq!((kernel, grid, block), (Kernel::SelectBlock, [16, 1, 1], [512, 1, 1]));
-    assert_eq!(recorder.resources(), [Resources { cluster: [1; 3], shared_bytes: 8272 + 4 * 1000 }]);
+    assert_eq!(recorder.resources(), [Resources { cluster: [1; 3], shared_bytes: 8528 + 4 * 1000 }]);
     let expected = SelectParams {
         scores: 1 << 20,
         sequence_stride: 32_000,
@@ -120,7 +146,7 @@ fn long_rows_have_a_grid() {
 #[test]
 fn long_rows_have_a_cluster_on_hopper() {
     let built = images::images().iter().any(|image| image.name == "sm90_select");
-    for (keys, shared_bytes) in [(16_385, 24_656 + 4 * 2052), (393_216, 24_656 + 4 * 49_152), (393_217, 0)] {
+    for (keys, shared_bytes) in [(16_385, 25_424 + 4 * 2052), (393_216, 25_424 + 4 * 49_152), (393_217, 0)] {
         let recorder = Recorder::hopper();
         let work = SelectTopk { keys: Lengths::dense(keys), ..work() };
         // SAFETY: the recorder touches no memory.
