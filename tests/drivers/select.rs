@@ -35,6 +35,7 @@ proptest! {
             let params: SelectParams = bytemuck::pod_read_unaligned(&params);
             let items = u64::from(keys.div_ceil(params.page as u32));
             let chunk = params.chunk as u64;
+            prop_assert_eq!(params.page as u32, page.min(keys));
             prop_assert!(chunk.is_multiple_of(4) && (4..=4096).contains(&chunk));
             prop_assert!(chunk == 4 || chunk * u64::from(page) <= 4096);
             prop_assert_eq!(grid, [rows * 2, items.div_ceil(chunk) as u32, 1]);
@@ -131,6 +132,14 @@ fn long_rows_have_a_cluster_on_hopper() {
             assert_eq!(recorder.resources(), [Resources { cluster: [8, 1, 1], shared_bytes }]);
             assert!(shared_bytes <= 227 << 10);
         } else {
+            if built {
+                let error = select::select_topk_workspace(
+                    &recorder,
+                    &SelectTopk { form: Some(Form::Cluster), ..work },
+                );
+                let message = "form is Cluster for 393217 items; it must be another for more than 393216";
+                assert_eq!(error.unwrap_err().to_string(), message);
+            }
             assert_eq!((kernel, grid[0]), (Kernel::SelectWrite, 16));
         }
     }
@@ -198,10 +207,10 @@ fn select_topk_refuses() {
         "keys.longest is 999; it must be without cu_seqlens the tokens there are, 1000",
     );
     refuses(
-        |w| (w.sequences, w.rows) = (1 << 20, 1 << 20),
-        "sequences * rows is 1099511627776; it must be at most 268435455",
+        |w| (w.sequences, w.rows) = (1 << 14, 1 << 14),
+        "sequences * rows is 268435456; it must be at most 268435455",
     );
-    refuses(|w| w.heads = 1 << 30, "rows * groups * heads is 8589934592; it must be at most 2147483647");
+    refuses(|w| w.heads = 1 << 28, "rows * groups * heads is 2147483648; it must be at most 2147483647");
     refuses(|w| w.scores.head_stride = -1, "scores.head_stride is -1; it must be 0 or more");
     refuses(|w| w.scores.sequence_stride = -4, "scores.sequence_stride is -4; it must be 0 or more");
     refuses(|w| w.scores.base = 0, "scores is 0x0; it must be a device address, a multiple of 4");
