@@ -953,13 +953,6 @@ fn draw_edges(seed: u64) -> Vec<SampleCase> {
             Some(each_uniform(plain)[..3].to_vec()),
         ));
     }
-    // Tokens that nothing is left of, among the first k.
-    let infinite = vec![-inf, 3.0, -inf, 2.0];
-    cases.push(SampleCase::new(
-        DType::F32,
-        repeat(&infinite),
-        Some(each_uniform(Draw { top_k: 3, ..plain })),
-    ));
     // Several at no distance, of which a temperature of almost 0 leaves no other.
     let equal = vec![1.0, 2.0, 2.0, -1.0, 2.0];
     cases.push(SampleCase::new(
