@@ -133,8 +133,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_POOL_THREADS)
     constexpr int WIDTH = FASTKV_POOL_THREADS / 32;
     __shared__ float sums[WIDTH][FASTKV_POOL_KEYS];
     const int32_t sequence = blockIdx.y;
-    const int32_t keys =
-        max(0, span_of(p.cu_seqlens, p.tokens, p.max_tokens, sequence).tokens - p.tail);
+    const int32_t keys = span_of(p.cu_seqlens, p.tokens, p.max_tokens, sequence).tokens - p.tail;
     const int32_t first = blockIdx.x * FASTKV_POOL_KEYS;
     if (first >= keys) {
         return;

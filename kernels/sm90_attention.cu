@@ -384,7 +384,7 @@ struct Consumer {
         };
         bool met = false;
 #pragma unroll 1
-        for (int32_t key = min(seen, end) + 1; suspect && key < end && own < item.queries.tokens; ++key) {
+        for (int32_t key = min(seen, end) + 1; suspect && key < end; ++key) {
             const uint64_t value = row_address(p.v, sequence, kv_head, item.keys.first + key);
 #pragma unroll 1
             for (int j = 0; j < O; ++j) {
@@ -560,7 +560,6 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
     while (number < shared.work.items) {
         const ScoreItem item = score_item(p, number - shared.work.tile_items);
         score<T, d, CONSUMERS / 32, ROWS, GROUPS>(p, item, tiles.q);
-        __syncthreads();
         if (threadIdx.x == 0) {
             shared.next = take_item(p);
         }

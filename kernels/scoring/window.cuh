@@ -81,18 +81,19 @@ struct WindowScores {
         cp_async_commit();
 #pragma unroll 1
         for (int32_t step = first; step < end; step += Products::STEP) {
-            // Blocks of queries that see none of these keys add nothing; one stays to give the zeros.
+            // Blocks of queries that see none of these keys add nothing. The last query sees all keys, so its
+            // block stays.
             int32_t skipped = 0;
             if (!resident && !window.positions) {
                 const int32_t blind = max(0, step - window.first_sees) / 8;
-                skipped = min(blind, tiles - 1) / BLOCK_TILES * BLOCK_TILES;
+                skipped = blind / BLOCK_TILES * BLOCK_TILES;
             }
             end_tile = tiles;
             if (weighed && !resident) {
                 // The first query whose band begins behind these keys.
                 const int64_t beyond =
                     int64_t(step) + Products::STEP - 1 + weights.band - window.first_sees;
-                const int64_t in_reach = (max(beyond, int64_t(1)) - 1) / 8 + 1;
+                const int64_t in_reach = (beyond - 1) / 8 + 1;
                 end_tile = max(skipped + 1, int32_t(min(int64_t(tiles), in_reach)));
             }
             const int32_t head_tiles = end_of_head() - skipped;

@@ -62,9 +62,13 @@ __device__ __forceinline__ FourScores row_scores(const fastkv_select_params& p, 
         const FourScores one = pool_group(group, p.pooling, key);
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
-            const float sum = (number == 0 ? 0.0f : scores.of[i]) + one.of[i];
-            const float largest = number == 0 ? one.of[i] : fmaxf(scores.of[i], one.of[i]);
-            scores.of[i] = p.reduction == FASTKV_REDUCTION_SUM ? sum : largest;
+            if (number == 0) {
+                scores.of[i] = one.of[i];
+            } else if (p.reduction == FASTKV_REDUCTION_SUM) {
+                scores.of[i] += one.of[i];
+            } else {
+                scores.of[i] = fmaxf(scores.of[i], one.of[i]);
+            }
         }
         group.first += group.heads * group.head_stride;
     }

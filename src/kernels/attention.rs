@@ -391,7 +391,7 @@ fn check_shape(work: &PrefillAttention) -> Result<(), Error> {
         return Err(Error::argument(
             "sequences",
             work.sequences,
-            format!("fewer: {tiles} tiles of {} heads are more than 2^30", work.query_heads),
+            format!("fewer: {tiles} tiles of {} heads are 2^30 or more", work.query_heads),
         ));
     }
     Ok(())

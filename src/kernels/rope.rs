@@ -119,7 +119,7 @@ pub unsafe fn rope<D: Device + ?Sized>(device: &D, work: &Rope) -> Result<(), Er
         ..RopeParams::default()
     };
     let shape = |heads: u32| Shape {
-        sequences: if packed { 1 } else { sequences },
+        sequences,
         heads: heads as i32,
         tokens: all_tokens,
         width: head_dim,

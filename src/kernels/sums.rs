@@ -190,7 +190,8 @@ pub unsafe fn mark_keys<D: Device + ?Sized>(device: &D, work: &MarkKeys) -> Resu
         lengths,
         marked,
         out,
-        rows: rows.min(i64::MAX as u64) as i64,
+        // More than it holds have no addresses.
+        rows: rows as i64,
         marked_positions: count("marked_positions", marked_positions)?,
         words: words as i32,
     };

@@ -168,7 +168,7 @@ fn hopper_takes_the_portable_form_for_what_its_own_does_not_do() {
     }
     let wide = |base, heads| Rows::token_major(base, 1000, heads, 96);
     let shared = |base| Rows { head_stride: 0, ..Rows::token_major(base, 1000, 8, 128) };
-    let none = |base| Rows { base, ..Rows::default() };
+    let apart = |sequence_stride| Rows { sequence_stride, ..plain().k };
     for (work, why) in [
         (PrefillAttention { bias: Some(BIAS), ..plain() }, "kernel knows no bias"),
         (
@@ -183,7 +183,8 @@ fn hopper_takes_the_portable_form_for_what_its_own_does_not_do() {
             "head_dim is 64 or 128",
         ),
         (PrefillAttention { k: shared(4096), ..plain() }, STRIDES),
-        (PrefillAttention { k: none(0), v: none(0), keys: Lengths::dense(0), ..plain() }, STRIDES),
+        (PrefillAttention { k: apart(1 << 39), ..plain() }, STRIDES),
+        (PrefillAttention { keys: Lengths::dense(0), ..plain() }, STRIDES),
     ] {
         let recorder = Recorder::hopper();
         // SAFETY: the recorder touches no memory.
@@ -203,6 +204,10 @@ fn hopper_takes_the_portable_form_for_what_its_own_does_not_do() {
     // SAFETY: the recorder touches no memory.
     unsafe { attention::prefill_attention(&recorder, &portable) }.unwrap();
     assert_eq!(recorder.last().kernel, Kernel::PrefillAttentionBf16D128);
+    let widest = prepared(PrefillAttention { k: apart((1 << 39) - 8), ..plain() });
+    // SAFETY: the recorder touches no memory.
+    unsafe { attention::prefill_attention(&recorder, &widest) }.unwrap();
+    assert_eq!(recorder.last().kernel, Kernel::Sm90AttentionBf16D128);
 }
 
 const STRIDES: &str = "copy engine takes tensors with keys whose strides are neither 0 nor 2^40 bytes";
@@ -267,7 +272,10 @@ fn refuses() {
     refuses(|w| w.query_heads = 0, "query_heads is 0; it must be 1 to 16 times kv_heads = 8");
     refuses(|w| w.query_heads = 12, "query_heads is 12; it must be 1 to 16 times kv_heads = 8");
     refuses(|w| w.query_heads = 136, "query_heads is 136; it must be 1 to 16 times kv_heads = 8");
-    refuses(|w| w.queries.tokens = u32::MAX, "queries.tokens is 4294967295; it must be at most 1073741824");
+    refuses(
+        |w| w.queries.tokens = (1 << 30) + 1,
+        "queries.tokens is 1073741825; it must be at most 1073741824",
+    );
     refuses(
         |w| w.keys.longest = 999,
         "keys.longest is 999; it must be without cu_seqlens the tokens there are, 1000",
@@ -280,8 +288,16 @@ fn refuses() {
     refuses(|w| w.scale = f32::NAN, "scale is NaN; it must be a positive number");
     refuses(|w| w.scale = f32::INFINITY, "scale is inf; it must be a positive number");
     refuses(
+        |w| w.sequences = 1 << 22,
+        "sequences is 4194304; it must be fewer: 33554432 tiles of 32 heads are 2^30 or more",
+    );
+    refuses(
+        |w| (w.sequences, w.keys) = (16, Lengths::dense(1 << 30)),
+        "sequences is 16; it must be fewer: 33554432 tiles of 32 heads are 2^30 or more",
+    );
+    refuses(
         |w| w.sequences = u32::MAX,
-        "sequences is 4294967295; it must be fewer: 34359738360 tiles of 32 heads are more than 2^30",
+        "sequences is 4294967295; it must be fewer: 34359738360 tiles of 32 heads are 2^30 or more",
     );
 
     refuses(|w| w.q.base = 0, "q is 0x0; it must be a device address, a multiple of 16");
@@ -299,6 +315,20 @@ fn refuses() {
     refuses(
         |w| w.queries.cu_seqlens = 2,
         "q.sequence_stride is 4096000; it must be 0 where cu_seqlens packs the sequences along the token axis",
+    );
+    refuses(
+        |w| {
+            w.queries.cu_seqlens = 2;
+            (w.q.sequence_stride, w.out.sequence_stride) = (0, 0);
+        },
+        "queries.cu_seqlens is 0x2; it must be a device address, a multiple of 4",
+    );
+    refuses(
+        |w| {
+            w.keys.cu_seqlens = 2;
+            (w.k.sequence_stride, w.v.sequence_stride) = (0, 0);
+        },
+        "keys.cu_seqlens is 0x2; it must be a device address, a multiple of 4",
     );
     refuses(
         |w| w.out.head_stride = 64,
@@ -331,6 +361,11 @@ fn refuses() {
     refuses(
         |w| w.bias = Some(Bias { keys: 6, ..BIAS }),
         "bias.keys is 0x6; it must be a device address, a multiple of 4",
+    );
+    refuses(
+        |w| w.bias = Some(Bias { keys: w.out.base, ..BIAS }),
+        "out is 0x4000000000000..0x4000000fa0000; it must be apart from bias.keys, \
+         0x4000000000000..0x4000000000100",
     );
 
     refuses(
@@ -392,7 +427,7 @@ fn workspaces_are_exact() {
     assert_eq!(bytes(plain()), 256);
     assert_eq!(bytes(scored()), 256 + 32 * 2048 * 4);
     assert_eq!(bytes(PrefillAttention { lse: Some(Lse { base: 4, stride: 2000 }), ..scored() }), 256);
-    assert_eq!(bytes(PrefillAttention { sequences: 9, ..scored() }), 512 + 32 * 9024 * 4);
+    assert_eq!(bytes(PrefillAttention { sequences: 8, ..scored() }), 512 + 32 * 8000 * 4);
     let packed = Lengths::packed(4096, 1000, 1000);
     assert_eq!(bytes(PrefillAttention { queries: packed, ..scored() }), 256 + 32 * 1024 * 4);
 }

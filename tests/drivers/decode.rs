@@ -140,8 +140,8 @@ fn refuses() {
     refuses(|w| w.cache.rows = -1, "cache.rows is -1; it must be 0 or more");
     refuses(|w| w.cache.capacity = i32::MAX, "cache.capacity is 2147483647; it must be at most 1073741824");
     refuses(
-        |w| (w.cache.sequences, w.cache.heads) = (1 << 20, 1 << 20),
-        "cache.sequences * cache.heads is 1099511627776; it must be at most 2147483647",
+        |w| (w.cache.sequences, w.cache.heads) = (1 << 16, 1 << 15),
+        "cache.sequences * cache.heads is 2147483648; it must be at most 2147483647",
     );
     refuses(
         |w| w.cache.sequences = 1 << 23,

@@ -2,7 +2,7 @@
 
 use crate::support::recorder::{Recorded, Recorder};
 use fastkv::{
-    abi::{GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Pages, Rows, Slots},
+    abi::{Cache, GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Pages, Rows, Slots},
     kernels::{DType, Kernel, gather},
 };
 use proptest::prelude::*;
@@ -108,8 +108,8 @@ fn gather_kv_refuses() {
     refuses(|w| w.kept.capacity = i32::MIN, "kept.capacity is -2147483648; it must be 0 or more");
     refuses(|w| w.kept.out_rows = -1, "kept.out_rows is -1; it must be 0 or more");
     refuses(
-        |w| (w.kept.sequences, w.kept.heads) = (1 << 20, 1 << 20),
-        "kept.sequences * kept.heads is 1099511627776; it must be at most 2147483647",
+        |w| (w.kept.sequences, w.kept.heads) = (1 << 16, 1 << 15),
+        "kept.sequences * kept.heads is 2147483648; it must be at most 2147483647",
     );
     refuses(|w| w.kept.indices = 0, "kept.indices is 0x0; it must be a device address, a multiple of 4");
     refuses(|w| w.kept.starts = 4, "kept.starts is 0x4; it must be a device address, a multiple of 8");
@@ -153,6 +153,27 @@ fn gather_kv_refuses() {
         |w| w.v_out = (i64::MAX - 4095) as u64,
         "v_out is 0x7ffffffffffff000; it must be 204800 elements of 1 bytes below 2^63",
     );
+    refuses(
+        |w| {
+            w.pages = Pages { table: 4096, table_pages: 63, pages: 100, page_size: 16, reserved: 0 };
+            w.kept.cu_seqlens = 4096;
+        },
+        "kept.cu_seqlens is 0x1000; it must be 0 where sources are paged",
+    );
+    refuses(
+        |w| w.slots = Slots { pages: 0, ..slots() },
+        "slots.pages is 0; it must be 1 or more where destinations are paged",
+    );
+}
+
+/// Pages of K and V may take turns, as engines lay them out.
+#[test]
+fn paged_destinations_may_interleave() {
+    let recorder = Recorder::default();
+    let work = gather::GatherKv { slots: slots(), v_out: kv().k_out + 2 * 16 * 1024, ..kv() };
+    // SAFETY: the recorder touches no memory.
+    unsafe { gather::gather_kv(&recorder, &work) }.unwrap();
+    assert_eq!(recorder.launches().len(), 1);
 }
 
 #[test]
@@ -199,6 +220,10 @@ fn gather_indices_launches_and_refuses() {
             gather::GatherIndices { out: 4096, ..work },
             "out is 0x1000..0x1404; it must be apart from list, 0x1000..0x1fa0",
         ),
+        (
+            gather::GatherIndices { out: 8192, ..work },
+            "out is 0x2000..0x2404; it must be apart from rows, 0x2000..0x2404",
+        ),
     ] {
         let recorder = Recorder::default();
         // SAFETY: as above.
@@ -206,6 +231,60 @@ fn gather_indices_launches_and_refuses() {
         assert_eq!(error.to_string(), message);
         assert!(recorder.launches().is_empty());
     }
+}
+
+#[test]
+fn compact_launches_and_refuses() {
+    let recorder = Recorder::default();
+    // A paged cache has one length for all heads of a sequence, and the new ones may follow.
+    let pages = Pages { table: 4096, table_pages: 7, pages: 100, page_size: 16, reserved: 0 };
+    let rows = |base| Rows::token_major(base, 16, 8, 128);
+    let cache =
+        Cache { k: rows(1 << 50), v: rows(1 << 51), lengths: (1 << 21) - 4, pages, ..compaction().cache };
+    // SAFETY: the recorder touches no memory, here and below.
+    unsafe { gather::compact(&recorder, &gather::Compact { cache, ..compaction() }) }.unwrap();
+    let Recorded { kernel, grid, block, .. } = recorder.last();
+    assert_eq!((kernel, grid, block), (Kernel::Compact, [8, 2, 1], [512, 1, 1]));
+    // SAFETY: as above.
+    unsafe { gather::compact(&recorder, &gather::Compact { index_capacity: 0, indices: 0, ..compaction() }) }
+        .unwrap();
+
+    let refuses = |change: fn(&mut gather::Compact), message: &str| {
+        let recorder = Recorder::default();
+        let mut work = compaction();
+        change(&mut work);
+        // SAFETY: as above.
+        let error = unsafe { gather::compact(&recorder, &work) }.expect_err(message);
+        assert_eq!(error.to_string(), message);
+        assert!(recorder.launches().is_empty(), "{message}");
+    };
+    refuses(|w| w.head_dim = 4, "head_dim is 4; it must be a multiple of 8 from 8 to 536870912 for BF16");
+    refuses(|w| w.index_capacity = 1 << 31, "index_capacity is 2147483648; it must be at most 2147483647");
+    refuses(|w| w.index_sequence_stride = -1, "index_sequence_stride is -1; it must be 0 or more");
+    refuses(|w| w.index_head_stride = -1, "index_head_stride is -1; it must be 0 or more");
+    refuses(|w| w.indices = 0, "indices is 0x0; it must be a device address, a multiple of 4");
+    refuses(|w| w.kept = 2, "kept is 0x2; it must be a device address, a multiple of 4");
+    refuses(|w| w.lengths_out = 0, "lengths_out is 0x0; it must be a device address, a multiple of 4");
+    refuses(
+        |w| w.lengths_out = w.cache.lengths + 28,
+        "lengths_out is 0x10001c..0x10003c; it must be apart from cache.lengths, 0x100000..0x100020",
+    );
+    refuses(
+        |w| w.cache.rows = 799,
+        "cache.rows is 799; it must be sequences * heads * capacity = 800 or more where starts is absent",
+    );
+    refuses(
+        |w| w.cache.k.token_stride = 64,
+        "cache.k.token_stride is 64; it must be 128 or more: rows must not overlap",
+    );
+    refuses(
+        |w| w.cache.positions = 2,
+        "cache.positions is 0x2; it must be a device address, a multiple of 4",
+    );
+    refuses(
+        |w| w.cache.capacities = 2,
+        "cache.capacities is 0x2; it must be a device address, a multiple of 4",
+    );
 }
 
 /// A failure of the device reaches the caller as it is.
@@ -237,6 +316,42 @@ fn kv() -> gather::GatherKv {
         slots: Slots::default(),
         k_out: 1 << 50,
         v_out: 1 << 51,
+        head_dim: 128,
+        dtype: DType::BF16,
+    }
+}
+
+/// Pages of 16 slots, of K and then of V.
+fn slots() -> Slots {
+    Slots {
+        slots: 4096,
+        page_stride: 2 * 16 * 1024,
+        head_stride: 128,
+        slot_stride: 1024,
+        pages: 100,
+        page_size: 16,
+    }
+}
+
+/// A cache of 100 entries for each head, of which 50 stay.
+fn compaction() -> gather::Compact {
+    gather::Compact {
+        cache: Cache {
+            k: Rows { base: 1 << 50, token_stride: 128, ..Rows::default() },
+            v: Rows { base: 1 << 51, token_stride: 128, ..Rows::default() },
+            lengths: 1 << 20,
+            rows: 800,
+            capacity: 100,
+            sequences: 1,
+            heads: 8,
+            ..Cache::default()
+        },
+        indices: 4096,
+        index_sequence_stride: 400,
+        index_head_stride: 50,
+        index_capacity: 50,
+        kept: 0,
+        lengths_out: 1 << 21,
         head_dim: 128,
         dtype: DType::BF16,
     }

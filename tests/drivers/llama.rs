@@ -231,11 +231,14 @@ fn rms_norm_refuses() {
         |w: &mut RmsNorm| w.width = 16392 => "width is 16392; it must be at most 16384",
         |w: &mut RmsNorm| w.epsilon = -1.0 => "epsilon is -1; it must be a number from 0 up",
         |w: &mut RmsNorm| w.epsilon = f32::NAN => "epsilon is NaN; it must be a number from 0 up",
+        |w: &mut RmsNorm| w.epsilon = f32::INFINITY => "epsilon is inf; it must be a number from 0 up",
         |w: &mut RmsNorm| w.weight = 8 => "weight is 0x8; it must be a device address, a multiple of 16",
         |w: &mut RmsNorm| w.out = w.x =>
             "out is 0x10000000000..0x100007d0000; it must be apart from x, 0x10000000000..0x10000fa0000",
         |w: &mut RmsNorm| w.out.base = w.weight =>
             "out is 0x80000000000..0x800007d0000; it must be apart from weight, 0x80000000000..0x80000002000",
+        |w: &mut RmsNorm| w.weight = w.x.base =>
+            "x is 0x10000000000..0x10000fa0000; it must be apart from weight, 0x10000000000..0x10000002000",
         |w: &mut RmsNorm| w.added = Some(w.x) =>
             "x is 0x10000000000..0x10000fa0000; it must be apart from added, 0x10000000000..0x100007d0000",
         |w: &mut RmsNorm| w.added = Some(w.out) =>
@@ -323,10 +326,15 @@ fn rope_launches() {
         reserved: 0,
     };
     assert_eq!(params::<RopeParams>(&launch), expected);
-    // No tokens: the lengths are carried over all the same.
-    let work = Rope { tokens: 0, total_tokens: 0, ..rotation() };
+    // No tokens, or no room: the lengths are carried over all the same.
+    let none = Rows::default();
+    let work = Rope { tokens: 0, total_tokens: 0, q: none, q_out: none, ..rotation() };
     // SAFETY: as above.
     assert_eq!(launched(|device| unsafe { rope::rope(device, &work) }).grid, [1, 3, 1]);
+    let append = Append { out_rows: 0, k_out: 0, v_out: 0, ..append() };
+    let work = Rope { append: Some(append), ..rotation() };
+    // SAFETY: as above.
+    assert_eq!(launched(|device| unsafe { rope::rope(device, &work) }).grid, [251, 3, 1]);
 }
 
 #[test]
@@ -342,7 +350,9 @@ fn rope_refuses() {
         |w: &mut Rope| w.head_dim = 272 => &format!("head_dim is 272; it must be {HEAD_DIMS}"),
         |w: &mut Rope| w.sequences = 65_536 => "sequences is 65536; it must be at most 65535",
         |w: &mut Rope| w.tokens = 1 << 31 => "tokens is 2147483648; it must be at most 2147483647",
+        |w: &mut Rope| w.total_tokens = 1 << 31 => "total_tokens is 2147483648; it must be at most 2147483647",
         |w: &mut Rope| w.query_heads = 65_537 => "query_heads is 65537; it must be at most 65536",
+        |w: &mut Rope| appended(w).kv_heads = 65_537 => "kv_heads is 65537; it must be at most 65536",
         |w: &mut Rope| w.positions = 0 => "positions is 0x0; it must be a device address, a multiple of 4",
         |w: &mut Rope| w.inverse_frequencies = 2 =>
             "inverse_frequencies is 0x2; it must be a device address, a multiple of 4",
@@ -357,6 +367,8 @@ fn rope_refuses() {
             "lengths_out is 0x1000000..0x1000060; it must be apart from lengths, 0x1000000..0x1000060",
         |w: &mut Rope| appended(w).out_rows = u64::MAX =>
             "out_rows is 18446744073709551615; it must be at most 9223372036854775807",
+        |w: &mut Rope| appended(w).positions_out = 2 =>
+            "positions_out is 0x2; it must be a device address, a multiple of 4",
         |w: &mut Rope| appended(w).k_out = 0 => "k_out is 0x0; it must be a device address, a multiple of 16",
         |w: &mut Rope| appended(w).v_out = 1 << 43 =>
             "v_out is 0x80000000000..0x8000186a000; it must be apart from k_out, 0x80000000000..0x8000186a000",

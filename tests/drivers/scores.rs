@@ -161,6 +161,21 @@ fn nothing_to_score_launches_nothing() {
     assert!(recorder.launches().is_empty());
 }
 
+/// Keys that no query observes score 0, and there need be nothing of the queries.
+#[test]
+fn no_queries_need_no_tensors() {
+    let recorder = Recorder::default();
+    let work = scores::WindowScores {
+        q: Rows::default(),
+        queries: Lengths::dense(0),
+        lse: Some(Lse { base: 0, stride: 0 }),
+        ..window_scores()
+    };
+    // SAFETY: the recorder touches no memory.
+    unsafe { scores::window_scores(&recorder, &work) }.unwrap();
+    assert_eq!(recorder.launches().len(), 1);
+}
+
 #[test]
 fn window_scores_refuses() {
     let refuses = |change: fn(&mut scores::WindowScores), message: &str| {
@@ -204,8 +219,8 @@ fn window_scores_refuses() {
         "lse is None; it must be given where scores.window is All",
     );
     refuses(
-        |w| (w.scores.window, w.queries) = (Window::All, Lengths::dense(1 << 29)),
-        "queries.longest is 536870912; it must be at most 268435456 where 4 heads share keys and scores.window is All",
+        |w| (w.scores.window, w.queries) = (Window::All, Lengths::dense((1 << 28) + 1)),
+        "queries.longest is 268435457; it must be at most 268435456 where 4 heads share keys and scores.window is All",
     );
     refuses(|w| w.k.base = 0, "k is 0x0; it must be a device address, a multiple of 16");
     refuses(|w| w.q.base = 8, "q is 0x8; it must be a device address, a multiple of 16");
@@ -246,6 +261,10 @@ fn window_scores_refuses() {
     refuses(
         |w| w.bias = Some(Bias { keys: 6, ..bias() }),
         "bias.keys is 0x6; it must be a device address, a multiple of 4",
+    );
+    refuses(
+        |w| w.bias = Some(Bias { heads: w.scores.base, ..bias() }),
+        "scores is 0x4000000000000..0x400000001f400; it must be apart from bias.heads, 0x4000000000000..0x4000000000004",
     );
     refuses(
         |w| w.scores.head_stride = 999,
@@ -344,8 +363,12 @@ fn pool_scores_refuses() {
         |w| w.query_heads = 9,
         "query_heads is 9; it must be a multiple of kv_heads = 8 from there to 2147483647",
     );
+    refuses(
+        |w| w.query_heads = 1 << 31,
+        "query_heads is 2147483648; it must be a multiple of kv_heads = 8 from there to 2147483647",
+    );
     refuses(|w| w.sequences = 1 << 16, "sequences is 65536; it must be at most 65535");
-    refuses(|w| w.tail = u32::MAX, "tail is 4294967295; it must be at most 2147483647");
+    refuses(|w| w.tail = 1 << 31, "tail is 2147483648; it must be at most 2147483647");
     refuses(|w| w.pooling = Pooling::max(8), "pooling.kernel is 8; it must be an odd number from 1 to 63");
     refuses(
         |w| w.pooling = Pooling::average(65),
@@ -417,8 +440,9 @@ fn window_scores() -> scores::WindowScores {
     }
 }
 
+/// Of one sequence, which needs no stride.
 fn bias() -> Bias {
-    Bias { heads: 1 << 43, keys: 1 << 44, key_stride: 32, value: -4.6 }
+    Bias { heads: 1 << 43, keys: 1 << 44, key_stride: 0, value: -4.6 }
 }
 
 /// Scores of two such sequences.
@@ -433,6 +457,6 @@ fn pool_scores() -> scores::PoolScores {
         tail: 8,
         pooling: Pooling::max(7),
         groups: Some(rows(1 << 41, 8)),
-        total: Some(rows(1 << 42, 1)),
+        total: Some(ScoreRows { head_stride: 0, ..rows(1 << 42, 1) }),
     }
 }

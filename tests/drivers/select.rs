@@ -142,6 +142,16 @@ fn long_rows_have_a_grid() {
     ]));
 }
 
+/// So that no product of it with a number of items that a row has is more than 32 bits hold.
+#[test]
+fn pages_are_no_larger_than_rows() {
+    let recorder = Recorder::default();
+    // SAFETY: the recorder touches no memory.
+    unsafe { select::select_topk(&recorder, &SelectTopk { page: i32::MAX as u32, ..work() }) }.unwrap();
+    let params: SelectParams = bytemuck::pod_read_unaligned(&recorder.last().params);
+    assert_eq!(params.page, 1000);
+}
+
 /// Where there is code for it.
 #[test]
 fn long_rows_have_a_cluster_on_hopper() {
@@ -157,6 +167,14 @@ fn long_rows_have_a_cluster_on_hopper() {
             assert_eq!(recorder.resources(), [Resources { cluster: [8, 1, 1], shared_bytes }]);
             assert!(shared_bytes <= 227 << 10);
         } else {
+            if built {
+                let error = select::select_topk_workspace(
+                    &recorder,
+                    &SelectTopk { form: Some(Form::Cluster), ..work },
+                );
+                let message = "form is Cluster for 393217 items; it must be another for more than 393216";
+                assert_eq!(error.unwrap_err().to_string(), message);
+            }
             assert_eq!((kernel, grid[0]), (Kernel::SelectWrite, 16));
         }
     }
@@ -224,10 +242,10 @@ fn select_topk_refuses() {
         "keys.longest is 999; it must be without cu_seqlens the tokens there are, 1000",
     );
     refuses(
-        |w| (w.sequences, w.rows) = (1 << 20, 1 << 20),
-        "sequences * rows is 1099511627776; it must be at most 268435455",
+        |w| (w.sequences, w.rows) = (1 << 14, 1 << 14),
+        "sequences * rows is 268435456; it must be at most 268435455",
     );
-    refuses(|w| w.heads = 1 << 30, "rows * groups * heads is 8589934592; it must be at most 2147483647");
+    refuses(|w| w.heads = 1 << 28, "rows * groups * heads is 2147483648; it must be at most 2147483647");
     refuses(|w| w.scores.head_stride = -1, "scores.head_stride is -1; it must be 0 or more");
     refuses(|w| w.scores.sequence_stride = -4, "scores.sequence_stride is -4; it must be 0 or more");
     refuses(|w| w.scores.base = 0, "scores is 0x0; it must be a device address, a multiple of 4");

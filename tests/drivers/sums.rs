@@ -121,6 +121,11 @@ fn refuses() {
             gather_scores(&recorder, &GatherScores { entry_stride: -1, ..gather() }),
             "entry_stride is -1; it must be 0 or more",
         );
+        refused(
+            gather_scores(&recorder, &GatherScores { out: table(3, 100), ..gather() }),
+            "out is 0x30000000000..0x30000007190; it must be apart from entries, \
+             0x30000000000..0x30000000c80",
+        );
         let scores = table(1, (1 << 30) + 1);
         refused(
             gather_scores(&recorder, &GatherScores { scores, ..gather() }),
@@ -144,8 +149,16 @@ fn refuses() {
             "lists is 65536; it must be at most 65535",
         );
         refused(
-            mark_keys(&recorder, &MarkKeys { marked: 0, ..mark() }),
+            mark_keys(&recorder, &MarkKeys { marked: 0, marked_positions: 1, ..mark() }),
             "marked is 0x0; it must be a device address, a multiple of 4",
+        );
+        refused(
+            mark_keys(&recorder, &MarkKeys { rows: u64::MAX, ..mark() }),
+            "positions is 0x10000000000; it must be 18446744073709551615 elements of 4 bytes below 2^63",
+        );
+        refused(
+            mark_keys(&recorder, &MarkKeys { out: 4 << 40, ..mark() }),
+            "out is 0x40000000000..0x40000000400; it must be apart from marked, 0x40000000000..0x40000000040",
         );
     }
 }

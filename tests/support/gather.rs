@@ -2,13 +2,14 @@
 
 use fastkv::{
     abi::{Cache, Kept, Pages, Rows, Slots},
-    kernels::{DType, Device, gather},
+    kernels::{DType, Device, Error, Launch, gather},
 };
 
 use super::{
     Check, all,
     memory::{Memory, UNTOUCHED},
     random::Random,
+    recorder::{Recorded, Recorder},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -350,6 +351,8 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
     vec![
         Check::portable("gather_indices", check_indices),
         Check::portable("gather_kv_edges", |device, _| all(edges(), |case| check_kv(device, case))),
+        Check::portable("gather_kv_walks", |device, _| walks(device)),
+        Check::portable("gather_hostile", |device, _| hostile(device)),
         Check::portable("gather_kv_random", |device, seed| {
             all((0..50).map(|n| Case::random(seed * 50 + n, 1 + n as usize % 9)), |case| {
                 check_kv(device, case)
@@ -408,6 +411,70 @@ fn check_indices<D: Device>(device: &D, seed: u64) -> Result<(), String> {
 
 /// Runs `gather_kv` and compares every byte of the destinations.
 pub(crate) fn check_kv<D: Device>(device: &D, case: &Case) -> Result<(), String> {
+    // SAFETY: `check_kv_by` describes memory that is there.
+    check_kv_by(device, case, |work| unsafe { gather::gather_kv(device, work) })
+}
+
+/// The same where a grid is too low for the lists, as a very long list makes it.
+fn walks<D: Device>(device: &D) -> Result<(), String> {
+    let case = Case::plain(Layout::TokenMajor, DType::BF16, [2, 2, 300, 280, 64]);
+    check_kv_by(device, &case, |work| {
+        let recorder = Recorder::default();
+        // SAFETY: the recorder touches no memory.
+        unsafe { gather::gather_kv(&recorder, work) }?;
+        let Recorded { kernel, grid, block, params } = recorder.last();
+        assert!(grid[1] > 2, "{grid:?}");
+        // SAFETY: fewer blocks do the same.
+        unsafe {
+            device.launch(&Launch {
+                kernel,
+                grid: [grid[0], 2, grid[2]],
+                cluster: [1; 3],
+                block,
+                shared_bytes: 0,
+                params: &params,
+            })
+        }
+    })
+}
+
+/// Starts of sequences that make no sense lead nowhere outside the tensors.
+fn hostile<D: Device>(device: &D) -> Result<(), String> {
+    for starts in [[-5, 10, 40], [10, 5, 2], [15, 25, i32::MAX], [i32::MIN, i32::MIN, i32::MAX]] {
+        let mut memory = Memory::new(device);
+        let indices: Vec<i32> = (0..40).map(|index| index % 20).collect();
+        let kept = Kept {
+            indices: memory.put(bytemuck::cast_slice(&indices)),
+            index_sequence_stride: 20,
+            cu_seqlens: memory.put(bytemuck::cast_slice(&starts)),
+            positions: memory.put(&[0; 4 * 20]),
+            positions_out: memory.untouched(4 * 40),
+            out_rows: 40,
+            sequences: 2,
+            heads: 1,
+            tokens: 20,
+            capacity: 20,
+            ..Kept::default()
+        };
+        let work = gather::GatherRows {
+            kept,
+            rows: Rows::packed(memory.put(&[0; 20 * 16]), 1, 8),
+            out: memory.untouched(40 * 16),
+            width: 8,
+            dtype: DType::BF16,
+        };
+        // SAFETY: every address is a block of `memory` of the size that its field states.
+        unsafe { gather::gather_rows(device, &work) }.map_err(|error| format!("{starts:?}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Runs `gather_kv` by a launch of it.
+fn check_kv_by<D: Device>(
+    device: &D,
+    case: &Case,
+    launch: impl Fn(&gather::GatherKv) -> Result<(), Error>,
+) -> Result<(), String> {
     let mut memory = Memory::new(device);
     let (k, v) = (case.source(1), case.source(2));
     let out_bytes = case.places() * case.width * case.dtype.bytes() as usize;
@@ -423,8 +490,7 @@ pub(crate) fn check_kv<D: Device>(device: &D, case: &Case) -> Result<(), String>
         head_dim: case.width as u32,
         dtype: case.dtype,
     };
-    // SAFETY: every address is a block of `memory` of the size that its field states.
-    unsafe { gather::gather_kv(device, &work) }.map_err(|error| error.to_string())?;
+    launch(&work).map_err(|error| error.to_string())?;
     memory.expect("k_out", work.k_out, &case.moved(&k))?;
     memory.expect("v_out", work.v_out, &case.moved(&v))?;
     memory.expect("positions_out", kept.positions_out, &case.moved_positions())

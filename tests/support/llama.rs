@@ -31,6 +31,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         }),
         Check::portable("rope_angles", check_angles),
         Check::portable("rope_edges", |device, _| all(rope_edges(), |case| check_rope(device, case))),
+        Check::portable("rope_hostile", |device, _| rope_hostile(device)),
         Check::portable("rope_random", |device, seed| {
             all((0..16).map(|n| RopeCase::random(seed * 16 + n)), |case| check_rope(device, case))
         }),
@@ -718,6 +719,56 @@ fn check_rope<D: Device>(device: &D, case: &RopeCase) -> Result<(), String> {
     Ok(())
 }
 
+/// Starts of sequences that make no sense: nothing outside the tensors is touched, and lengths grow by the tokens
+/// there are.
+fn rope_hostile<D: Device>(device: &D) -> Result<(), String> {
+    const TOTAL: i32 = 30;
+    const MOST: i32 = 9;
+    for starts in [[-5, 10, 5, 40], [i32::MIN, i32::MAX, 3, i32::MIN], [0, 9, 19, 29], [25, 31, 31, i32::MAX]]
+    {
+        let mut memory = Memory::new(device);
+        let mut rows = || Rows::packed(memory.put(&[0; TOTAL as usize * 16 * 2]), 1, 16);
+        let (k, v) = (rows(), rows());
+        let append = rope::Append {
+            k,
+            v,
+            k_out: memory.reserve(3 * 12 * 16 * 2),
+            v_out: memory.reserve(3 * 12 * 16 * 2),
+            starts: memory.put(bytemuck::cast_slice(&[0_i64, 12, 24])),
+            lengths: memory.put(bytemuck::cast_slice(&[1_i32, 2, 3])),
+            lengths_out: memory.untouched(12),
+            positions_out: 0,
+            out_rows: 36,
+            kv_heads: 1,
+        };
+        let work = rope::Rope {
+            q: Rows::default(),
+            q_out: Rows::default(),
+            query_heads: 0,
+            append: Some(append),
+            positions: memory.put(&[0; 4 * TOTAL as usize]),
+            inverse_frequencies: memory.put(&[0; 32]),
+            cu_seqlens: memory.put(bytemuck::cast_slice(&starts)),
+            sequences: 3,
+            tokens: MOST as u32,
+            total_tokens: TOTAL as u32,
+            head_dim: 16,
+            dtype: DType::BF16,
+        };
+        // SAFETY: every address is a block of `memory` of the size that its field states.
+        unsafe { rope::rope(device, &work) }.map_err(|error| format!("{starts:?}: {error}"))?;
+        let tokens = |n: usize| match starts[n] {
+            0.. => i64::from(starts[n + 1].min(TOTAL)) - i64::from(starts[n]),
+            _ => 0,
+        };
+        let lengths = [0, 1, 2].map(|n| n as i32 + 1 + tokens(n).clamp(0, MOST.into()) as i32);
+        memory
+            .expect("lengths_out", append.lengths_out, bytemuck::cast_slice(&lengths))
+            .map_err(|error| format!("{starts:?}: {error}"))?;
+    }
+    Ok(())
+}
+
 // ---------------------------------------------------------------------------------------------
 // Sampling
 
@@ -902,6 +953,21 @@ fn draw_edges(seed: u64) -> Vec<SampleCase> {
             Some(each_uniform(plain)[..3].to_vec()),
         ));
     }
+    // Several at no distance, of which a temperature of almost 0 leaves no other.
+    let equal = vec![1.0, 2.0, 2.0, -1.0, 2.0];
+    cases.push(SampleCase::new(
+        DType::F32,
+        repeat(&equal),
+        Some(each_uniform(Draw { temperature: 1e-40, ..plain })),
+    ));
+    // The last distance of a bin of the first histogram, and the first of the next, for the lower token.
+    let bin = |bits: u32| (f32::from_bits(bits) * std::f32::consts::LOG2_E * 25.6) as i32;
+    let first = 1.0_f32.to_bits();
+    let next = (first..).find(|bits| bin(*bits) > bin(first)).expect("an end of the bin");
+    let at = |bits: u32| -f64::from(f32::from_bits(bits));
+    let around = vec![0.0, at(next), at(next - 1), at(next - 1000)];
+    let draws = [0.6, 0.74, 0.9].map(|uniform| Draw { uniform, ..plain });
+    cases.push(SampleCase::new(DType::F32, repeat(&around)[..3].to_vec(), Some(draws.to_vec())));
     // Distances that share a bin of the first histogram, and of the next.
     let close: Vec<f64> = (0..600).map(|_| 20.0 + f64::from(random.below(40) as f32 * 2e-6)).collect();
     cases.push(SampleCase::new(

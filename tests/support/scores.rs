@@ -551,10 +551,8 @@ fn edges() -> Vec<Case> {
         [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 511, 512, 513, 1025].into_iter().enumerate()
     {
         for lse in [true, false] {
-            cases.push(Case {
-                lse,
-                ..Case::plain(types[number % 2], dims[(number + usize::from(lse)) % 4], 2, 8, keys)
-            });
+            let plain = Case::plain(types[number % 2], dims[(number + usize::from(lse)) % 4], 2, 8, keys);
+            cases.push(Case { kv_heads: 1 + number % 2, lse, ..plain });
         }
     }
     // More columns than a block of the first pass takes, of which some heads are biased.
@@ -614,6 +612,15 @@ fn column_edges() -> Vec<Case> {
                 cases.push(Case { sequences: vec![lengths], bias, columns, ..plain.clone() }.summed());
             }
         }
+    }
+    // Bands that end at a warp's last key, that begin at its first or before a step's last, for a query that is
+    // the first of its tile, or alone.
+    for (head_dim, group, lengths, band) in
+        [(64, 1, [1, 32], 1), (64, 4, [200, 260], 43), (256, 2, [72, 72], 2)]
+    {
+        let columns = Some(Columns { weight: 1.0, step: 0.0, band: Some(band) });
+        let plain = Case::plain(DType::BF16, head_dim, group, lengths[0], lengths[1]);
+        cases.push(Case { sequences: vec![lengths], columns, ..plain }.summed());
     }
     let packed = Case {
         layout: Layout::Packed,
@@ -862,7 +869,7 @@ impl PoolCase {
         let packed = random.below(2) == 0;
         let keys = |random: &mut Random| random.of(&[0, 1, 3, 7, 8, 127, 128, 129, 300]) + random.below(3);
         let uniform = keys(&mut random);
-        let kernel = random.of(&[1, 3, 5, 7, 9, 31, 63]);
+        let kernel = random.of(&[1, 3, 5, 7, 9, 21, 31, 63]);
         Self {
             kv_heads: random.of(&[1, 2, 7, 8, 9, 17]),
             group: random.of(&[1, 2, 3, 4, 7]),
@@ -911,7 +918,8 @@ pub(crate) fn check_pool<D: Device>(device: &D, case: &PoolCase) -> Result<(), S
         ScoreRows { base, sequence_stride: sequence_stride as i64, head_stride: stride as i64 }
     };
     let work = scores::PoolScores {
-        scores: rows(query_heads, Some(&scores)),
+        // Nothing lies behind the last score.
+        scores: rows(query_heads, Some(&scores[..scores.len() + longest - stride])),
         sequences: sequences as u32,
         query_heads: query_heads as u32,
         kv_heads: case.kv_heads as u32,
