@@ -8,7 +8,7 @@ use std::{process::ExitCode, sync::Arc};
 use fastkv::{
     abi::Pooling,
     backend::cuda::CudaLauncher,
-    kernels::{DType, Device, batch::Window, select::Form},
+    kernels::{DType, Device, Launcher, batch::Window, select::Form},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::{

@@ -20,7 +20,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use fastkv::{
     abi,
-    kernels::{Device, Error, Kernel, Launch, TensorMap},
+    kernels::{Device, Error, Kernel, Launch, Launcher, TensorMap},
 };
 use ptx_emulator::Schedule;
 
@@ -89,11 +89,8 @@ impl Observed {
     }
 }
 
-impl Device for Observed {
-    type Event = ();
-
-    forward! { device: alloc free upload download copy fill tensor_map synchronize record elapsed_ms compute_capability
-    multiprocessors }
+impl Launcher for Observed {
+    forward! { device: fill tensor_map compute_capability multiprocessors }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
         // SAFETY: the caller's promise.
@@ -103,6 +100,12 @@ impl Device for Observed {
         self.sectors.set(self.sectors.get() + counters.global_sectors + counters.bulk_sectors);
         Ok(())
     }
+}
+
+impl Device for Observed {
+    type Event = ();
+
+    forward! { device: alloc free upload download copy synchronize record elapsed_ms }
 }
 
 /// Hands out addresses, writes nothing there, and launches nothing.
@@ -115,10 +118,12 @@ struct Described {
     most: Cell<u64>,
 }
 
+impl Launcher for Described {
+    forward! { launches: fill launch tensor_map compute_capability multiprocessors }
+}
+
 impl Device for Described {
     type Event = ();
-
-    forward! { launches: copy fill launch tensor_map synchronize record elapsed_ms compute_capability multiprocessors }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
         let begin = self.end.get() + 256;
@@ -142,5 +147,21 @@ impl Device for Described {
 
     unsafe fn download(&self, to: &mut [u8], _: u64) -> Result<(), Error> {
         unreachable!("{} bytes: a bench reads nothing back", to.len())
+    }
+
+    unsafe fn copy(&self, _: u64, _: u64, _: usize) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        unreachable!("a bench waits by events")
+    }
+
+    fn record(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn elapsed_ms(&self, _: &(), _: &()) -> Result<f32, Error> {
+        unreachable!("nothing is measured here")
     }
 }

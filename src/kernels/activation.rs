@@ -1,7 +1,7 @@
 //! What stands between the matrix products of a layer element by element.
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Error, Kernel, Launch, Launcher,
     check::{count, disjoint, matrix, pieces},
 };
 use crate::abi::{self, AddParams, ConvertParams, Rows, SiluMulParams};
@@ -66,7 +66,7 @@ pub struct SiluMul {
 /// # Safety
 /// Both matrices are device memory of the size that is described until the kernel is done. Nothing else
 /// writes them or reads `x` meanwhile.
-pub unsafe fn add<D: Device + ?Sized>(device: &D, work: &Add) -> Result<(), Error> {
+pub unsafe fn add<D: Launcher + ?Sized>(device: &D, work: &Add) -> Result<(), Error> {
     let Add { x, y, rows, width, x_dtype, y_dtype } = *work;
     let columns = pieces("width", width)?;
     if count("rows", rows)? == 0 {
@@ -90,7 +90,7 @@ pub unsafe fn add<D: Device + ?Sized>(device: &D, work: &Add) -> Result<(), Erro
 /// # Safety
 /// Both matrices are device memory of the size that is described until the kernel is done. Nothing else
 /// writes them or reads `out` meanwhile.
-pub unsafe fn convert<D: Device + ?Sized>(device: &D, work: &Convert) -> Result<(), Error> {
+pub unsafe fn convert<D: Launcher + ?Sized>(device: &D, work: &Convert) -> Result<(), Error> {
     let Convert { x, out, rows, width, x_dtype, out_dtype } = *work;
     let columns = pieces("width", width)?;
     if count("rows", rows)? == 0 {
@@ -119,7 +119,7 @@ pub unsafe fn convert<D: Device + ?Sized>(device: &D, work: &Convert) -> Result<
 /// # Safety
 /// The matrices are device memory of the size that is described until the kernel is done. Nothing else
 /// writes them or reads `out` meanwhile.
-pub unsafe fn silu_mul<D: Device + ?Sized>(device: &D, work: &SiluMul) -> Result<(), Error> {
+pub unsafe fn silu_mul<D: Launcher + ?Sized>(device: &D, work: &SiluMul) -> Result<(), Error> {
     let SiluMul { gate, up, out, rows, width, dtype } = *work;
     let columns = pieces("width", width)?;
     if count("rows", rows)? == 0 {

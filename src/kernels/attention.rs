@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::{
-    DType, Device, Error, Kernel, Launch, TensorMap,
+    DType, Error, Kernel, Launch, Launcher, TensorMap,
     batch::{self, Bias, Lengths, Lse, Scores, Window},
     check::{self, Presence, Shape, range},
     images,
@@ -98,7 +98,7 @@ pub fn prefill_attention_workspace(work: &PrefillAttention) -> Result<usize, Err
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else touches the outputs or the workspace meanwhile, and nothing
 /// writes the inputs.
-pub unsafe fn prefill_attention<D: Device + ?Sized>(
+pub unsafe fn prefill_attention<D: Launcher + ?Sized>(
     device: &D,
     work: &PrefillAttention,
 ) -> Result<(), Error> {
@@ -273,7 +273,7 @@ fn score_bytes(work: &PrefillAttention, step_keys: u32, slots: u32) -> u32 {
 }
 
 /// The form that was asked for, if it can do the work, or the fastest that can.
-fn form<D: Device + ?Sized>(device: &D, work: &PrefillAttention) -> Result<Form, Error> {
+fn form<D: Launcher + ?Sized>(device: &D, work: &PrefillAttention) -> Result<Form, Error> {
     let why_not = why_not_hopper(device, work);
     match (work.form, why_not) {
         (Some(Form::Hopper), Some(why)) => {
@@ -285,7 +285,7 @@ fn form<D: Device + ?Sized>(device: &D, work: &PrefillAttention) -> Result<Form,
     }
 }
 
-fn why_not_hopper<D: Device + ?Sized>(device: &D, work: &PrefillAttention) -> Option<&'static str> {
+fn why_not_hopper<D: Launcher + ?Sized>(device: &D, work: &PrefillAttention) -> Option<&'static str> {
     let image = Kernel::Sm90AttentionBf16D128.image();
     if device.compute_capability() != (9, 0) || !images::images().iter().any(|other| other.name == image) {
         return Some("kernel is for compute capability 9.0, and built for it");

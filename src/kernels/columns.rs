@@ -5,7 +5,7 @@
 //! alone, to the bit.
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Error, Kernel, Launch, Launcher,
     batch::{ScoreHeads, Window},
     scores::{WindowScores, prepare},
 };
@@ -35,7 +35,7 @@ pub struct ColumnSums {
 ///
 /// # Safety
 /// As for [`window_scores`](super::scores::window_scores).
-pub unsafe fn column_sums<D: Device + ?Sized>(device: &D, work: &ColumnSums) -> Result<(), Error> {
+pub unsafe fn column_sums<D: Launcher + ?Sized>(device: &D, work: &ColumnSums) -> Result<(), Error> {
     let ColumnSums { sums, weight, step, band } = work;
     check(work)?;
     let Some(prepared) = prepare(sums)? else { return Ok(()) };

@@ -6,7 +6,7 @@
 //! same bit for bit, whatever else is in the batch and whatever the device.
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Error, Kernel, Launch, Launcher,
     batch::{self, Bias, Lengths},
     cache,
     check::{self, Presence, Shape, apart, range},
@@ -87,7 +87,7 @@ pub fn decode_workspace(work: &Decode) -> Result<usize, Error> {
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else writes any of it meanwhile, and where something is appended
 /// no two lists share the rows behind their ends.
-pub unsafe fn decode<D: Device + ?Sized>(device: &D, work: &Decode) -> Result<(), Error> {
+pub unsafe fn decode<D: Launcher + ?Sized>(device: &D, work: &Decode) -> Result<(), Error> {
     let split = Split::of(work)?;
     let cache = &work.cache;
     if split.lists == 0 {

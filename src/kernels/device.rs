@@ -1,14 +1,54 @@
-//! What a driver needs of a device, and nothing more.
+//! What a driver needs of a device, and what whoever also keeps memory there needs beside.
 
 use super::{DType, Error, Kernel};
 use crate::abi;
 
-/// One stream of one device. Everything called on it runs in the order of the calls, after the call
-/// has returned; only [`download`](Self::download) and [`synchronize`](Self::synchronize) wait.
+/// One stream of one device, as a driver sees it: all that it calls. What is queued runs in the order of the calls,
+/// after the call has returned; nothing here waits.
+///
+/// [`CudaLauncher`](crate::backend::cuda::CudaLauncher) is one on the primary context of a GPU, and on any stream of it.
+/// An engine with another context, or with bindings that are to launch, implements these five methods.
+pub trait Launcher {
+    /// Queues a kernel: of the module that [`Kernel::image`](Kernel::image) names in
+    /// [`images`](super::images::images), the function [`Kernel::entry`](Kernel::entry).
+    ///
+    /// Its only parameter is a struct, `launch.params`, which is copied before the call returns. Kernels ask for up to
+    /// what a block can have of dynamic shared memory, so each function is first allowed that much
+    /// (`CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`). A cluster other than `[1, 1, 1]` is a launch attribute.
+    ///
+    /// # Errors
+    /// [`Launch::failed`] where the driver refuses; [`Error::Missing`] where there is no such function.
+    ///
+    /// # Safety
+    /// `launch.params` is the kernel's own struct from [`abi`](crate::abi), and every address in it holds
+    /// what the struct's comments say until the kernel is done.
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error>;
+
+    /// Sets every byte of a range to `value`.
+    ///
+    /// # Safety
+    /// `to..to + bytes` is device memory that the caller may write.
+    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error>;
+
+    /// Describes a tensor to the copy engine that chips from Hopper on have.
+    ///
+    /// # Errors
+    /// What the device says of a tensor that it cannot describe, or where it describes none.
+    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error>;
+
+    /// Major and minor compute capability: what decides which form of a kernel runs.
+    fn compute_capability(&self) -> (u32, u32);
+
+    /// Streaming multiprocessors: what a persistent grid is sized by.
+    fn multiprocessors(&self) -> u32;
+}
+
+/// A [`Launcher`] that also has memory and can be waited for: what the CUDA backend and tests work on. Only
+/// [`download`](Self::download) and [`synchronize`](Self::synchronize) wait.
 ///
 /// Memory is a plain address: whoever allocates keeps the books. Safe code that calls a driver relies
 /// on its caller's promise about those addresses, which is why every method that takes one is unsafe.
-pub trait Device {
+pub trait Device: Launcher {
     /// A point in the stream's time.
     type Event;
 
@@ -57,23 +97,9 @@ pub trait Device {
     /// Both ranges are device memory, and the caller may write the one at `to`.
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error>;
 
-    /// Sets every byte of a range to `value`.
-    ///
-    /// # Safety
-    /// `to..to + bytes` is device memory that the caller may write.
-    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error>;
-
-    /// Queues a kernel.
-    ///
-    /// # Safety
-    /// `launch.params` is the kernel's own struct from [`abi`](crate::abi), and every address in it holds
-    /// what the struct's comments say until the kernel is done.
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error>;
-
     /// Keeps what `work` queues as one piece, to be queued as often as wanted, instead of queueing it. `work` calls
-    /// [`launch`](Self::launch), [`copy`](Self::copy), [`fill`](Self::fill) and matrix products, and nothing else of this
-    /// device. `None`
-    /// from a device that keeps no such pieces: then `work` was not called.
+    /// [`launch`](Launcher::launch), [`copy`](Self::copy), [`fill`](Launcher::fill) and matrix products, and nothing
+    /// else of this device. `None` from a device that keeps no such pieces: then `work` was not called.
     ///
     /// # Errors
     /// Those of `work`, and [`Error::Device`] where the device fails; nothing is queued or kept then.
@@ -87,12 +113,6 @@ pub trait Device {
         let _ = work;
         Ok(None)
     }
-
-    /// Describes a tensor to the copy engine that chips from Hopper on have.
-    ///
-    /// # Errors
-    /// What the device says of a tensor that it cannot describe, or where it describes none.
-    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error>;
 
     /// Waits for the work queued so far.
     ///
@@ -111,12 +131,6 @@ pub trait Device {
     /// # Errors
     /// [`Error::Device`] where the device fails.
     fn elapsed_ms(&self, from: &Self::Event, to: &Self::Event) -> Result<f32, Error>;
-
-    /// Major and minor compute capability: what decides which form of a kernel runs.
-    fn compute_capability(&self) -> (u32, u32);
-
-    /// Streaming multiprocessors: what a persistent grid is sized by.
-    fn multiprocessors(&self) -> u32;
 }
 
 /// Work that a device [captured](Device::capture).

@@ -1,7 +1,7 @@
 //! Rows of the embedding table.
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Error, Kernel, Launch, Launcher,
     check::{Presence, count, disjoint, pieces, range},
 };
 use crate::abi::{self, EmbedParams};
@@ -39,7 +39,7 @@ pub struct Embed {
 /// # Safety
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else touches `out` or `fault` meanwhile, and nothing writes the rest.
-pub unsafe fn embed<D: Device + ?Sized>(device: &D, work: &Embed) -> Result<(), Error> {
+pub unsafe fn embed<D: Launcher + ?Sized>(device: &D, work: &Embed) -> Result<(), Error> {
     let Embed { rows, vocabulary, table_dtype, out_dtype, .. } = *work;
     let width = pieces("width", work.width)?;
     let vocabulary = count("vocabulary", vocabulary)?;

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::{
-    DType, Device, Error, Kernel, Launch, cache,
+    DType, Error, Kernel, Launch, Launcher, cache,
     check::{self, MAX_GRID_YZ, Presence, Shape, count, disjoint, last, range, row_bytes},
 };
 use crate::abi::{
@@ -105,7 +105,7 @@ pub struct GatherIndices {
 /// # Safety
 /// Every address in `work` is device memory of the size its comment states until the kernel is done.
 /// Nothing else writes them or reads `out` meanwhile.
-pub unsafe fn gather_indices<D: Device + ?Sized>(device: &D, work: &GatherIndices) -> Result<(), Error> {
+pub unsafe fn gather_indices<D: Launcher + ?Sized>(device: &D, work: &GatherIndices) -> Result<(), Error> {
     let params = GatherIndicesParams {
         list: work.list,
         rows: work.rows,
@@ -146,7 +146,7 @@ pub unsafe fn gather_indices<D: Device + ?Sized>(device: &D, work: &GatherIndice
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else writes `k_out`, `v_out` or `positions_out` meanwhile, and
 /// nothing writes the sources.
-pub unsafe fn gather_kv<D: Device + ?Sized>(device: &D, work: &GatherKv) -> Result<(), Error> {
+pub unsafe fn gather_kv<D: Launcher + ?Sized>(device: &D, work: &GatherKv) -> Result<(), Error> {
     let kept = &work.kept;
     let row_bytes = row_bytes("head_dim", work.head_dim, work.dtype)?;
     let lists = check_sizes(kept)?;
@@ -206,7 +206,7 @@ pub unsafe fn gather_kv<D: Device + ?Sized>(device: &D, work: &GatherKv) -> Resu
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else writes `out` or `positions_out` meanwhile, and nothing writes
 /// the source.
-pub unsafe fn gather_rows<D: Device + ?Sized>(device: &D, work: &GatherRows) -> Result<(), Error> {
+pub unsafe fn gather_rows<D: Launcher + ?Sized>(device: &D, work: &GatherRows) -> Result<(), Error> {
     let kept = &work.kept;
     let row_bytes = row_bytes("width", work.width, work.dtype)?;
     if kept.heads != 1 {
@@ -254,7 +254,7 @@ pub unsafe fn gather_rows<D: Device + ?Sized>(device: &D, work: &GatherRows) -> 
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else reads or writes K, V and `cache.positions`, or writes the rest
 /// meanwhile, and no two lists share an entry.
-pub unsafe fn compact<D: Device + ?Sized>(device: &D, work: &Compact) -> Result<(), Error> {
+pub unsafe fn compact<D: Launcher + ?Sized>(device: &D, work: &Compact) -> Result<(), Error> {
     let row_bytes = row_bytes("head_dim", work.head_dim, work.dtype)?;
     let lists = cache::lists(&work.cache)?;
     if lists == 0 {

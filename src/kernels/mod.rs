@@ -1,7 +1,7 @@
 //! The CUDA kernels and their drivers: what an engine takes that brings its own model.
 //!
 //! A driver takes a description of the work, checks it, and launches. It never allocates, never
-//! waits, and never calls CUDA itself: it talks to a [`Device`], which is the CUDA driver in
+//! waits, and never calls CUDA itself: it talks to a [`Launcher`], which is the CUDA driver in
 //! `backend::cuda` and something simpler in tests. Addresses are plain `u64` device addresses, so that
 //! any CUDA binding can call.
 //!
@@ -40,7 +40,7 @@ pub mod scores;
 pub mod select;
 pub mod sums;
 
-pub use device::{Device, Graph, Launch, TensorMap};
+pub use device::{Device, Graph, Launch, Launcher, TensorMap};
 pub use error::{Error, cuda_error_name};
 pub use kernel::Kernel;
 pub use matmul::{Matmul, MatrixProduct};

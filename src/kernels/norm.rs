@@ -1,7 +1,7 @@
 //! RMSNorm (arXiv 1910.07467), and the residual sum before it.
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Error, Kernel, Launch, Launcher,
     check::{Presence, count, disjoint, matrix, pieces, range},
 };
 use crate::abi::{self, RmsNormParams, Rows};
@@ -47,7 +47,7 @@ pub const MAX_WIDTH: u32 = (abi::NORM_THREADS * abi::NORM_PIECES * abi::PIECE) a
 /// # Safety
 /// Every address in `work` is device memory of the size that is described until the kernel is done.
 /// Nothing else writes them, or reads what is written, meanwhile.
-pub unsafe fn rms_norm<D: Device + ?Sized>(device: &D, work: &RmsNorm) -> Result<(), Error> {
+pub unsafe fn rms_norm<D: Launcher + ?Sized>(device: &D, work: &RmsNorm) -> Result<(), Error> {
     let RmsNorm { x, added, out, weight, rows, width, x_dtype, dtype, epsilon } = *work;
     let columns = pieces("width", width)?;
     if width > MAX_WIDTH {

@@ -1,7 +1,7 @@
 //! Rotary position embedding (arXiv 2104.09864), fused with the append of K and V to a ragged cache.
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Error, Kernel, Launch, Launcher,
     check::{self, MAX_GRID_YZ, Presence, Shape, count, disjoint, range},
 };
 use crate::abi::{self, RopeParams, Rows};
@@ -79,7 +79,7 @@ pub const MAX_HEAD_DIM: u32 = abi::ROPE_HEAD_DIM as u32;
 /// # Safety
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else writes them, or reads what is written, meanwhile.
-pub unsafe fn rope<D: Device + ?Sized>(device: &D, work: &Rope) -> Result<(), Error> {
+pub unsafe fn rope<D: Launcher + ?Sized>(device: &D, work: &Rope) -> Result<(), Error> {
     let Rope { q, q_out, query_heads, head_dim, dtype, .. } = *work;
     let unit = 2 * abi::PIECE as u32;
     if head_dim == 0 || !head_dim.is_multiple_of(unit) || head_dim > MAX_HEAD_DIM {

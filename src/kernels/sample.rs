@@ -1,7 +1,7 @@
 //! The next token of each row of logits.
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Error, Kernel, Launch, Launcher,
     check::{Presence, count, matrix, range},
 };
 use crate::abi::{self, Rows, SampleParams};
@@ -40,7 +40,7 @@ pub const MAX_VOCABULARY: u32 = 1 << 22;
 /// # Safety
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else touches `tokens` meanwhile, and nothing writes the rest.
-pub unsafe fn sample<D: Device + ?Sized>(device: &D, work: &Sample) -> Result<(), Error> {
+pub unsafe fn sample<D: Launcher + ?Sized>(device: &D, work: &Sample) -> Result<(), Error> {
     let Sample { logits, draws, tokens, rows, vocabulary, dtype } = *work;
     if vocabulary == 0 || vocabulary > MAX_VOCABULARY {
         return Err(Error::argument("vocabulary", vocabulary, format!("from 1 to {MAX_VOCABULARY}")));

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::{
-    DType, Device, Error, Kernel, Launch,
+    DType, Error, Kernel, Launch, Launcher,
     batch::{self, Bias, Lengths, Lse, ScoreRows, Scores, Window},
     check::{self, MAX_GRID_YZ, Presence, Shape, apart, range},
 };
@@ -108,7 +108,7 @@ pub fn window_scores_workspace(work: &WindowScores) -> Result<usize, Error> {
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernels are done. Nothing else touches the scores or the workspace meanwhile, and nothing
 /// writes the inputs.
-pub unsafe fn window_scores<D: Device + ?Sized>(device: &D, work: &WindowScores) -> Result<(), Error> {
+pub unsafe fn window_scores<D: Launcher + ?Sized>(device: &D, work: &WindowScores) -> Result<(), Error> {
     let Some(prepared) = prepare(work)? else { return Ok(()) };
     let Prepared { params, form, .. } = &prepared;
     let longest = work.keys.longest;
@@ -221,7 +221,7 @@ pub(super) fn prepare(work: &WindowScores) -> Result<Option<Prepared>, Error> {
 /// # Safety
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else touches the outputs meanwhile, and nothing writes the inputs.
-pub unsafe fn pool_scores<D: Device + ?Sized>(device: &D, work: &PoolScores) -> Result<(), Error> {
+pub unsafe fn pool_scores<D: Launcher + ?Sized>(device: &D, work: &PoolScores) -> Result<(), Error> {
     check_pooling(work)?;
     let keys = work.keys.longest.saturating_sub(work.tail);
     if work.sequences == 0 || keys == 0 || work.groups.is_none() && work.total.is_none() {

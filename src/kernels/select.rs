@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::{
-    Device, Error, Kernel, Launch,
+    Error, Kernel, Launch, Launcher,
     batch::{Lengths, ScoreRows},
     check::{Presence, disjoint, last, range},
     images,
@@ -108,7 +108,7 @@ const MAX_ROWS: u64 = i32::MAX as u64 / abi::SELECT_CLUSTER as u64;
 ///
 /// # Errors
 /// [`Error::Argument`] for sizes that cannot be right.
-pub fn select_topk_workspace<D: Device + ?Sized>(device: &D, work: &SelectTopk) -> Result<usize, Error> {
+pub fn select_topk_workspace<D: Launcher + ?Sized>(device: &D, work: &SelectTopk) -> Result<usize, Error> {
     let sizes = Sizes::of(work)?;
     match form(device, work, &sizes)? {
         Form::Grid => Ok(sizes.workspace()?.bytes),
@@ -126,7 +126,7 @@ pub fn select_topk_workspace<D: Device + ?Sized>(device: &D, work: &SelectTopk) 
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernels are done. Nothing else writes `kept`, `kept_lengths` or the workspace meanwhile, and
 /// nothing writes what is read.
-pub unsafe fn select_topk<D: Device + ?Sized>(device: &D, work: &SelectTopk) -> Result<(), Error> {
+pub unsafe fn select_topk<D: Launcher + ?Sized>(device: &D, work: &SelectTopk) -> Result<(), Error> {
     let sizes = Sizes::of(work)?;
     let form = form(device, work, &sizes)?;
     if sizes.rows == 0 {
@@ -208,7 +208,7 @@ pub unsafe fn select_topk<D: Device + ?Sized>(device: &D, work: &SelectTopk) -> 
 }
 
 /// The form that was asked for, if it can do the work, or the one that is likely the fastest.
-fn form<D: Device + ?Sized>(device: &D, work: &SelectTopk, sizes: &Sizes) -> Result<Form, Error> {
+fn form<D: Launcher + ?Sized>(device: &D, work: &SelectTopk, sizes: &Sizes) -> Result<Form, Error> {
     let clusters = device.compute_capability() == (9, 0)
         && images::images().iter().any(|image| image.name == Kernel::SelectCluster.image());
     let Some(form) = work.form else {

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::{
-    Device, Error, Kernel, Launch,
+    Error, Kernel, Launch, Launcher,
     check::{MAX_GRID_YZ, Presence, apart, count, range},
 };
 use crate::abi::{
@@ -98,7 +98,7 @@ pub struct MarkKeys {
 /// # Safety
 /// Every address in `work` is device memory of the size its comment states until the kernel is done. Nothing
 /// else touches `out` meanwhile, and nothing writes the rest.
-pub unsafe fn add_scores<D: Device + ?Sized>(device: &D, work: &AddScores) -> Result<(), Error> {
+pub unsafe fn add_scores<D: Launcher + ?Sized>(device: &D, work: &AddScores) -> Result<(), Error> {
     let AddScores { a, b, out, heads } = *work;
     if check_heads(heads)? == 0 || out.keys == 0 {
         return Ok(());
@@ -123,7 +123,7 @@ pub unsafe fn add_scores<D: Device + ?Sized>(device: &D, work: &AddScores) -> Re
 /// # Safety
 /// Every address in `work` is device memory of the size its comment states until the kernel is done. Nothing
 /// else touches `out` meanwhile, and nothing writes the rest.
-pub unsafe fn gather_scores<D: Device + ?Sized>(device: &D, work: &GatherScores) -> Result<(), Error> {
+pub unsafe fn gather_scores<D: Launcher + ?Sized>(device: &D, work: &GatherScores) -> Result<(), Error> {
     let GatherScores { scores, out, entries, entry_stride, heads } = *work;
     if check_heads(heads)? == 0 || out.keys == 0 {
         return Ok(());
@@ -151,7 +151,7 @@ pub unsafe fn gather_scores<D: Device + ?Sized>(device: &D, work: &GatherScores)
 /// # Safety
 /// Every address in `work` is device memory of the size its comment states until the kernel is done. Nothing
 /// else touches the scores meanwhile, and nothing writes the keys.
-pub unsafe fn raise_scores<D: Device + ?Sized>(device: &D, work: &RaiseScores) -> Result<(), Error> {
+pub unsafe fn raise_scores<D: Launcher + ?Sized>(device: &D, work: &RaiseScores) -> Result<(), Error> {
     let RaiseScores { scores, keys, count: wanted, heads } = *work;
     let wanted = count("count", wanted)?;
     if check_heads(heads)? == 0 || wanted == 0 || scores.keys == 0 {
@@ -173,7 +173,7 @@ pub unsafe fn raise_scores<D: Device + ?Sized>(device: &D, work: &RaiseScores) -
 /// # Safety
 /// Every address in `work` is device memory of the size its comment states until the kernel is done. Nothing
 /// else touches `out` meanwhile, and nothing writes the rest.
-pub unsafe fn mark_keys<D: Device + ?Sized>(device: &D, work: &MarkKeys) -> Result<(), Error> {
+pub unsafe fn mark_keys<D: Launcher + ?Sized>(device: &D, work: &MarkKeys) -> Result<(), Error> {
     let MarkKeys { positions, starts, lengths, marked, out, rows, marked_positions, lists, words } = *work;
     if words > MOST_WORDS {
         return Err(Error::argument("words", words, format!("at most {MOST_WORDS}")));

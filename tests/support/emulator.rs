@@ -4,7 +4,9 @@ use std::{cell::RefCell, fmt, rc::Rc};
 
 use fastkv::{
     abi::{self, Rows},
-    kernels::{DType, Device, Error, Graph, Kernel, Launch, Matmul, MatrixProduct, TensorMap, images},
+    kernels::{
+        DType, Device, Error, Graph, Kernel, Launch, Launcher, Matmul, MatrixProduct, TensorMap, images,
+    },
 };
 use ptx_emulator::{Counters, Schedule, Swizzle};
 
@@ -116,6 +118,49 @@ fn failed(operation: &'static str) -> impl Fn(ptx_emulator::Error) -> Error {
     move |error| Error::Device { operation, reason: error.to_string() }
 }
 
+impl Launcher for Emulator {
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        let Launch { kernel, grid, cluster, block, shared_bytes, params } = *launch;
+        let sizes = [grid, cluster, block];
+        if self.captures(|| Queued::Launch { kernel, sizes, shared_bytes, params: params.to_vec() }) {
+            return Ok(());
+        }
+        self.load(kernel.image());
+        let launch =
+            ptx_emulator::Launch { kernel: kernel.entry(), grid, cluster, block, shared_bytes, params };
+        *self.counters.borrow_mut() = self.device.borrow_mut().launch(&launch).map_err(failed("launch"))?;
+        Ok(())
+    }
+
+    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
+        if self.captures(|| Queued::Fill { to, value, bytes }) {
+            return Ok(());
+        }
+        self.device.borrow_mut().fill(to, value, bytes).map_err(failed("fill"))
+    }
+
+    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
+        let map = ptx_emulator::TensorMap {
+            address: tensor.base,
+            element_bytes: tensor.dtype.bytes(),
+            sizes: &tensor.sizes,
+            strides: &tensor.strides,
+            box_sizes: &tensor.box_sizes,
+            swizzle: Swizzle::Bytes128,
+        };
+        let words = bytemuck::cast(map.encode().map_err(failed("tensor_map"))?);
+        Ok(abi::TensorMap { words })
+    }
+
+    fn compute_capability(&self) -> (u32, u32) {
+        self.compute_capability
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        4
+    }
+}
+
 impl Device for Emulator {
     type Event = ();
 
@@ -150,26 +195,6 @@ impl Device for Emulator {
         device.write(to, &read).map_err(failed("copy"))
     }
 
-    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
-        if self.captures(|| Queued::Fill { to, value, bytes }) {
-            return Ok(());
-        }
-        self.device.borrow_mut().fill(to, value, bytes).map_err(failed("fill"))
-    }
-
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        let Launch { kernel, grid, cluster, block, shared_bytes, params } = *launch;
-        let sizes = [grid, cluster, block];
-        if self.captures(|| Queued::Launch { kernel, sizes, shared_bytes, params: params.to_vec() }) {
-            return Ok(());
-        }
-        self.load(kernel.image());
-        let launch =
-            ptx_emulator::Launch { kernel: kernel.entry(), grid, cluster, block, shared_bytes, params };
-        *self.counters.borrow_mut() = self.device.borrow_mut().launch(&launch).map_err(failed("launch"))?;
-        Ok(())
-    }
-
     unsafe fn capture(
         &self,
         work: &mut dyn FnMut() -> Result<(), Error>,
@@ -179,19 +204,6 @@ impl Device for Emulator {
         let queued = self.captured.take().unwrap_or_default();
         done?;
         Ok(Some(Box::new(Captured { device: self.clone(), queued })))
-    }
-
-    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
-        let map = ptx_emulator::TensorMap {
-            address: tensor.base,
-            element_bytes: tensor.dtype.bytes(),
-            sizes: &tensor.sizes,
-            strides: &tensor.strides,
-            box_sizes: &tensor.box_sizes,
-            swizzle: Swizzle::Bytes128,
-        };
-        let words = bytemuck::cast(map.encode().map_err(failed("tensor_map"))?);
-        Ok(abi::TensorMap { words })
     }
 
     fn synchronize(&self) -> Result<(), Error> {
@@ -204,14 +216,6 @@ impl Device for Emulator {
 
     fn elapsed_ms(&self, _: &(), _: &()) -> Result<f32, Error> {
         Ok(0.0)
-    }
-
-    fn compute_capability(&self) -> (u32, u32) {
-        self.compute_capability
-    }
-
-    fn multiprocessors(&self) -> u32 {
-        4
     }
 }
 

@@ -10,7 +10,7 @@ use fastkv::{
     abi,
     backend::cuda::CudaBackend,
     engine::{Control, Engine, EngineError, PrefillOptions},
-    kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, TensorMap},
+    kernels::{DType, Device, Error, Launch, Launcher, Matmul, MatrixProduct, TensorMap},
     model::ModelDir,
     policy::{Budget, H2o, Plan, Policy, PolicyError, Saliency, Steering, Tsp},
 };
@@ -106,6 +106,24 @@ const OUT_OF_MEMORY: u32 = 2;
 const ILLEGAL_ADDRESS: u32 = 700;
 const LAUNCH_OUT_OF_RESOURCES: u32 = 701;
 
+impl<D: Device> Launcher for Faulty<D> {
+    forward! { device after before: fill tensor_map }
+
+    forward! { device: compute_capability multiprocessors }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        if self.fails("launch") {
+            return Err(launch.failed(if self.is_lost() {
+                ILLEGAL_ADDRESS
+            } else {
+                LAUNCH_OUT_OF_RESOURCES
+            }));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.device.launch(launch) }
+    }
+}
+
 impl<D: Device> Device for Faulty<D> {
     type Event = D::Event;
 
@@ -126,20 +144,8 @@ impl<D: Device> Device for Faulty<D> {
         unsafe { self.device.free(address) }
     }
 
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        if self.fails("launch") {
-            return Err(launch.failed(if self.is_lost() {
-                ILLEGAL_ADDRESS
-            } else {
-                LAUNCH_OUT_OF_RESOURCES
-            }));
-        }
-        // SAFETY: the caller's promise.
-        unsafe { self.device.launch(launch) }
-    }
-
-    forward! { device after before: reserve upload download copy fill tensor_map synchronize record elapsed_ms }
-    forward! { device: free_memory compute_capability multiprocessors }
+    forward! { device after before: reserve upload download copy synchronize record elapsed_ms }
+    forward! { device: free_memory }
 }
 
 impl<D: MatrixProduct> MatrixProduct for Faulty<D> {

@@ -2,7 +2,7 @@
 
 use fastkv::{
     abi,
-    kernels::{Device, Error, Launch, TensorMap},
+    kernels::{Device, Error, Launch, Launcher, TensorMap},
 };
 
 use super::forward::forward;
@@ -12,13 +12,16 @@ pub(crate) struct Processors<'a, D> {
     pub(crate) count: u32,
 }
 
-impl<D: Device> Device for Processors<'_, D> {
-    type Event = D::Event;
-
-    forward! { device: alloc free upload download copy fill launch tensor_map synchronize record elapsed_ms
-    compute_capability }
+impl<D: Device> Launcher for Processors<'_, D> {
+    forward! { device: fill launch tensor_map compute_capability }
 
     fn multiprocessors(&self) -> u32 {
         self.count
     }
+}
+
+impl<D: Device> Device for Processors<'_, D> {
+    type Event = D::Event;
+
+    forward! { device: alloc free upload download copy synchronize record elapsed_ms }
 }

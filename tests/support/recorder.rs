@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use fastkv::{
     abi,
-    kernels::{Device, Error, Kernel, Launch, TensorMap},
+    kernels::{Error, Kernel, Launch, Launcher, TensorMap},
 };
 
 #[derive(Default)]
@@ -64,33 +64,7 @@ impl Recorder {
     }
 }
 
-impl Device for Recorder {
-    type Event = ();
-
-    fn alloc(&self, _: usize) -> Result<u64, Error> {
-        unreachable!("drivers do not allocate")
-    }
-
-    unsafe fn free(&self, _: u64) -> Result<(), Error> {
-        unreachable!("drivers do not free")
-    }
-
-    unsafe fn upload(&self, _: u64, _: &[u8]) -> Result<(), Error> {
-        unreachable!("drivers do not copy to the device")
-    }
-
-    unsafe fn download(&self, _: &mut [u8], _: u64) -> Result<(), Error> {
-        unreachable!("drivers do not wait")
-    }
-
-    unsafe fn copy(&self, _: u64, _: u64, _: usize) -> Result<(), Error> {
-        Ok(())
-    }
-
-    unsafe fn fill(&self, _: u64, _: u8, _: usize) -> Result<(), Error> {
-        Ok(())
-    }
-
+impl Launcher for Recorder {
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
         let Launch { kernel, grid, cluster, block, shared_bytes, .. } = *launch;
         assert!((0..3).all(|axis| grid[axis].is_multiple_of(cluster[axis])), "{launch:?}");
@@ -105,24 +79,16 @@ impl Device for Recorder {
         Ok(())
     }
 
+    unsafe fn fill(&self, _: u64, _: u8, _: usize) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// What tells it from other tensors: its address.
     fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
         self.maps.borrow_mut().push(*tensor);
         let mut map = abi::TensorMap::default();
         map.words[0] = tensor.base;
         Ok(map)
-    }
-
-    fn synchronize(&self) -> Result<(), Error> {
-        unreachable!("drivers do not wait")
-    }
-
-    fn record(&self) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn elapsed_ms(&self, _: &(), _: &()) -> Result<f32, Error> {
-        unreachable!("drivers do not wait")
     }
 
     fn compute_capability(&self) -> (u32, u32) {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use fastkv::{
     abi,
     engine::{Control, Engine, MemoryEstimate, MemoryOptions, PrefillOptions, Prompt},
-    kernels::{DType, Device, Error, Launch, Matmul, MatrixProduct, TensorMap},
+    kernels::{DType, Device, Error, Launch, Launcher, Matmul, MatrixProduct, TensorMap},
     model::ModelDir,
     policy::{Budget, FastKv, H2o, Plan, Policy, Saliency, SnapKv, Tsp},
 };
@@ -30,6 +30,10 @@ struct Reserving<D> {
     asked: Rc<Cell<Option<usize>>>,
 }
 
+impl<D: Device> Launcher for Reserving<D> {
+    forward! { device: fill launch tensor_map compute_capability multiprocessors }
+}
+
 impl<D: Device> Device for Reserving<D> {
     type Event = D::Event;
 
@@ -38,8 +42,7 @@ impl<D: Device> Device for Reserving<D> {
         self.device.reserve(bytes)
     }
 
-    forward! { device: alloc free upload download copy fill launch tensor_map synchronize record elapsed_ms
-    free_memory compute_capability multiprocessors }
+    forward! { device: alloc free upload download copy synchronize record elapsed_ms free_memory }
 }
 
 impl<D: MatrixProduct> MatrixProduct for Reserving<D> {

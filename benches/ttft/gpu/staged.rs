@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fmt;
 
 use fastkv::abi;
-use fastkv::kernels::{Device, Error, Graph, Launch, Matmul, MatrixProduct, TensorMap};
+use fastkv::kernels::{Device, Error, Graph, Launch, Launcher, Matmul, MatrixProduct, TensorMap};
 
 use forward::forward;
 
@@ -56,11 +56,24 @@ impl<D: Device> Staged<D> {
     }
 }
 
+impl<D: Device> Launcher for Staged<D> {
+    forward! { device: fill tensor_map compute_capability multiprocessors }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        unsafe { self.device.launch(launch) }?;
+        self.mark(match launch.kernel.image().trim_start_matches("sm90_") {
+            "attention" => 0,
+            "scores" | "columns" | "sums" | "select" | "gather" => 2,
+            _ => 3,
+        })
+    }
+}
+
 impl<D: Device> Device for Staged<D> {
     type Event = D::Event;
 
-    forward! { device: alloc free upload download copy fill tensor_map synchronize record elapsed_ms free_memory
-    reserve compute_capability multiprocessors }
+    forward! { device: alloc free upload download copy synchronize record elapsed_ms free_memory reserve }
 
     unsafe fn capture(
         &self,
@@ -72,16 +85,6 @@ impl<D: Device> Device for Staged<D> {
         }
         // SAFETY: the caller's promise.
         unsafe { self.device.capture(work) }
-    }
-
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        // SAFETY: the caller's promise.
-        unsafe { self.device.launch(launch) }?;
-        self.mark(match launch.kernel.image().trim_start_matches("sm90_") {
-            "attention" => 0,
-            "scores" | "columns" | "sums" | "select" | "gather" => 2,
-            _ => 3,
-        })
     }
 }
 

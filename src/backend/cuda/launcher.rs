@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     abi,
-    kernels::{Device, Error, Graph, Kernel, Launch, Matmul, MatrixProduct, TensorMap, images},
+    kernels::{Device, Error, Graph, Kernel, Launch, Launcher, Matmul, MatrixProduct, TensorMap, images},
 };
 
 /// One stream of one GPU, with every kernel loaded.
@@ -111,6 +111,84 @@ impl CudaLauncher {
     }
 }
 
+impl Launcher for CudaLauncher {
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        let function = self.loaded.functions[launch.kernel as usize];
+        let function = function.ok_or(Error::Missing(launch.kernel.entry()))?;
+        let mut attributes = [cluster_attribute(launch.cluster)];
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.block[0],
+            blockDimY: launch.block[1],
+            blockDimZ: launch.block[2],
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.target(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: if launch.cluster == [1, 1, 1] { 0 } else { 1 },
+        };
+        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: every kernel takes one parameter, the struct whose bytes these are; the driver copies them
+        // before it returns, and reads nothing else of what is borrowed here afterwards.
+        let launched = self.call("cuLaunchKernelEx", || unsafe {
+            sys::cuLaunchKernelEx(&config, function.0, params.as_mut_ptr(), ptr::null_mut())
+        });
+        launched.map_err(|error| match error {
+            Error::Driver { operation: "cuLaunchKernelEx", code } => launch.failed(code),
+            error => error,
+        })
+    }
+
+    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        self.call("cuMemsetD8Async", || unsafe { sys::cuMemsetD8Async(to, value, bytes, self.target()) })
+    }
+
+    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
+        let mut known = self.loaded.tensor_maps.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(map) = known.get(tensor) {
+            return Ok(*map);
+        }
+        let mut map = CuTensorMap([0; 16]);
+        let ones = [1_u32; 5];
+        // SAFETY: arrays of as many numbers as there are dimensions, less one for strides, and room for a map.
+        self.call("cuTensorMapEncodeTiled", || unsafe {
+            sys::cuTensorMapEncodeTiled(
+                (&raw mut map).cast(),
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                tensor.sizes.len() as u32,
+                tensor.base as *mut c_void,
+                tensor.sizes.as_ptr(),
+                tensor.strides.as_ptr(),
+                tensor.box_sizes.as_ptr(),
+                ones.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        })?;
+        let map = abi::TensorMap { words: map.0 };
+        if known.len() == TENSOR_MAPS {
+            known.clear();
+        }
+        known.insert(*tensor, map);
+        Ok(map)
+    }
+
+    fn compute_capability(&self) -> (u32, u32) {
+        self.loaded.compute_capability
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        self.loaded.multiprocessors
+    }
+}
+
 impl Device for CudaLauncher {
     type Event = CudaEvent;
 
@@ -183,42 +261,6 @@ impl Device for CudaLauncher {
         })
     }
 
-    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        // SAFETY: the caller's promise.
-        self.call("cuMemsetD8Async", || unsafe { sys::cuMemsetD8Async(to, value, bytes, self.target()) })
-    }
-
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        let function = self.loaded.functions[launch.kernel as usize];
-        let function = function.ok_or(Error::Missing(launch.kernel.entry()))?;
-        let mut attributes = [cluster_attribute(launch.cluster)];
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid[0],
-            gridDimY: launch.grid[1],
-            gridDimZ: launch.grid[2],
-            blockDimX: launch.block[0],
-            blockDimY: launch.block[1],
-            blockDimZ: launch.block[2],
-            sharedMemBytes: launch.shared_bytes,
-            hStream: self.target(),
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: if launch.cluster == [1, 1, 1] { 0 } else { 1 },
-        };
-        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
-        // SAFETY: every kernel takes one parameter, the struct whose bytes these are; the driver copies them
-        // before it returns, and reads nothing else of what is borrowed here afterwards.
-        let launched = self.call("cuLaunchKernelEx", || unsafe {
-            sys::cuLaunchKernelEx(&config, function.0, params.as_mut_ptr(), ptr::null_mut())
-        });
-        launched.map_err(|error| match error {
-            Error::Driver { operation: "cuLaunchKernelEx", code } => launch.failed(code),
-            error => error,
-        })
-    }
-
     unsafe fn capture(
         &self,
         work: &mut dyn FnMut() -> Result<(), Error>,
@@ -248,38 +290,6 @@ impl Device for CudaLauncher {
         Ok(Some(Box::new(CudaGraph { executable, launcher: self.clone() })))
     }
 
-    fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error> {
-        let mut known = self.loaded.tensor_maps.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(map) = known.get(tensor) {
-            return Ok(*map);
-        }
-        let mut map = CuTensorMap([0; 16]);
-        let ones = [1_u32; 5];
-        // SAFETY: arrays of as many numbers as there are dimensions, less one for strides, and room for a map.
-        self.call("cuTensorMapEncodeTiled", || unsafe {
-            sys::cuTensorMapEncodeTiled(
-                (&raw mut map).cast(),
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                tensor.sizes.len() as u32,
-                tensor.base as *mut c_void,
-                tensor.sizes.as_ptr(),
-                tensor.strides.as_ptr(),
-                tensor.box_sizes.as_ptr(),
-                ones.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        })?;
-        let map = abi::TensorMap { words: map.0 };
-        if known.len() == TENSOR_MAPS {
-            known.clear();
-        }
-        known.insert(*tensor, map);
-        Ok(map)
-    }
-
     fn synchronize(&self) -> Result<(), Error> {
         // SAFETY: the stream is alive: ours, or the caller's by the promise of `on_stream`.
         self.call("cuStreamSynchronize", || unsafe { sys::cuStreamSynchronize(self.stream) })
@@ -302,14 +312,6 @@ impl Device for CudaLauncher {
         // SAFETY: both events are alive and recorded; this picks the symbol that the driver has.
         unsafe { result::event::elapsed(from.event, to.event) }
             .map_err(|error| Error::Driver { operation: "cuEventElapsedTime", code: error.0 as u32 })
-    }
-
-    fn compute_capability(&self) -> (u32, u32) {
-        self.loaded.compute_capability
-    }
-
-    fn multiprocessors(&self) -> u32 {
-        self.loaded.multiprocessors
     }
 }
 
