@@ -29,7 +29,9 @@ const BLOCKS: u32 = 3;
 /// tokens, which are appended. A query sees its own key and those before it.
 #[derive(Clone, Copy, Debug)]
 pub struct Decode {
-    /// The lists. K and V may be views of one tensor.
+    /// The lists. K and V may be views of one tensor. In a paged cache the heads of a sequence share pages and length:
+    /// where each is to have its own, every head is described as a sequence with one kv head, and `q`, `k_new`, `v_new`
+    /// and `out` are dense, so that one stride leads from head to head and on to the next sequence.
     pub cache: Cache,
     /// Queries, `[sequence][query head][token][head_dim]`.
     pub q: Rows,

@@ -17,7 +17,8 @@ use crate::abi::{
 };
 
 /// The kept rows of K and of V for every (sequence, kv head): `k_out[start + i] = k[indices[i]]`, and
-/// so for V.
+/// so for V. A list that all heads share has one length and not one for each: 0 for `kept.lengths` does without, as -1
+/// behind the indices skips.
 #[derive(Clone, Copy, Debug)]
 pub struct GatherKv {
     /// Which rows, and where they go.
@@ -70,7 +71,7 @@ pub struct Compact {
     pub index_head_stride: i64,
     /// Room for indices in each list.
     pub index_capacity: u32,
-    /// Address of i32 `[sequences, heads]`: indices in use. 0: all of them.
+    /// Address of i32 `[sequences, heads]`: indices in use. 0: all of them, to the first -1.
     pub kept: u64,
     /// Address that receives i32 `[sequences, heads]`: entries that were kept, the lists' lengths from now
     /// on; apart from `cache.lengths`.

@@ -3,7 +3,9 @@
 //! A driver takes a description of the work, checks it, and launches. It never allocates, never
 //! waits, and never calls CUDA itself: it talks to a [`Launcher`], which is the CUDA driver in
 //! `backend::cuda` and something simpler in tests. Addresses are plain `u64` device addresses, so that
-//! any CUDA binding can call.
+//! any CUDA binding can call. Parts of descriptions that kernels read as they are lie in [`abi`]:
+//! [`Rows`](abi::Rows), [`Cache`](abi::Cache), [`Kept`](abi::Kept), [`Pages`](abi::Pages), [`Slots`](abi::Slots),
+//! [`Pooling`](abi::Pooling).
 //!
 //! * [`attention`]: causal attention of a prompt, and the scores of its keys in the same launch.
 //! * [`decode`]: attention of the newest tokens over a compact cache, which takes them in.
@@ -16,6 +18,35 @@
 //! * [`images`]: the compiled kernels inside this library.
 //! * [`embed`], [`norm`], [`rope`], [`activation`], [`sample`]: what a Llama forward needs beside attention and
 //!   matrix products, which are a library's ([`MatrixProduct`]).
+//!
+//! # In an engine
+//!
+//! * **Where it runs.** `backend::cuda::CudaLauncher` launches on streams of the engine's in a device's primary context,
+//!   and its `new` says what is missing where it cannot: kernels in this build, a driver, a chip that they run on. That is
+//!   compute capability 8.0 or newer; what is newer than what they were built for compiles their PTX when they are
+//!   loaded. In a context of another kind, or through other bindings, the engine implements [`Launcher`].
+//! * **Tensors** are an address in bytes and strides in elements, the last dimension dense. Addresses and strides of rows
+//!   are multiples of 16 bytes, workspaces of 256.
+//! * **Lengths** and counts that change from batch to batch lie on the device. What a description says of them is a
+//!   bound, which memory must have room for. Sequences of no tokens are legal.
+//! * **Workspaces** are the caller's, and need not be cleared. `*_workspace` looks at sizes alone, so addresses may be 0,
+//!   and the largest description that is to come needs the most.
+//! * **Order.** Everything is queued on the stream, nothing waits and nothing is allocated. What one call wrote, or used as
+//!   a workspace, the next call on the same stream may use; calls on two streams at a time need workspaces of their own.
+//! * **Graphs.** Calls queue kernels and memory sets alone, so a stream may be captured around them. Addresses, strides,
+//!   bounds and scalars become part of the graph; what lies on the device is read at each launch.
+//! * **Results** are the same bits in every run, whatever else is in the batch. What is wrong in a description is an
+//!   [`Error::Argument`] before anything is launched; what is wrong on the device, such as a length, is clipped.
+//! * **Keys are rotated** when they come, and keep the rotation of their original position; the position of a new token
+//!   counts what was read, not what was kept.
+//!
+//! The example is a layer of an engine with packed prompts and a paged cache, in which every kv head keeps keys and pages
+//! of its own: attention with scores, selection and gather, the hidden states that go on behind the TSP layer, and
+//! decoding. The tests of this crate run it as it stands.
+//!
+//! ```
+#![doc = include_str!("example.rs")]
+//! ```
 
 pub mod activation;
 pub mod attention;

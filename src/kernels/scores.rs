@@ -74,7 +74,8 @@ pub struct PoolScores {
     pub kv_heads: u32,
     /// How many keys each sequence has.
     pub keys: Lengths,
-    /// Last keys of each sequence to leave out, as those of the window are: neither read nor written.
+    /// Last keys of each sequence to leave out, neither read nor written: the window, as
+    /// [`SelectTopk::window`](super::select::SelectTopk::window) counts it.
     pub tail: u32,
     /// How scores are pooled.
     pub pooling: Pooling,

@@ -54,6 +54,7 @@ pub struct SelectTopk {
     pub reduction: Reduction,
     /// Keys of a page; 1 selects keys. A larger page is kept or dropped as a whole, by the score of its
     /// best key; `count`, `capacity` and the indices then mean pages.
+    /// [`gather_indices`](super::gather::gather_indices) of a sequence's block table by them is its new one.
     pub page: u32,
     /// How many to keep in each row, forced ones included: at most what there is, and `capacity`.
     pub count: u32,

@@ -11,6 +11,7 @@ mod llama;
 mod scores;
 mod select;
 mod sums;
+mod workspace;
 
 use fastkv::kernels::{Kernel, images};
 

@@ -9,6 +9,7 @@ pub(crate) mod backend;
 pub(crate) mod batch;
 pub(crate) mod decode;
 pub(crate) mod emulator;
+pub(crate) mod example;
 #[cfg(feature = "pipeline")]
 pub(crate) mod faults;
 pub(crate) mod forward;
@@ -69,6 +70,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         reserve::checks(),
         attention::checks(),
         decode::checks(),
+        example::checks(),
         gather::checks(),
         llama::checks(),
         matmul::checks(),

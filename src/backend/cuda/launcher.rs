@@ -23,7 +23,15 @@ use crate::{
 /// One stream of one GPU, with every kernel loaded.
 ///
 /// It works in the device's primary context, the one that PyTorch, candle and the CUDA runtime use: their
-/// device addresses and streams are valid here. The calling thread's current context is left as found.
+/// device addresses and streams are valid here. The calling thread's current context is left as found. In a context
+/// of another kind, bring a [`Launcher`] instead.
+///
+/// Make one for each device, and clones of it [`on_stream`](Self::on_stream)s: kernels are loaded once, and all clones
+/// may launch from any thread. Its [`Device::alloc`] takes memory from the device's default pool, which from then on
+/// keeps what is freed; launches leave the pool alone.
+///
+/// Streams and events are CUDA's: what another stream has to wait for is an event that the caller records on
+/// [`stream`](Self::stream). A stream that the caller captures takes launches into its graph.
 #[derive(Clone, Debug)]
 pub struct CudaLauncher {
     loaded: Arc<Loaded>,
@@ -55,7 +63,7 @@ impl CudaLauncher {
             device,
             context,
             stream: ptr::null_mut(),
-            pool: ptr::null_mut(),
+            pool: OnceLock::new(),
             modules: Vec::new(),
             functions: Vec::new(),
             products: OnceLock::new(),
@@ -193,6 +201,7 @@ impl Device for CudaLauncher {
     type Event = CudaEvent;
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
+        self.loaded.pool()?;
         let mut address = 0;
         // SAFETY: `address` outlives the call. The driver refuses 0 bytes.
         self.call("cuMemAllocAsync", || unsafe {
@@ -213,7 +222,7 @@ impl Device for CudaLauncher {
             return Ok(());
         }
         // What lies idle in pieces goes back first, or the pool would end up larger than what is wanted.
-        let pool = self.loaded.pool;
+        let pool = self.loaded.pool()?;
         self.synchronize()?;
         // SAFETY: a pool that lives as long as the device; memory in use stays.
         self.call("cuMemPoolTrimTo", || unsafe { sys::cuMemPoolTrimTo(pool, 0) })?;
@@ -429,8 +438,9 @@ struct Loaded {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
-    /// The device's own, where all memory comes from.
-    pool: sys::CUmemoryPool,
+    /// The device's own, where all memory comes from. Looked up when first asked for: whoever brings memory of its own
+    /// finds the pool as it was.
+    pool: OnceLock<sys::CUmemoryPool>,
     modules: Vec<sys::CUmodule>,
     /// By `Kernel as usize`; none where the image has no code for this chip.
     functions: Vec<Option<Function>>,
@@ -460,7 +470,6 @@ impl Loaded {
         let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: `stream` outlives the call.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut self.stream, non_blocking) })?;
-        self.keep_freed_memory()?;
         self.functions = vec![None; Kernel::ALL.len()];
         use sys::CUdevice_attribute::{
             CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED_BYTES,
@@ -494,20 +503,25 @@ impl Loaded {
         Ok(())
     }
 
-    /// Freed memory stays in the device's pool: to give it back at every wait and map it anew costs far more
-    /// than it frees. The context is current.
-    fn keep_freed_memory(&mut self) -> Result<(), Unavailable> {
+    /// Freed memory stays in the pool from now on: to give it back at every wait and map it anew costs far more
+    /// than it frees.
+    fn pool(&self) -> Result<sys::CUmemoryPool, Error> {
+        if let Some(pool) = self.pool.get() {
+            return Ok(*pool);
+        }
+        let _current = self.enter()?;
+        let mut pool = ptr::null_mut();
         // SAFETY: `pool` outlives the call.
         check("cuDeviceGetDefaultMemPool", unsafe {
-            sys::cuDeviceGetDefaultMemPool(&mut self.pool, self.device)
+            sys::cuDeviceGetDefaultMemPool(&mut pool, self.device)
         })?;
         let mut threshold = u64::MAX;
         let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: a pool that lives as long as the device, and a value of the attribute's type.
         check("cuMemPoolSetAttribute", unsafe {
-            sys::cuMemPoolSetAttribute(self.pool, attribute, (&raw mut threshold).cast())
+            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast())
         })?;
-        Ok(())
+        Ok(*self.pool.get_or_init(|| pool))
     }
 
     /// Bytes that the pool keeps and nobody uses.
@@ -515,11 +529,12 @@ impl Loaded {
         use sys::CUmemPool_attribute::{
             CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT as RESERVED, CU_MEMPOOL_ATTR_USED_MEM_CURRENT as USED,
         };
+        let pool = self.pool()?;
         let _current = self.enter()?;
         let bytes = |attribute| {
             let mut value = 0_u64;
             // SAFETY: a pool that lives as long as the device, and a place of the attribute's type.
-            let asked = unsafe { sys::cuMemPoolGetAttribute(self.pool, attribute, (&raw mut value).cast()) };
+            let asked = unsafe { sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut value).cast()) };
             check("cuMemPoolGetAttribute", asked).map(|()| value)
         };
         Ok(bytes(RESERVED)?.saturating_sub(bytes(USED)?))

@@ -2,7 +2,7 @@
 //! there is none.
 //!
 //! [`probe::devices`] says what there is, without ever panicking; [`CudaLauncher`] runs kernels on one
-//! device, and [`CudaBackend`] models on it.
+//! device, and, with the feature `pipeline`, `CudaBackend` models on it.
 
 mod cublaslt;
 mod launcher;

@@ -55,8 +55,8 @@ pub enum Unavailable {
     },
     /// No image holds code for this chip.
     #[error(
-        "the kernels were not built for compute capability {}.{}; rebuild with CUDA_COMPUTE_CAP={}{}",
-        compute_capability.0, compute_capability.1, compute_capability.0, compute_capability.1
+        "the kernels were not built for compute capability {}.{}{}",
+        compute_capability.0, compute_capability.1, chip_hint(*compute_capability)
     )]
     NoImage {
         /// What the device has.
@@ -70,6 +70,13 @@ pub enum Unavailable {
         /// Its `CUresult`.
         code: u32,
     },
+}
+
+fn chip_hint((major, minor): (u32, u32)) -> String {
+    match major {
+        0..=7 => "; they need 8.0 (Ampere) or newer".into(),
+        _ => format!("; rebuild with CUDA_COMPUTE_CAP={major}{minor}"),
+    }
 }
 
 /// A working driver and its devices, at least one.
@@ -300,6 +307,15 @@ mod tests {
         };
         assert_eq!(driver.devices, [device("h"), device("i")]);
     }
+
+    #[test]
+    fn chip_without_an_image() {
+        let message = |compute_capability| Unavailable::NoImage { compute_capability }.to_string();
+        let built = "the kernels were not built for compute capability";
+        assert_eq!(message((8, 6)), format!("{built} 8.6; rebuild with CUDA_COMPUTE_CAP=86"));
+        assert_eq!(message((7, 5)), format!("{built} 7.5; they need 8.0 (Ampere) or newer"));
+    }
+
     #[test]
     fn driver_too_old_or_too_few_devices() {
         let driver = |cuda_version| Driver {
