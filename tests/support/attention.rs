@@ -475,9 +475,9 @@ impl Expected {
     }
 }
 
-/// e^(logit - base), and 0 where every logit is -inf, which is as if the query saw no key.
+/// e^(logit - base), and 0 where both are -inf: where every logit is, it is as if the query saw no key.
 fn weight(logit: f64, base: f64) -> f64 {
-    if base == f64::NEG_INFINITY { 0.0 } else { (logit - base).exp() }
+    if logit == f64::NEG_INFINITY && base == logit { 0.0 } else { (logit - base).exp() }
 }
 
 /// What a launch wrote, in the order of [`Expected`].
