@@ -1,23 +1,23 @@
 //! [`Device`] on the CUDA driver.
 
 use std::{
-    cell::Cell,
-    collections::HashMap,
-    ffi::{CString, c_uint, c_void},
+    ffi::{c_uint, c_void},
     mem::MaybeUninit,
     ptr,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, PoisonError},
 };
 
 use cudarc::driver::{result, sys};
 
 use super::{
-    cublaslt::{self, CublasLt},
-    probe::{self, Unavailable},
+    cublaslt,
+    graph::{self, CudaGraph},
+    loaded::{Failure, Loaded, check},
+    probe::Unavailable,
 };
 use crate::{
     abi,
-    kernels::{Device, Error, Graph, Kernel, Launch, Launcher, Matmul, MatrixProduct, TensorMap, images},
+    kernels::{Device, Error, Graph, Launch, Launcher, Matmul, MatrixProduct, TensorMap},
 };
 
 /// One stream of one GPU, with every kernel loaded.
@@ -34,8 +34,8 @@ use crate::{
 /// [`stream`](Self::stream). A stream that the caller captures takes launches into its graph.
 #[derive(Clone, Debug)]
 pub struct CudaLauncher {
-    loaded: Arc<Loaded>,
-    stream: sys::CUstream,
+    pub(super) loaded: Arc<Loaded>,
+    pub(super) stream: sys::CUstream,
 }
 
 // SAFETY: the driver's handles may be used from any thread; every method makes the context current first.
@@ -49,30 +49,7 @@ impl CudaLauncher {
     /// # Errors
     /// [`Unavailable`] says what is missing, and what would help.
     pub fn new(ordinal: u32) -> Result<Self, Unavailable> {
-        let built_by = images::nvcc_version().ok_or(Unavailable::NoKernels)?;
-        let driver = probe::devices()?;
-        let info = driver.device(ordinal, built_by)?;
-
-        let mut device = 0;
-        // SAFETY: `device` outlives the call; the driver is initialised, as the probe found.
-        check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal as i32) })?;
-        let mut context = ptr::null_mut();
-        // SAFETY: a device that exists; `Loaded` releases what is retained here.
-        check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
-        let mut loaded = Loaded {
-            device,
-            context,
-            stream: ptr::null_mut(),
-            pool: OnceLock::new(),
-            modules: Vec::new(),
-            functions: Vec::new(),
-            products: OnceLock::new(),
-            tensor_maps: Mutex::default(),
-            compute_capability: info.compute_capability,
-            multiprocessors: info.multiprocessors,
-            reads_host_memory: false,
-        };
-        loaded.load()?;
+        let loaded = Loaded::open(ordinal)?;
         Ok(Self { stream: loaded.stream, loaded: Arc::new(loaded) })
     }
 
@@ -105,15 +82,16 @@ impl CudaLauncher {
     }
 
     /// Where work is queued: on the stream, unless this thread captures it.
-    fn target(&self) -> sys::CUstream {
-        match CAPTURE.get() {
-            Some((stream, side)) if stream == self.stream => side,
-            _ => self.stream,
-        }
+    pub(super) fn target(&self) -> sys::CUstream {
+        graph::target(self.stream)
     }
 
     /// Calls the driver with the device's context current.
-    fn call(&self, operation: &'static str, f: impl FnOnce() -> sys::CUresult) -> Result<(), Error> {
+    pub(super) fn call(
+        &self,
+        operation: &'static str,
+        f: impl FnOnce() -> sys::CUresult,
+    ) -> Result<(), Error> {
         let _current = self.loaded.enter()?;
         check(operation, f()).map_err(Failure::into)
     }
@@ -274,29 +252,7 @@ impl Device for CudaLauncher {
         &self,
         work: &mut dyn FnMut() -> Result<(), Error>,
     ) -> Result<Option<Box<dyn Graph>>, Error> {
-        let _current = self.loaded.enter()?;
-        // On a stream of its own, so that what other threads queue meanwhile is not captured too.
-        let mut stream = ptr::null_mut();
-        let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: `stream` outlives the call.
-        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, non_blocking) })?;
-        let _side = Side { stream, before: CAPTURE.replace(Some((self.stream, stream))) };
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: a stream that nobody else knows.
-        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(stream, mode) })?;
-        let queued = work();
-        let mut graph = ptr::null_mut();
-        // SAFETY: the capture that was begun above; `graph` outlives the call.
-        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(stream, &mut graph) });
-        let graph = Captured(graph);
-        queued?;
-        ended?;
-        let mut executable = ptr::null_mut();
-        // SAFETY: a graph that was just captured; `executable` outlives the call.
-        check("cuGraphInstantiate", unsafe {
-            sys::cuGraphInstantiateWithFlags(&mut executable, graph.0, 0)
-        })?;
-        Ok(Some(Box::new(CudaGraph { executable, launcher: self.clone() })))
+        Ok(Some(Box::new(CudaGraph::capture(self, work)?)))
     }
 
     fn synchronize(&self) -> Result<(), Error> {
@@ -348,63 +304,6 @@ impl MatrixProduct for CudaLauncher {
     }
 }
 
-/// The stream of a launcher, and the one that takes what this thread would queue on it.
-type Capturing = Option<(sys::CUstream, sys::CUstream)>;
-
-thread_local! {
-    static CAPTURE: Cell<Capturing> = const { Cell::new(None) };
-}
-
-/// A stream to capture on, for as long as this lives.
-struct Side {
-    stream: sys::CUstream,
-    before: Capturing,
-}
-
-impl Drop for Side {
-    fn drop(&mut self) {
-        CAPTURE.set(self.before);
-        // SAFETY: ours; nothing was queued on it.
-        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
-    }
-}
-
-/// A graph, or null where the capture failed.
-struct Captured(sys::CUgraph);
-
-impl Drop for Captured {
-    fn drop(&mut self) {
-        if !self.0.is_null() {
-            // SAFETY: ours; an executable made of it does not need it.
-            let _ = unsafe { sys::cuGraphDestroy(self.0) };
-        }
-    }
-}
-
-/// A graph that was captured.
-#[derive(Debug)]
-struct CudaGraph {
-    executable: sys::CUgraphExec,
-    launcher: CudaLauncher,
-}
-
-impl Graph for CudaGraph {
-    unsafe fn launch(&self) -> Result<(), Error> {
-        let stream = self.launcher.target();
-        // SAFETY: both handles are alive, and the caller vouches for the addresses.
-        self.launcher.call("cuGraphLaunch", || unsafe { sys::cuGraphLaunch(self.executable, stream) })
-    }
-}
-
-impl Drop for CudaGraph {
-    fn drop(&mut self) {
-        if let Ok(_current) = self.launcher.loaded.enter() {
-            // SAFETY: nobody else has the handle; the driver lets launches that are under way finish.
-            let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
-        }
-    }
-}
-
 /// A point in the time of a stream.
 #[derive(Debug)]
 pub struct CudaEvent {
@@ -432,219 +331,6 @@ const TENSOR_MAPS: usize = 4096;
 /// A `CUtensorMap`, aligned as the driver wants it.
 #[repr(C, align(128))]
 struct CuTensorMap([u64; 16]);
-
-#[derive(Debug)]
-struct Loaded {
-    device: sys::CUdevice,
-    context: sys::CUcontext,
-    stream: sys::CUstream,
-    /// The device's own, where all memory comes from. Looked up when first asked for: whoever brings memory of its own
-    /// finds the pool as it was.
-    pool: OnceLock<sys::CUmemoryPool>,
-    modules: Vec<sys::CUmodule>,
-    /// By `Kernel as usize`; none where the image has no code for this chip.
-    functions: Vec<Option<Function>>,
-    /// Loaded when first asked for: kernels do without.
-    products: OnceLock<Result<CublasLt, Error>>,
-    /// A map is a function of what it describes, whatever lies at the address.
-    tensor_maps: Mutex<HashMap<TensorMap, abi::TensorMap>>,
-    compute_capability: (u32, u32),
-    multiprocessors: u32,
-    /// Through the host's own page tables, so that the driver need not stage what it copies.
-    reads_host_memory: bool,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Function(sys::CUfunction);
-
-// SAFETY: driver handles, usable from any thread with the context current; written only before sharing.
-unsafe impl Send for Loaded {}
-// SAFETY: as above.
-unsafe impl Sync for Loaded {}
-
-impl Loaded {
-    /// Fills in the stream, the modules and the functions. What it leaves half done, `drop` undoes.
-    fn load(&mut self) -> Result<(), Unavailable> {
-        let context = self.context;
-        let _current = Current::enter(context)?;
-        let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: `stream` outlives the call.
-        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut self.stream, non_blocking) })?;
-        self.functions = vec![None; Kernel::ALL.len()];
-        use sys::CUdevice_attribute::{
-            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED_BYTES,
-            CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES as HOST_PAGES,
-        };
-        let shared_bytes = self.attribute(SHARED_BYTES)?;
-        self.reads_host_memory = self.attribute(HOST_PAGES)? != 0;
-        for image in images::images() {
-            let mut module = ptr::null_mut();
-            // SAFETY: a complete fatbin, in static memory.
-            let loading = unsafe { sys::cuModuleLoadData(&mut module, image.fatbin.as_ptr().cast()) };
-            match check("cuModuleLoadData", loading) {
-                Ok(()) => self.modules.push(module),
-                // A Hopper image on another chip: the portable kernels do its work.
-                Err(Failure { code: 209, .. }) if image.name.starts_with("sm90_") => continue,
-                Err(Failure { code: 209, .. }) => {
-                    return Err(Unavailable::NoImage { compute_capability: self.compute_capability });
-                }
-                Err(failure) => return Err(failure.into()),
-            }
-            for kernel in Kernel::ALL.iter().filter(|kernel| kernel.image() == image.name) {
-                let name = CString::new(kernel.entry()).expect("the names of kernels hold no zero");
-                let mut function = ptr::null_mut();
-                // SAFETY: a module just loaded and a C string; both outlive the call.
-                let found = unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) };
-                check("cuModuleGetFunction", found)?;
-                allow_all_shared_memory(function, shared_bytes)?;
-                self.functions[*kernel as usize] = Some(Function(function));
-            }
-        }
-        Ok(())
-    }
-
-    /// Freed memory stays in the pool from now on: to give it back at every wait and map it anew costs far more
-    /// than it frees.
-    fn pool(&self) -> Result<sys::CUmemoryPool, Error> {
-        if let Some(pool) = self.pool.get() {
-            return Ok(*pool);
-        }
-        let _current = self.enter()?;
-        let mut pool = ptr::null_mut();
-        // SAFETY: `pool` outlives the call.
-        check("cuDeviceGetDefaultMemPool", unsafe {
-            sys::cuDeviceGetDefaultMemPool(&mut pool, self.device)
-        })?;
-        let mut threshold = u64::MAX;
-        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        // SAFETY: a pool that lives as long as the device, and a value of the attribute's type.
-        check("cuMemPoolSetAttribute", unsafe {
-            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast())
-        })?;
-        Ok(*self.pool.get_or_init(|| pool))
-    }
-
-    /// Bytes that the pool keeps and nobody uses.
-    fn idle_memory(&self) -> Result<u64, Error> {
-        use sys::CUmemPool_attribute::{
-            CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT as RESERVED, CU_MEMPOOL_ATTR_USED_MEM_CURRENT as USED,
-        };
-        let pool = self.pool()?;
-        let _current = self.enter()?;
-        let bytes = |attribute| {
-            let mut value = 0_u64;
-            // SAFETY: a pool that lives as long as the device, and a place of the attribute's type.
-            let asked = unsafe { sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut value).cast()) };
-            check("cuMemPoolGetAttribute", asked).map(|()| value)
-        };
-        Ok(bytes(RESERVED)?.saturating_sub(bytes(USED)?))
-    }
-
-    fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32, Failure> {
-        let mut value = 0;
-        // SAFETY: `value` outlives the call.
-        check("cuDeviceGetAttribute", unsafe {
-            sys::cuDeviceGetAttribute(&mut value, attribute, self.device)
-        })?;
-        Ok(value)
-    }
-
-    fn products(&self) -> Result<&CublasLt, Error> {
-        let _current = self.enter()?;
-        self.products.get_or_init(CublasLt::load).as_ref().map_err(Clone::clone)
-    }
-
-    fn enter(&self) -> Result<Current, Error> {
-        Current::enter(self.context).map_err(Failure::into)
-    }
-}
-
-impl Drop for Loaded {
-    fn drop(&mut self) {
-        // Failures leave nothing to do: the process is ending, or the context is lost already.
-        if let Ok(_current) = Current::enter(self.context) {
-            self.products.take();
-            for module in &self.modules {
-                // SAFETY: nothing can launch from it any more.
-                let _ = unsafe { sys::cuModuleUnload(*module) };
-            }
-            if !self.stream.is_null() {
-                // SAFETY: ours; the driver lets queued work finish first.
-                let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
-            }
-        }
-        // SAFETY: retained once, in `CudaLauncher::new`.
-        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
-    }
-}
-
-/// Keeps a context current on this thread, and puts back what was.
-struct Current {
-    pushed: bool,
-}
-
-impl Current {
-    fn enter(context: sys::CUcontext) -> Result<Self, Failure> {
-        let mut current = ptr::null_mut();
-        // SAFETY: `current` outlives the call.
-        check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&mut current) })?;
-        if current == context {
-            return Ok(Self { pushed: false });
-        }
-        // SAFETY: a context that `Loaded` retains.
-        check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(context) })?;
-        Ok(Self { pushed: true })
-    }
-}
-
-impl Drop for Current {
-    fn drop(&mut self) {
-        if self.pushed {
-            let mut popped = ptr::null_mut();
-            // SAFETY: undoes the push on this same thread: the guard is neither cloned nor sent.
-            let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut popped) };
-        }
-    }
-}
-
-/// A driver function that failed, before it becomes one of the two public errors.
-struct Failure {
-    operation: &'static str,
-    code: u32,
-}
-
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Self {
-        Self::Driver { operation: failure.operation, code: failure.code }
-    }
-}
-
-impl From<Failure> for Unavailable {
-    fn from(failure: Failure) -> Self {
-        Self::Failed { operation: failure.operation, code: failure.code }
-    }
-}
-
-fn check(operation: &'static str, result: sys::CUresult) -> Result<(), Failure> {
-    match result as u32 {
-        0 => Ok(()),
-        code => Err(Failure { operation, code }),
-    }
-}
-
-/// Lets a kernel have dynamic shared memory up to what a block can have on this chip. Without asking, static
-/// and dynamic together stop at 48 KiB. How much a launch gets is still its own choice.
-fn allow_all_shared_memory(function: sys::CUfunction, of_block: i32) -> Result<(), Failure> {
-    use sys::CUfunction_attribute::{
-        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC,
-        CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as STATIC,
-    };
-    let mut fixed = 0;
-    // SAFETY: a function of a loaded module, and a place that outlives the call.
-    check("cuFuncGetAttribute", unsafe { sys::cuFuncGetAttribute(&mut fixed, STATIC, function) })?;
-    // SAFETY: a function of a loaded module.
-    check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(function, DYNAMIC, of_block - fixed) })
-}
 
 fn cluster_attribute([x, y, z]: [u32; 3]) -> sys::CUlaunchAttribute {
     // SAFETY: plain integers and a union of such: all zeros is a value of it.

@@ -5,7 +5,9 @@
 //! device, and, with the feature `pipeline`, `CudaBackend` models on it.
 
 mod cublaslt;
+mod graph;
 mod launcher;
+mod loaded;
 #[cfg(feature = "pipeline")]
 pub mod pipeline;
 pub mod probe;
