@@ -168,6 +168,7 @@ fn hopper_takes_the_portable_form_for_what_its_own_does_not_do() {
     }
     let wide = |base, heads| Rows::token_major(base, 1000, heads, 96);
     let shared = |base| Rows { head_stride: 0, ..Rows::token_major(base, 1000, 8, 128) };
+    let none = |base| Rows { base, ..Rows::default() };
     let apart = |sequence_stride| Rows { sequence_stride, ..plain().k };
     for (work, why) in [
         (PrefillAttention { bias: Some(BIAS), ..plain() }, "kernel knows no bias"),
@@ -185,6 +186,7 @@ fn hopper_takes_the_portable_form_for_what_its_own_does_not_do() {
         (PrefillAttention { k: shared(4096), ..plain() }, STRIDES),
         (PrefillAttention { k: apart(1 << 39), ..plain() }, STRIDES),
         (PrefillAttention { keys: Lengths::dense(0), ..plain() }, STRIDES),
+        (PrefillAttention { k: none(0), v: none(0), keys: Lengths::dense(0), ..plain() }, STRIDES),
     ] {
         let recorder = Recorder::hopper();
         // SAFETY: the recorder touches no memory.
@@ -258,13 +260,7 @@ fn no_query_launches_nothing() {
 #[test]
 fn refuses() {
     let refuses = |change: fn(&mut PrefillAttention), message: &str| {
-        let recorder = Recorder::default();
-        let mut work = prepared(scored());
-        change(&mut work);
-        // SAFETY: the recorder touches no memory.
-        let error = unsafe { attention::prefill_attention(&recorder, &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
-        assert!(recorder.launches().is_empty(), "{message}");
+        Recorder::refuses(attention::prefill_attention, prepared(scored()), change, message)
     };
     refuses(|w| w.head_dim = 80, "head_dim is 80; it must be 64, 96, 128 or 256");
     refuses(|w| w.dtype = DType::F32, "dtype is F32; it must be F16 or BF16");

@@ -69,15 +69,8 @@ fn fills_its_params() {
 
 #[test]
 fn refuses() {
-    let refuses = |change: fn(&mut ColumnSums), message: &str| {
-        let recorder = Recorder::default();
-        let mut work = work();
-        change(&mut work);
-        // SAFETY: as above.
-        let error = unsafe { column_sums(&recorder, &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
-        assert!(recorder.launches().is_empty(), "{message}");
-    };
+    let refuses =
+        |change: fn(&mut ColumnSums), message: &str| Recorder::refuses(column_sums, work(), change, message);
     refuses(|w| w.sums.scores.window = Window::Last(8), "sums.scores.window is Last(8); it must be All");
     refuses(|w| w.sums.scores.heads = ScoreHeads::Query, "sums.scores.heads is Query; it must be Group");
     refuses(

@@ -127,15 +127,7 @@ fn nothing_to_decode_launches_nothing() {
 
 #[test]
 fn refuses() {
-    let refuses = |change: fn(&mut Decode), message: &str| {
-        let recorder = Recorder::default();
-        let mut work = step();
-        change(&mut work);
-        // SAFETY: the recorder touches no memory.
-        let error = unsafe { decode(&recorder, &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
-        assert!(recorder.launches().is_empty(), "{message}");
-    };
+    let refuses = |change: fn(&mut Decode), message: &str| Recorder::refuses(decode, step(), change, message);
     refuses(|w| w.cache.sequences = -1, "cache.sequences is -1; it must be 0 or more");
     refuses(|w| w.cache.rows = -1, "cache.rows is -1; it must be 0 or more");
     refuses(|w| w.cache.capacity = i32::MAX, "cache.capacity is 2147483647; it must be at most 1073741824");
@@ -204,11 +196,8 @@ fn refuses() {
 #[test]
 fn refuses_pages() {
     let refuses = |change: fn(&mut Cache), message: &str| {
-        let mut work = Decode { cache: paged(), ..step() };
-        change(&mut work.cache);
-        // SAFETY: the recorder touches no memory.
-        let error = unsafe { decode(&Recorder::default(), &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
+        let work = Decode { cache: paged(), ..step() };
+        Recorder::refuses(decode, work, |work| change(&mut work.cache), message);
     };
     launched(&Decode { cache: paged(), ..step() });
     refuses(|c| c.pages.pages = 0, "cache.pages.pages is 0; it must be 1 or more where there are pages");

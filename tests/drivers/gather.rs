@@ -90,13 +90,7 @@ fn nothing_to_move_launches_nothing() {
 #[test]
 fn gather_kv_refuses() {
     let refuses = |change: fn(&mut gather::GatherKv), message: &str| {
-        let recorder = Recorder::default();
-        let mut work = kv();
-        change(&mut work);
-        // SAFETY: the recorder touches no memory.
-        let error = unsafe { gather::gather_kv(&recorder, &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
-        assert!(recorder.launches().is_empty(), "{message}");
+        Recorder::refuses(gather::gather_kv, kv(), change, message)
     };
     refuses(|w| w.head_dim = 100, "head_dim is 100; it must be a multiple of 8 from 8 to 536870912 for BF16");
     refuses(|w| w.head_dim = 0, "head_dim is 0; it must be a multiple of 8 from 8 to 536870912 for BF16");
@@ -179,13 +173,7 @@ fn paged_destinations_may_interleave() {
 #[test]
 fn gather_rows_refuses() {
     let refuses = |change: fn(&mut gather::GatherRows), message: &str| {
-        let recorder = Recorder::default();
-        let mut work = rows();
-        change(&mut work);
-        // SAFETY: the recorder touches no memory.
-        let error = unsafe { gather::gather_rows(&recorder, &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
-        assert!(recorder.launches().is_empty(), "{message}");
+        Recorder::refuses(gather::gather_rows, rows(), change, message)
     };
     refuses(|w| w.width = 4, "width is 4; it must be a multiple of 8 from 8 to 536870912 for BF16");
     refuses(|w| w.kept.heads = 8, "kept.heads is 8; it must be 1: hidden states have no heads");
@@ -250,13 +238,7 @@ fn compact_launches_and_refuses() {
         .unwrap();
 
     let refuses = |change: fn(&mut gather::Compact), message: &str| {
-        let recorder = Recorder::default();
-        let mut work = compaction();
-        change(&mut work);
-        // SAFETY: as above.
-        let error = unsafe { gather::compact(&recorder, &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
-        assert!(recorder.launches().is_empty(), "{message}");
+        Recorder::refuses(gather::compact, compaction(), change, message)
     };
     refuses(|w| w.head_dim = 4, "head_dim is 4; it must be a multiple of 8 from 8 to 536870912 for BF16");
     refuses(|w| w.index_capacity = 1 << 31, "index_capacity is 2147483648; it must be at most 2147483647");

@@ -19,17 +19,7 @@ use proptest::prelude::*;
 /// Runs a driver on work that was changed, and expects this of it.
 macro_rules! refuses {
     ($driver:path, $work:expr, $($change:expr => $message:expr),* $(,)?) => {
-        $({
-            let recorder = Recorder::default();
-            let mut work = $work;
-            let change: fn(&mut _) = $change;
-            change(&mut work);
-            // SAFETY: the recorder touches no memory.
-            let error = unsafe { $driver(&recorder, &work) }.expect_err("a refusal");
-            let message: &str = $message;
-            assert_eq!(error.to_string(), message);
-            assert!(recorder.launches().is_empty(), "{message}");
-        })*
+        $(Recorder::refuses($driver, $work, $change, $message);)*
     };
 }
 

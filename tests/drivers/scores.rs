@@ -179,13 +179,7 @@ fn no_queries_need_no_tensors() {
 #[test]
 fn window_scores_refuses() {
     let refuses = |change: fn(&mut scores::WindowScores), message: &str| {
-        let recorder = Recorder::default();
-        let mut work = window_scores();
-        change(&mut work);
-        // SAFETY: the recorder touches no memory.
-        let error = unsafe { scores::window_scores(&recorder, &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
-        assert!(recorder.launches().is_empty(), "{message}");
+        Recorder::refuses(scores::window_scores, window_scores(), change, message)
     };
     refuses(|w| w.head_dim = 80, "head_dim is 80; it must be 64, 96, 128 or 256");
     refuses(|w| w.dtype = DType::F32, "dtype is F32; it must be F16 or BF16");
@@ -346,13 +340,7 @@ fn pool_scores_fills_its_params() {
 #[test]
 fn pool_scores_refuses() {
     let refuses = |change: fn(&mut scores::PoolScores), message: &str| {
-        let recorder = Recorder::default();
-        let mut work = pool_scores();
-        change(&mut work);
-        // SAFETY: the recorder touches no memory.
-        let error = unsafe { scores::pool_scores(&recorder, &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
-        assert!(recorder.launches().is_empty(), "{message}");
+        Recorder::refuses(scores::pool_scores, pool_scores(), change, message)
     };
     refuses(|w| w.kv_heads = 0, "kv_heads is 0; it must be 1 or more");
     refuses(

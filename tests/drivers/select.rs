@@ -211,13 +211,7 @@ fn empty_rows_are_launched() {
 #[test]
 fn select_topk_refuses() {
     let refuses = |change: fn(&mut SelectTopk), message: &str| {
-        let recorder = Recorder::default();
-        let mut work = work();
-        change(&mut work);
-        // SAFETY: the recorder touches no memory.
-        let error = unsafe { select::select_topk(&recorder, &work) }.expect_err(message);
-        assert_eq!(error.to_string(), message);
-        assert!(recorder.launches().is_empty(), "{message}");
+        Recorder::refuses(select::select_topk, work(), change, message)
     };
     refuses(|w| w.groups = 0, "groups is 0; it must be from 1 to 2147483647");
     refuses(|w| w.heads = 0, "heads is 0; it must be from 1 to 2147483647");

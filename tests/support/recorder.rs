@@ -62,6 +62,21 @@ impl Recorder {
     pub(crate) fn last(&self) -> Recorded {
         self.launches.borrow().last().expect("a launch").clone()
     }
+
+    /// That a driver refuses work that was changed, says this of it, and launches nothing.
+    pub(crate) fn refuses<W>(
+        driver: unsafe fn(&Self, &W) -> Result<(), Error>,
+        mut work: W,
+        change: impl FnOnce(&mut W),
+        message: &str,
+    ) {
+        let recorder = Self::default();
+        change(&mut work);
+        // SAFETY: the recorder touches no memory.
+        let error = unsafe { driver(&recorder, &work) }.expect_err(message);
+        assert_eq!(error.to_string(), message);
+        assert!(recorder.launches().is_empty(), "{message}");
+    }
 }
 
 impl Launcher for Recorder {
