@@ -142,11 +142,11 @@ struct OneHistogram {
 
 // The threshold with one digit more, from histograms that together hold `wanted` items or more; `wanted` is
 // not 0, so exactly one lane finds it. The first warp looks, and adds to its lanes' `before` what the first
-// `own` histograms have above the digit, and with the last digit at it.
+// `preceding` histograms have above the digit, and with the last digit at it.
 template <typename Histograms>
 __device__ __forceinline__ Threshold next_digit(const uint32_t* bins, const uint32_t* stretches, int32_t digit,
                                                 const Threshold& threshold, SelectScratch& scratch,
-                                                int32_t own, Split& before) {
+                                                int32_t preceding, Split& before) {
     if (threadIdx.x < 32) {
         const int32_t lane = threadIdx.x;
         const uint32_t wanted = threshold.wanted;
@@ -157,7 +157,7 @@ __device__ __forceinline__ Threshold next_digit(const uint32_t* bins, const uint
         for (int32_t i = 0; i < Histograms::COUNT; ++i) {
             const uint2 two = Histograms::load(pair, i);
             all = make_uint2(all.x + two.x, all.y + two.y);
-            first = i < own ? make_uint2(first.x + two.x, first.y + two.y) : first;
+            first = i < preceding ? make_uint2(first.x + two.x, first.y + two.y) : first;
         }
         const uint32_t above_y = sum_of_lanes_before(all.x + all.y);
         const uint32_t above_x = above_y + all.y;
@@ -174,7 +174,7 @@ __device__ __forceinline__ Threshold next_digit(const uint32_t* bins, const uint
         for (int32_t i = 0; i < Histograms::COUNT; ++i) {
             const uint32_t one = Histograms::load(bins + bin, i);
             items += one;
-            first_items += i < own ? one : 0;
+            first_items += i < preceding ? one : 0;
         }
         above += sum_of_lanes_before(items);
         before.above += wanted > above + items ? first_items : 0;
