@@ -228,10 +228,11 @@ struct Walk {
 
     __device__ __forceinline__ void mask(float (&s)[M][S][4], int32_t block) const {
         if (present.bias != 0.0f) {
+            const uint32_t* biased = bias_words(p, present.tile.tile.sequence);
             uint32_t words[KEYS / 32];
 #pragma unroll
             for (int i = 0; i < KEYS / 32; ++i) {
-                words[i] = biased_keys(p, present.tile.tile.sequence, block * KEYS + 32 * i, present.keys.tokens);
+                words[i] = biased_keys(biased, block * KEYS + 32 * i, present.keys.tokens);
             }
 #pragma unroll
             for (int m = 0; m < M; ++m) {

@@ -61,6 +61,7 @@ struct Item {
     Span keys;
     int32_t blocks;         // tiles of keys that any row sees
     int32_t all_see[GROUPS]; // of these, the first so many are seen by every row of a warpgroup
+    float bias;             // of biased keys, before products are scaled; 0 for none
 };
 
 struct Shared {
@@ -99,6 +100,21 @@ static_assert(STAGES == 2, "the other stage is the next");
 // The same number in all lanes, known to be so.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
+// The bias of an item, where its head has one.
+struct Bias {
+    float value;
+    const uint32_t* words;
+    int32_t keys;
+
+    // The bits of a tile of keys.
+    __device__ __forceinline__ void load(uint32_t (&bits)[ROWS / 32], int32_t block) const {
+#pragma unroll
+        for (int i = 0; i < ROWS / 32; ++i) {
+            bits[i] = biased_keys(words, block * ROWS + 32 * i, keys);
+        }
+    }
+};
+
 // -- The producer: one warp, whose first lane fills the rings.
 
 template <int d>
@@ -136,6 +152,7 @@ struct Producer {
             item.all_see[group] = (min(__reduce_min_sync(~0u, least), INT32_MAX - 1) + 1) / ROWS;
         }
         item.blocks = (__reduce_max_sync(~0u, most) + ROWS) / ROWS;
+        item.bias = is_biased(p(), item.tile.head) ? __fdividef(p().bias, p().scale) : 0.0f;
         return item;
     }
 
@@ -309,8 +326,12 @@ struct Consumer {
     }
 
     // Logits of one tile of keys while the values of the tile before are multiplied.
-    template <bool masked>
-    __device__ __forceinline__ void step(int32_t block) {
+    template <bool masked, bool biased>
+    __device__ __forceinline__ void step(int32_t block, const Bias& bias) {
+        uint32_t words[ROWS / 32];
+        if (biased) {
+            bias.load(words, block);
+        }
         const Ring before = ring;
         ring.advance();
         keys.low = keys_at(0).low + keys_at(1).low - keys.low;
@@ -322,6 +343,9 @@ struct Consumer {
         barrier_arrive<CONSUMERS>(1 + (group ^ 1));
         products_wait<1>(s);
         release(shared.empty_k[ring.stage]);
+        if (biased) {
+            add_bias(s, words, bias.value);
+        }
         update<masked>(block);
         products_wait<0>(out);
         release(shared.empty_v[before.stage]);
@@ -329,22 +353,31 @@ struct Consumer {
         finish_tile();
     }
 
+    template <bool biased>
     __device__ __forceinline__ void attend(const Item& item) {
         int32_t block = int32_t(uniform(item.blocks)) - 1;
         const int32_t all_see = uniform(item.all_see[group]);
+        const Bias bias = {item.bias, bias_words(p, item.tile.tile.sequence), item.keys.tokens};
+        uint32_t words[ROWS / 32];
+        if (biased) {
+            bias.load(words, block);
+        }
         mbarrier_wait(shared.full_k[ring.stage], ring.parity);
         multiply_keys();
         products_wait<0>(s);
         release(shared.empty_k[ring.stage]);
+        if (biased) {
+            add_bias(s, words, bias.value);
+        }
         update<true>(block);
         finish_tile();
 #pragma unroll 1
         while (--block >= all_see) {
-            step<true>(block);
+            step<true, biased>(block, bias);
         }
 #pragma unroll 1
         for (; block >= 0; --block) {
-            step<false>(block);
+            step<false, biased>(block, bias);
         }
         mbarrier_wait(shared.full_v[ring.stage], ring.parity);
         multiply_values();
@@ -412,6 +445,10 @@ struct Consumer {
                 product = fmaf(widen<T>(a >> 16), widen<T>(b >> 16), product);
             }
             product = quad_reduce(product, [](float x, float y) { return x + y; });
+            if (item.bias != 0.0f) {
+                const uint32_t biased = biased_keys(bias_words(p, sequence), key / 32 * 32, item.keys.tokens);
+                product += biased >> (key % 32) & 1 ? item.bias : 0.0f;
+            }
             if (anew && key <= seen) {
                 const float weight = exp2_approx((product - maximum) * factor);
                 const uint64_t value = row_address(p.v, sequence, kv_head, item.keys.first + key);
@@ -504,7 +541,11 @@ struct Consumer {
                 last[half] = own < item.queries.tokens ? last_key(p, item.queries, item.keys, own) : INT32_MAX;
             }
             if (uniform(item.blocks) > 0) {
-                attend(item);
+                if (uniform(item.bias != 0.0f)) {
+                    attend<true>(item);
+                } else {
+                    attend<false>(item);
+                }
             }
             const bool suspect[2] = {is_suspect(0), is_suspect(1)};
             store_rows(item);

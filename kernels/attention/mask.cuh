@@ -23,10 +23,13 @@ __device__ __forceinline__ bool is_biased(const fastkv_prefill_attention_params&
     return p.bias_heads && p.bias_keys && p.bias != 0.0f && bit(p.bias_heads, head);
 }
 
-// The bits of a sequence's keys first..first + 32, `first` a multiple of 32; none past its end.
-__device__ __forceinline__ uint32_t biased_keys(const fastkv_prefill_attention_params& p, int32_t sequence,
-                                                int32_t first, int32_t keys) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(p.bias_keys) + sequence * p.bias_key_stride;
+// The bits of a sequence's keys, a bit each.
+__device__ __forceinline__ const uint32_t* bias_words(const fastkv_prefill_attention_params& p, int32_t sequence) {
+    return reinterpret_cast<const uint32_t*>(p.bias_keys) + sequence * p.bias_key_stride;
+}
+
+// Those of keys first..first + 32, `first` a multiple of 32; none past the sequence's end.
+__device__ __forceinline__ uint32_t biased_keys(const uint32_t* words, int32_t first, int32_t keys) {
     return first < keys ? __ldg(words + first / 32) : 0;
 }
 
@@ -38,12 +41,10 @@ __device__ __forceinline__ void add_bias(float (&s)[blocks][4], const uint32_t (
 #pragma unroll
     for (int j = 0; j < blocks; ++j) {
         const uint32_t bits = words[j / 4] >> (8 * (j % 4) + column);
-        const float first = bits & 1 ? bias : 0.0f;
-        const float second = bits & 2 ? bias : 0.0f;
-        s[j][0] += first;
-        s[j][1] += second;
-        s[j][2] += first;
-        s[j][3] += second;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            s[j][i] = bits >> (i % 2) & 1 ? s[j][i] + bias : s[j][i];
+        }
     }
 }
 

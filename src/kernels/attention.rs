@@ -69,8 +69,8 @@ pub struct PrefillAttention {
 pub enum Form {
     /// On every chip from Ampere on.
     Portable,
-    /// On compute capability 9.0: `head_dim` 64 or 128, no bias, and tensors that its copy engine can read,
-    /// whose rows lie apart.
+    /// On compute capability 9.0: `head_dim` 64 or 128, and tensors that its copy engine can read, whose rows
+    /// lie apart.
     Hopper,
 }
 
@@ -292,9 +292,6 @@ fn why_not_hopper<D: Launcher + ?Sized>(device: &D, work: &PrefillAttention) -> 
     }
     if !matches!(work.head_dim, 64 | 128) {
         return Some("head_dim is 64 or 128");
-    }
-    if work.bias.is_some() {
-        return Some("kernel knows no bias");
     }
     let strides_fit = |map: &TensorMap| {
         let mut dimensions = map.sizes[1..].iter().zip(&map.strides);

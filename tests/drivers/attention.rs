@@ -171,7 +171,6 @@ fn hopper_takes_the_portable_form_for_what_its_own_does_not_do() {
     let none = |base| Rows { base, ..Rows::default() };
     let apart = |sequence_stride| Rows { sequence_stride, ..plain().k };
     for (work, why) in [
-        (PrefillAttention { bias: Some(BIAS), ..plain() }, "kernel knows no bias"),
         (
             PrefillAttention {
                 q: wide(4096, 32),

@@ -683,8 +683,7 @@ fn check_all<D: Device>(device: &D, form: Form, cases: impl IntoIterator<Item = 
     if !has(device, form) {
         return Ok(());
     }
-    let is_done =
-        |case: &Case| form == Form::Portable || matches!(case.head_dim, 64 | 128) && case.bias.is_none();
+    let is_done = |case: &Case| form == Form::Portable || matches!(case.head_dim, 64 | 128);
     let cases = cases.into_iter().filter(is_done);
     all(cases.map(|case| Case { form: case.possible(form), ..case }), |case| check(device, case))
 }
@@ -721,6 +720,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::hopper("sm90_attention_positions", |device, _| check_all(device, Hopper, positions())),
         Check::hopper("sm90_attention_extremes", |device, _| check_all(device, Hopper, extremes())),
         Check::hopper("sm90_attention_scores", |device, _| check_all(device, Hopper, windows())),
+        Check::hopper("sm90_attention_bias", |device, seed| check_all(device, Hopper, biased(seed))),
         Check::hopper("sm90_attention_random", |device, seed| {
             check_all(device, Hopper, (0..16).map(|n| Case::random(seed * 16 + n, &[64, 128])))
         }),
@@ -755,6 +755,28 @@ fn long_lengths() -> Vec<Case> {
         Case::plain(DType::BF16, 128, [1, 2], &[(130, 769), (200, 895)]),
         Case::plain(DType::F16, 128, [1, 1], &[(300, 896), (1, 130)]),
         Case::plain(DType::BF16, 64, [1, 1], &[(260, 1025), (77, 733)]),
+    ]
+}
+
+/// A bias of some heads in tiles that every row sees and in those that not all do, of sequences that end within a word
+/// of its bits.
+fn biased(seed: u64) -> Vec<Case> {
+    let mut random = Random(seed);
+    let lengths = [(130, 520), (70, 203)];
+    let bits = |is_biased: &mut dyn FnMut(usize) -> bool| -> Vec<Vec<bool>> {
+        lengths.iter().map(|(_, keys)| (0..*keys).map(&mut *is_biased).collect()).collect()
+    };
+    let scattered =
+        BiasBits { heads: vec![true, false, true], keys: bits(&mut |_| random.below(3) == 0), value: -4.5 };
+    let nearly_all = BiasBits { heads: vec![false, true], keys: bits(&mut |key| key / 50 != 3), value: 2.0 };
+    vec![
+        Case { bias: Some(scattered), gap: 1, ..Case::plain(DType::BF16, 64, [1, 3], &lengths) },
+        Case {
+            bias: Some(nearly_all),
+            positions: Some((0..200).map(|row| row * 211 % 521).collect()),
+            scores: Some((Window::Last(8), ScoreHeads::Group)),
+            ..Case::plain(DType::F16, 128, [2, 1], &lengths)
+        },
     ]
 }
 
@@ -880,6 +902,11 @@ fn not_finite<D: Device>(device: &D, form: Form) -> Result<(), String> {
         let clean = Case {
             form: Some(form),
             positions: is_spread.then(|| spread.clone()),
+            bias: is_spread.then(|| BiasBits {
+                heads: (0..10).map(|head| head % 3 == 0).collect(),
+                keys: lengths.iter().map(|(_, keys)| (0..*keys).map(|key| key % 3 != 1).collect()).collect(),
+                value: -2.5,
+            }),
             scores: Some((Window::Last(5), ScoreHeads::Query)),
             ..Case::plain(dtype, head_dim, [5, if is_spread { 2 } else { 1 }], &lengths)
         };
@@ -1108,6 +1135,11 @@ fn hostile<D: Device>(device: &D, form: Form) -> Result<(), String> {
         return Ok(());
     }
     let case = Case {
+        bias: Some(BiasBits {
+            heads: vec![true, false],
+            keys: [80, 50, 0].map(|keys| vec![true; keys]).to_vec(),
+            value: 1.0,
+        }),
         scores: Some((Window::Last(8), ScoreHeads::Query)),
         form: Some(form),
         ..Case::plain(DType::BF16, 64, [1, 2], &[(40, 80), (30, 50), (0, 0)])
