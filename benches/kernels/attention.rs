@@ -6,7 +6,7 @@ use fastkv::{
     kernels::{
         DType, Device,
         attention::{self, Form, PrefillAttention},
-        batch::{Lengths, ScoreHeads, Scores, Window, default_scale},
+        batch::{Bias, Lengths, ScoreHeads, Scores, Window, default_scale},
     },
 };
 
@@ -15,15 +15,30 @@ use crate::{Work, memory::Memory, shape::Shape};
 /// Queries of the observation window.
 pub(crate) const WINDOW: u32 = 8;
 
+/// What attention does besides, and how.
+#[derive(Clone, Copy, Default)]
+struct Variant {
+    window: Option<Window>,
+    /// A bias on every key but the first 64, for every head.
+    steered: bool,
+    form: Option<Form>,
+}
+
+const SCORED: Variant = Variant { window: Some(Window::Last(WINDOW)), steered: false, form: None };
+
 pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<Work<'a>>> {
     let mut works = Vec::new();
     for tokens in [4096, 8192, 16_384, 32_768, 65_536, 131_072] {
-        works.push(prefill(device, shape, tokens, None, None)?);
-        works.push(prefill(device, shape, tokens, Some(Window::Last(WINDOW)), None)?);
+        works.push(prefill(device, shape, tokens, Variant::default())?);
+        works.push(prefill(device, shape, tokens, SCORED)?);
     }
-    works.push(prefill(device, shape, 8192, Some(Window::All), None)?);
+    works.push(prefill(device, shape, 8192, Variant { window: Some(Window::All), ..Variant::default() })?);
     for tokens in [8192, 32_768] {
-        works.push(prefill(device, shape, tokens, None, Some(Form::Portable))?);
+        let portable = Variant { form: Some(Form::Portable), ..Variant::default() };
+        for form in [Variant::default(), portable] {
+            works.push(prefill(device, shape, tokens, Variant { steered: true, ..form })?);
+        }
+        works.push(prefill(device, shape, tokens, portable)?);
     }
     Ok(works)
 }
@@ -34,8 +49,8 @@ pub(crate) fn scoring<'a, D: Device>(
     shape: &Shape,
 ) -> Result<Vec<(String, Work<'a>, Work<'a>)>> {
     let pair = |tokens| {
-        let without = prefill(device, shape, tokens, None, None)?;
-        let with = prefill(device, shape, tokens, Some(Window::Last(WINDOW)), None)?;
+        let without = prefill(device, shape, tokens, Variant::default())?;
+        let with = prefill(device, shape, tokens, SCORED)?;
         Ok((format!("scores_in_attention/{tokens} tokens"), without, with))
     };
     [8192, 32_768, 131_072].into_iter().map(pair).collect()
@@ -62,13 +77,17 @@ fn prefill<'a, D: Device>(
     device: &'a D,
     shape: &Shape,
     tokens: u32,
-    window: Option<Window>,
-    form: Option<Form>,
+    Variant { window, steered, form }: Variant,
 ) -> Result<Work<'a>> {
     let tokens = shape.length(tokens);
     let Shape { query_heads, kv_heads, head_dim, .. } = *shape;
     let memory = Memory::new(device);
     let q = memory.token_major([tokens, query_heads, head_dim], 1)?;
+    let bias = || -> Result<Bias> {
+        let keys = [vec![0; 2], vec![!0_u32; tokens.div_ceil(32) as usize]].concat();
+        let heads = memory.put(&vec![!0_u32; query_heads.div_ceil(32) as usize])?;
+        Ok(Bias { heads, keys: memory.put(&keys)?, key_stride: keys.len() as i64, value: -4.6 })
+    };
     let of_heads = |window| scores(&memory, tokens, window, (query_heads, ScoreHeads::Query));
     let mut work = PrefillAttention {
         q,
@@ -84,7 +103,7 @@ fn prefill<'a, D: Device>(
         keys: Lengths::dense(tokens),
         positions: 0,
         scale: default_scale(head_dim),
-        bias: None,
+        bias: steered.then(bias).transpose()?,
         lse: None,
         scores: window.map(of_heads).transpose()?,
         workspace: 0,
@@ -98,8 +117,9 @@ fn prefill<'a, D: Device>(
         Some(Window::Last(queries)) => format!(", scores of the last {queries}"),
         Some(Window::All) => ", scores of all".into(),
     };
+    let steered = if steered { ", steered" } else { "" };
     let portable = if form == Some(Form::Portable) { ", portable form" } else { "" };
-    let name = format!("prefill_attention/{tokens} tokens{scored}{portable}");
+    let name = format!("prefill_attention/{tokens} tokens{scored}{steered}{portable}");
     // Q, K, V and the output.
     let bytes = 2.0 * 2.0 * (shape.query_elements(tokens) + shape.key_elements(tokens)) as f64;
     // Q K^T and P V over half the square; what is scored besides is not part of the floor.

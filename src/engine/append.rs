@@ -18,7 +18,7 @@ impl<B: Backend> Engine<B> {
     /// Reads more tokens behind a filled cache: a second turn, or the question behind a compressed
     /// context. The cache keeps all of them, unless its policy evicts in decoding: then what is over
     /// goes behind the last of them. Returns the logits behind the last of them. After an error the
-    /// cache is what it was.
+    /// cache is what it was, or lost where a device failed while it evicted.
     ///
     /// # Errors
     /// A cache of another model, no tokens, an id outside the vocabulary, more tokens than the model's
@@ -131,7 +131,8 @@ impl<B: Backend> Engine<B> {
         Ok(logits)
     }
 
-    /// Lets go of what each layer's rule does not keep. Nothing is changed before all is decided.
+    /// Lets go of what each layer's rule does not keep. Nothing is changed before all is decided, and a cache that is
+    /// changed in part is lost.
     fn evict(
         &self,
         cache: &mut Cache<B>,
@@ -164,14 +165,22 @@ impl<B: Backend> Engine<B> {
         if decided.is_err() {
             decoding.tokens.ids.truncate(before);
         }
-        for ((kv, eviction), decided) in layers.iter_mut().zip(&mut decoding.evictions).zip(decided?) {
-            if let (Some(eviction), Some((kept, sums))) = (eviction, decided) {
-                if let Some(kept) = kept {
-                    backend.retain_kv(kv, &kept)?;
+        let decided = decided?;
+        let mut evict = || {
+            for ((kv, eviction), decided) in layers.iter_mut().zip(&mut decoding.evictions).zip(decided) {
+                if let (Some(eviction), Some((kept, sums))) = (eviction, decided) {
+                    if let Some(kept) = kept {
+                        backend.retain_kv(kv, &kept)?;
+                    }
+                    eviction.sums = sums;
                 }
-                eviction.sums = sums;
             }
+            Ok(())
+        };
+        let evicted = evict();
+        if evicted.is_err() {
+            cache.take_layers();
         }
-        Ok(())
+        evicted
     }
 }

@@ -264,7 +264,8 @@ fn plan<D: MatrixProduct + Clone + Debug>(engine: &Faulted<D>) -> Result<Plan, P
     plan.steer(Steering { spans: vec![2..4, 8..9], heads: vec![(0, 1), (1, 0)], alpha: 0.1 })
 }
 
-/// Logits of a prompt and of a step. A step that fails for want of memory is tried again, and its failure told.
+/// Logits of a prompt and of a step. A step that fails is tried again, and its failure told: its cache is as it was, or
+/// known to be lost where some of it was evicted.
 fn read<D: MatrixProduct + Clone + Debug>(
     engine: &Faulted<D>,
     plan: &Plan,
@@ -274,10 +275,13 @@ fn read<D: MatrixProduct + Clone + Debug>(
     let mut logits = prefill.logits;
     let mut failure = None;
     logits.extend(match engine.append(&mut prefill.cache, &[3], &control) {
-        Err(error) if error.to_string().contains("out of memory") => {
-            failure = Some(error);
-            engine.append(&mut prefill.cache, &[3], &control)?
-        }
+        Err(error) => match engine.append(&mut prefill.cache, &[3], &control) {
+            Err(EngineError::LostCache) if error.to_string().contains("fastkv_compact") => return Err(error),
+            again => {
+                failure = Some(error);
+                again?
+            }
+        },
         logits => logits?,
     });
     Ok((logits, failure))
