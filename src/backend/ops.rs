@@ -1,6 +1,6 @@
 //! The operations every backend has.
 
-use std::fmt::Debug;
+use std::fmt::{Debug, Display};
 use std::ops::Range;
 
 use super::BackendError;
@@ -334,7 +334,7 @@ pub trait Backend: Debug {
     /// Does `work`, which asks for the same operations on the same handles every time: only what their memory
     /// holds differs. A backend may keep what it queues, and queue that again without calling `work`; handles that
     /// `work` returned last then hold the new results.
-    fn repeat<E: From<BackendError>>(
+    fn repeat<E: From<BackendError> + Display>(
         &self,
         recording: &mut Self::Recording,
         mut work: impl FnMut() -> Result<(), E>,

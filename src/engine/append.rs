@@ -166,7 +166,7 @@ impl<B: Backend> Engine<B> {
             decoding.tokens.ids.truncate(before);
         }
         let decided = decided?;
-        let mut evict = || {
+        let evict = || {
             for ((kv, eviction), decided) in layers.iter_mut().zip(&mut decoding.evictions).zip(decided) {
                 if let (Some(eviction), Some((kept, sums))) = (eviction, decided) {
                     if let Some(kept) = kept {

@@ -64,10 +64,10 @@ pub trait Device: Launcher {
     }
 
     /// Has memory ready, so that blocks of so many bytes in all, which [`alloc`](Self::alloc) gives later, cost little
-    /// each. What is in use stays where it is.
+    /// each. What is in use stays where it is; where there is not so much to spare nothing changes.
     ///
     /// # Errors
-    /// [`Error::Device`] where the device has no room. Nothing has changed then, and blocks can be had as before.
+    /// What the device says. Blocks can be had as before.
     fn reserve(&self, bytes: usize) -> Result<(), Error> {
         let _ = bytes;
         Ok(())

@@ -193,7 +193,11 @@ impl Scene {
         let bias = self.weight(backend, &[72], 1.0, 4)?;
         put("linear", product, backend.read(&backend.linear(&x, &matrix, None)?)?);
         put("linear with a bias", product, backend.read(&backend.linear(&x, &matrix, Some(&bias))?)?);
-        put("logits", [0.0, 1e-5], backend.read(&backend.logits(&x, &matrix)?)?);
+        for (what, vocabulary) in [("logits", 72), ("logits of an odd vocabulary", 73)] {
+            let head = self.weight(backend, &[vocabulary, width], 0.1, 3)?;
+            put(what, [0.0, 1e-5], backend.read(&backend.logits(&x, &head)?)?);
+            put(what, [0.0, 1e-5], backend.read(&backend.logits(&backend.last_rows(&x, 1)?, &head)?)?);
+        }
         let gate = self.rows(backend, [rows, width], 3.0, 5, true)?;
         put("swiglu", [2.0 * unit, 1e-5], backend.read(&backend.swiglu(gate, &x)?)?);
         let mut sum = self.rows(backend, [rows, width], 1.0, 6, false)?;

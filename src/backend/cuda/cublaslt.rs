@@ -20,6 +20,9 @@ use crate::{
     kernels::{DType, Error, Matmul},
 };
 
+/// Shapes whose choice is remembered: those of a model's weights with many numbers of rows.
+const PLANS: usize = 4096;
+
 /// Bytes of scratch memory that let it use every algorithm it knows for Hopper.
 pub(super) const WORKSPACE: usize = 32 << 20;
 
@@ -39,10 +42,7 @@ unsafe impl Sync for CublasLt {}
 impl CublasLt {
     /// Loads the library. The device's context is current.
     pub(super) fn load() -> Result<Self, Error> {
-        let functions = Functions::find(&NAMES, &folders())?;
-        let mut handle = ptr::null_mut();
-        // SAFETY: `handle` outlives the call.
-        check("cublasLtCreate", unsafe { (functions.create)(&mut handle) })?;
+        let (functions, handle) = open(&NAMES, &folders())?;
         Ok(Self { functions, handle, plans: Mutex::default() })
     }
 
@@ -54,6 +54,9 @@ impl CublasLt {
     pub(super) unsafe fn matmul(&self, work: &Matmul, stream: *mut c_void) -> Result<(), Error> {
         let shape = Shape::of(work);
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if plans.len() == PLANS && !plans.contains_key(&shape) {
+            plans.clear();
+        }
         let plan = match plans.entry(shape) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => place.insert(self.plan(work)?),
@@ -101,9 +104,9 @@ impl CublasLt {
             set(f.set_product, product.descriptor, BIAS_TYPE, &number(work.out_dtype))?;
         }
         let (rows, columns, inner) = (work.rows, work.columns, work.inner);
-        // A matrix of one row may have any stride, and the library wants one that holds a column.
+        // A matrix of one row may have any stride; the library wants one that holds it, and 16 bytes that are whole.
         let layout = |matrix: &Rows, dtype, [height, width]: [u32; 2]| {
-            let stride = if height == 1 { width.into() } else { matrix.token_stride };
+            let stride = if height == 1 { width.next_multiple_of(8).into() } else { matrix.token_stride };
             Owned::new("cublasLtMatrixLayoutCreate", f.destroy_layout, |place| {
                 // SAFETY: as above.
                 unsafe { (f.create_layout)(place, number(dtype), width.into(), height.into(), stride) }
@@ -208,23 +211,34 @@ struct Functions {
     ) -> Status,
 }
 
-impl Functions {
-    /// Takes the first library that the loader finds by name, or in one of the folders.
-    fn find(names: &[&str], folders: &[PathBuf]) -> Result<Self, Error> {
-        let in_folders = folders.iter().flat_map(|folder| names.iter().map(|name| folder.join(name)));
-        let places: Vec<PathBuf> = names.iter().map(PathBuf::from).chain(in_folders).collect();
+/// The first library that works of those that the loader finds by name and those in the folders: one that is newer
+/// than the driver does not.
+fn open(names: &[&str], folders: &[PathBuf]) -> Result<(Functions, Handle), Error> {
+    let in_folders = folders.iter().flat_map(|folder| names.iter().map(|name| folder.join(name)));
+    let mut first_error = None;
+    for place in names.iter().map(PathBuf::from).chain(in_folders) {
         // SAFETY: the vendor's library, whose initialisers may run at any time.
-        let library = places.iter().find_map(|place| unsafe { Library::new(place) }.ok());
-        let library = library.ok_or_else(|| Error::Library {
-            name: names[0].to_owned(),
-            folders: folders.iter().map(|folder| folder.display().to_string()).collect(),
-        })?;
-        let functions = Self::of(&library);
+        let Ok(library) = (unsafe { Library::new(place) }) else { continue };
+        let opened = Functions::of(&library).and_then(|functions| {
+            let mut handle = ptr::null_mut();
+            // SAFETY: `handle` outlives the call.
+            check("cublasLtCreate", unsafe { (functions.create)(&mut handle) })?;
+            Ok((functions, handle))
+        });
         // Its threads and its handles go on using it.
         mem::forget(library);
-        functions
+        match opened {
+            Ok(opened) => return Ok(opened),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
     }
+    Err(first_error.unwrap_or_else(|| Error::Library {
+        name: names[0].to_owned(),
+        folders: folders.iter().map(|folder| folder.display().to_string()).collect(),
+    }))
+}
 
+impl Functions {
     fn of(library: &Library) -> Result<Self, Error> {
         // SAFETY: the signatures are those of cublasLt.h, unchanged from 11.0 to 13.
         unsafe {
@@ -407,14 +421,14 @@ mod tests {
     #[test]
     fn a_missing_library_is_an_error_that_says_where_it_was_sought() {
         let folder = PathBuf::from("/no/such/folder");
-        let error = Functions::find(&["libno-such.so.13"], &[folder]).expect_err("no library");
+        let error = open(&["libno-such.so.13"], &[folder]).expect_err("no library");
         let message = error.to_string();
         assert!(message.contains("libno-such.so.13") && message.contains("/no/such/folder"), "{message}");
     }
 
     #[test]
     fn another_library_is_an_error_that_names_the_function() {
-        let error = Functions::find(&["libc.so.6"], &[]).expect_err("no cuBLASLt");
+        let error = open(&["libc.so.6", "libno-such.so.13"], &[]).expect_err("no cuBLASLt");
         assert!(error.to_string().contains("cublasLtCreate"), "{error}");
     }
 }

@@ -1,10 +1,13 @@
 //! Work that is captured, and queued again as one piece.
 
-use std::{cell::Cell, ptr};
+use std::{cell::Cell, ptr, thread};
 
 use cudarc::driver::sys;
 
-use super::{launcher::CudaLauncher, loaded::check};
+use super::{
+    launcher::CudaLauncher,
+    loaded::{Failure, check},
+};
 use crate::kernels::{Error, Graph};
 
 /// The stream of a launcher, and the one that takes what this thread would queue on it.
@@ -31,9 +34,26 @@ struct Side {
 impl Drop for Side {
     fn drop(&mut self) {
         CAPTURE.set(self.before);
+        // Where work panicked: this thread could do little else while it captures.
+        if thread::panicking() {
+            // SAFETY: the capture that this thread began; a stream that captures nothing says so.
+            drop(unsafe { end(self.stream) });
+        }
         // SAFETY: ours; nothing was queued on it.
         let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
     }
+}
+
+/// Ends a capture.
+///
+/// # Safety
+/// `stream` is alive.
+unsafe fn end(stream: sys::CUstream) -> Result<Captured, Failure> {
+    let mut graph = ptr::null_mut();
+    // SAFETY: the caller's promise; `graph` outlives the call.
+    let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(stream, &mut graph) });
+    let graph = Captured(graph);
+    ended.map(|()| graph)
 }
 
 /// A graph, or null where the capture failed.
@@ -72,12 +92,10 @@ impl CudaGraph {
         // SAFETY: a stream that nobody else knows.
         check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(stream, mode) })?;
         let queued = work();
-        let mut graph = ptr::null_mut();
-        // SAFETY: the capture that was begun above; `graph` outlives the call.
-        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(stream, &mut graph) });
-        let graph = Captured(graph);
+        // SAFETY: the stream on which a capture was begun above.
+        let ended = unsafe { end(stream) };
         queued?;
-        ended?;
+        let graph = ended?;
         let mut executable = ptr::null_mut();
         // SAFETY: a graph that was just captured; `executable` outlives the call.
         check("cuGraphInstantiate", unsafe {

@@ -27,7 +27,7 @@ use crate::{
 /// of another kind, bring a [`Launcher`] instead.
 ///
 /// Make one for each device, and clones of it [`on_stream`](Self::on_stream)s: kernels are loaded once, and all clones
-/// may launch from any thread. Its [`Device::alloc`] takes memory from the device's default pool, which from then on
+/// may launch from any thread. Its [`Device::alloc`] takes memory from the device's current pool, which from then on
 /// keeps what is freed; launches leave the pool alone.
 ///
 /// Streams and events are CUDA's: what another stream has to wait for is an event that the caller records on
@@ -196,7 +196,11 @@ impl Device for CudaLauncher {
     }
 
     fn reserve(&self, bytes: usize) -> Result<(), Error> {
-        if self.loaded.idle_memory()? >= bytes as u64 {
+        let (bytes_wanted, idle) = (bytes as u64, self.loaded.idle_memory()?);
+        // Where no more than half is missing it is had when it is asked for: less work than what follows.
+        let is_spare =
+            self.free_memory().is_none_or(|free| free.saturating_sub(OF_LIBRARIES) >= bytes_wanted);
+        if idle >= bytes_wanted / 2 || !is_spare {
             return Ok(());
         }
         // What lies idle in pieces goes back first, or the pool would end up larger than what is wanted.
@@ -324,6 +328,9 @@ impl Drop for CudaEvent {
         }
     }
 }
+
+/// Bytes that are not had ready: libraries load kernels when they first need them, and graphs take memory too.
+const OF_LIBRARIES: u64 = 512 << 20;
 
 /// Tensor maps that are remembered: those of the layers and chunks of some prompts. A map is 128 bytes.
 const TENSOR_MAPS: usize = 4096;

@@ -24,14 +24,14 @@ pub(super) struct Loaded {
     device: sys::CUdevice,
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
-    /// The device's own, where all memory comes from. Looked up when first asked for: whoever brings memory of its own
+    /// The device's current one, where all memory comes from. Looked up when first asked for: whoever brings memory of its own
     /// finds the pool as it was.
     pool: OnceLock<sys::CUmemoryPool>,
     modules: Vec<sys::CUmodule>,
     /// By `Kernel as usize`; none where the image has no code for this chip.
     pub(super) functions: Vec<Option<Function>>,
     /// Loaded when first asked for: kernels do without.
-    products: OnceLock<Result<CublasLt, Error>>,
+    products: OnceLock<CublasLt>,
     /// A map is a function of what it describes, whatever lies at the address.
     pub(super) tensor_maps: Mutex<HashMap<TensorMap, abi::TensorMap>>,
     pub(super) compute_capability: (u32, u32),
@@ -127,9 +127,7 @@ impl Loaded {
         let _current = self.enter()?;
         let mut pool = ptr::null_mut();
         // SAFETY: `pool` outlives the call.
-        check("cuDeviceGetDefaultMemPool", unsafe {
-            sys::cuDeviceGetDefaultMemPool(&mut pool, self.device)
-        })?;
+        check("cuDeviceGetMemPool", unsafe { sys::cuDeviceGetMemPool(&mut pool, self.device) })?;
         let mut threshold = u64::MAX;
         let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: a pool that lives as long as the device, and a value of the attribute's type.
@@ -165,8 +163,13 @@ impl Loaded {
     }
 
     pub(super) fn products(&self) -> Result<&CublasLt, Error> {
+        if let Some(products) = self.products.get() {
+            return Ok(products);
+        }
         let _current = self.enter()?;
-        self.products.get_or_init(CublasLt::load).as_ref().map_err(Clone::clone)
+        let products = CublasLt::load()?;
+        // Another thread may have been faster.
+        Ok(self.products.get_or_init(|| products))
     }
 
     pub(super) fn enter(&self) -> Result<Current, Error> {

@@ -47,7 +47,7 @@ pub(crate) struct Arguments {
     /// Prompts that are read and answered together
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     batch: u16,
-    /// Tokens that each answer has; below 3 decoding is not measured
+    /// Tokens that each answer has; below 4 decoding is not measured
     #[arg(long, value_name = "N", default_value_t = 32)]
     decode: usize,
     /// Seed of the prompts and of random weights
@@ -365,7 +365,7 @@ fn run_once<B: Measurable>(
     // Its progress is that of the prompt again.
     let quiet = Control { progress: None, ..*control };
     let decode_tokens_per_s = match arguments.decode {
-        ..3 => None,
+        ..4 => None,
         tokens => decode(engine, &mut prefills, tokens, &quiet)?,
     };
     Ok(Run {

@@ -1,7 +1,6 @@
 //! Sequences that decode together, and steps that repeat.
 
-use std::fmt;
-use std::fmt::Debug;
+use std::fmt::{self, Debug, Display};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -32,19 +31,21 @@ pub struct KvBatch<D: Device> {
 pub struct Recording<D: Device> {
     pool: Option<Arc<Pool<D>>>,
     graph: Option<Box<dyn Graph>>,
-    /// Whether the device declined.
-    declined: bool,
+    /// Why nothing is captured, where that is so.
+    declined: Option<String>,
 }
 
 impl<D: Device> Default for Recording<D> {
     fn default() -> Self {
-        Self { pool: None, graph: None, declined: false }
+        Self { pool: None, graph: None, declined: None }
     }
 }
 
 impl<D: Device> Debug for Recording<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Recording").field("pool", &self.pool).field("graph", &self.graph).finish()
+        let Self { pool, graph, declined } = self;
+        let mut fields = f.debug_struct("Recording");
+        fields.field("pool", pool).field("graph", graph).field("declined", declined).finish()
     }
 }
 
@@ -155,7 +156,7 @@ pub(super) fn decode_attention<D: MatrixProduct + Debug>(
 
 /// Does `work` once as it is, so that all its memory is there and all kernels are loaded; captures it when it comes
 /// again; and from then on queues what was captured.
-pub(super) fn repeat<D: MatrixProduct + Debug, E: From<BackendError>>(
+pub(super) fn repeat<D: MatrixProduct + Debug, E: From<BackendError> + Display>(
     backend: &CudaBackend<D>,
     recording: &mut Recording<D>,
     mut work: impl FnMut() -> Result<(), E>,
@@ -170,22 +171,23 @@ pub(super) fn repeat<D: MatrixProduct + Debug, E: From<BackendError>>(
     }
     let is_first = pool.is_none();
     let pool = pool.get_or_insert_with(|| Arc::new(Pool::new(&backend.machine)));
-    if !is_first && !*declined {
+    if !is_first && declined.is_none() {
         let mut queue = || {
-            work().map_err(|_: E| kernels::Error::Device {
+            work().map_err(|error: E| kernels::Error::Device {
                 operation: "to capture a step",
-                reason: "the step failed".to_owned(),
+                reason: error.to_string(),
             })
         };
         pool.captures.store(true, Relaxed);
         // SAFETY: as above; what is captured is not queued before.
         let captured = backend.machine.with_pool(pool, || unsafe { backend.device().capture(&mut queue) });
         pool.captures.store(false, Relaxed);
-        if let Ok(Some(captured)) = captured {
-            return launch(graph.insert(captured).as_ref());
-        }
         // A step that cannot be captured can still be done.
-        *declined = true;
+        *declined = Some(match captured {
+            Ok(Some(captured)) => return launch(graph.insert(captured).as_ref()),
+            Ok(None) => "the device captures nothing".to_owned(),
+            Err(error) => error.to_string(),
+        });
     }
     backend.machine.with_pool(pool, work)
 }

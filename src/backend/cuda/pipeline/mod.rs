@@ -12,7 +12,7 @@ mod memory;
 mod selection;
 mod steering;
 
-use std::fmt::Debug;
+use std::fmt::{Debug, Display};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -182,15 +182,14 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
         Ok(out)
     }
 
-    /// `x · weightᵀ + bias` in a type of choice.
+    /// `x · weightᵀ + bias` in the first columns of `out`.
     fn product(
         &self,
-        what: &'static str,
         x: &Tensor<D>,
         weight: &Weight<D>,
         bias: Option<&Weight<D>>,
-        dtype: DType,
-    ) -> Result<Tensor<D>, BackendError> {
+        out: &Tensor<D>,
+    ) -> Result<(), BackendError> {
         let (columns, inner) = weight.matrix("linear")?;
         if x.width != inner {
             return Err(shape("linear", format!("rows of {} for a weight of {inner} columns", x.width)));
@@ -198,10 +197,8 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
         let bias = bias.map_or(Ok(0), |bias| bias.vector("linear", columns))?;
         let mut scratch = None;
         let x = self.narrow(x, &mut scratch)?;
-        let out = self.tensor(what, x.rows, columns, dtype)?;
         let weight = Rows { base: weight.block.address(), token_stride: inner as i64, ..Rows::default() };
-        self.multiply(x.matrix(0), x.rows, weight, [columns, inner], bias, (out.matrix(0), dtype))?;
-        Ok(out)
+        self.multiply(x.matrix(0), x.rows, weight, [columns, inner], bias, (out.matrix(0), out.dtype))
     }
 
     fn multiply(
@@ -431,11 +428,26 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         weight: &Weight<D>,
         bias: Option<&Weight<D>>,
     ) -> Result<Tensor<D>, BackendError> {
-        self.product("projected activations", x, weight, bias, self.dtype)
+        let (columns, _) = weight.matrix("linear")?;
+        let out = self.tensor("projected activations", x.rows, columns, self.dtype)?;
+        self.product(x, weight, bias, &out)?;
+        Ok(out)
     }
 
     fn logits(&self, x: &Tensor<D>, head: &Weight<D>) -> Result<Tensor<D>, BackendError> {
-        self.product("logits", x, head, None, DType::F32)
+        let (vocabulary, _) = head.matrix("logits")?;
+        // Products want rows that begin where 16 bytes do, and vocabularies have any size.
+        let padded = self.tensor("logits", x.rows, vocabulary.next_multiple_of(4), DType::F32)?;
+        self.product(x, head, None, &padded)?;
+        if padded.width == vocabulary || x.rows == 1 {
+            return Ok(Tensor { width: vocabulary, ..padded });
+        }
+        let out = self.tensor("logits without gaps", x.rows, vocabulary, DType::F32)?;
+        for row in 0..x.rows {
+            let (to, from) = (row * out.row_bytes(), row * padded.row_bytes());
+            out.block.copy(to, &padded.block, from, out.row_bytes())?;
+        }
+        Ok(out)
     }
 
     fn swiglu(&self, gate: Tensor<D>, up: &Tensor<D>) -> Result<Tensor<D>, BackendError> {
@@ -868,7 +880,7 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         batch::decode_attention(self, queries, keys, values, positions, batch)
     }
 
-    fn repeat<E: From<BackendError>>(
+    fn repeat<E: From<BackendError> + Display>(
         &self,
         recording: &mut Recording<D>,
         work: impl FnMut() -> Result<(), E>,
