@@ -189,10 +189,10 @@ impl Subject {
         }
     }
 
-    fn needs(&self) -> Needs {
+    fn needs(&self) -> Needs<'_> {
         match self {
             Self::Model(model) => (&**model).into(),
-            Self::Shape(_, config) => Needs { head_dim: config.head_dim, dtype: Dtype::Bf16 },
+            Self::Shape(_, config) => Needs { config, dtype: Dtype::Bf16 },
         }
     }
 

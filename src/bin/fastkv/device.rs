@@ -5,7 +5,7 @@ use clap::ValueEnum;
 use fastkv::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use fastkv::backend::cuda::CudaBackend;
-use fastkv::model::{Dtype, ModelDir};
+use fastkv::model::{Dtype, LlamaConfig, ModelDir};
 use serde::Serialize;
 
 /// The devices that can be asked for.
@@ -68,14 +68,14 @@ pub(crate) use on;
 /// What a model asks of a GPU.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(crate) struct Needs {
-    pub(crate) head_dim: usize,
+pub(crate) struct Needs<'a> {
+    pub(crate) config: &'a LlamaConfig,
     pub(crate) dtype: Dtype,
 }
 
-impl From<&ModelDir> for Needs {
-    fn from(model: &ModelDir) -> Self {
-        Self { head_dim: model.config.head_dim, dtype: model.weights.embedding.dtype() }
+impl<'a> From<&'a ModelDir> for Needs<'a> {
+    fn from(model: &'a ModelDir) -> Self {
+        Self { config: &model.config, dtype: model.weights.embedding.dtype() }
     }
 }
 
@@ -83,7 +83,7 @@ impl From<&ModelDir> for Needs {
 pub(crate) fn backend(
     device: Device,
     threads: Option<usize>,
-    model: Option<Needs>,
+    model: Option<Needs<'_>>,
 ) -> Result<(Chosen, String)> {
     let reason = match device {
         Device::Cpu => "asked for".to_owned(),
@@ -100,21 +100,17 @@ pub(crate) fn backend(
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_backend(model: Option<Needs>) -> Result<Chosen> {
-    use fastkv::backend::cuda::{CudaLauncher, pipeline::HEAD_DIMS, probe};
+fn cuda_backend(model: Option<Needs<'_>>) -> Result<Chosen> {
+    use fastkv::backend::cuda::{CudaLauncher, pipeline::check_model, probe};
     use fastkv::kernels::DType;
 
-    let (mut dtype, mut head_dim) = (DType::BF16, HEAD_DIMS[0]);
+    let mut dtype = DType::BF16;
     if let Some(model) = model {
-        head_dim = model.head_dim;
+        check_model(model.config)?;
         if model.dtype == Dtype::F16 {
             dtype = DType::F16;
         }
     }
-    anyhow::ensure!(
-        HEAD_DIMS.contains(&head_dim),
-        "the model's heads have a size of {head_dim}; there are kernels for {HEAD_DIMS:?}"
-    );
     let device = CudaLauncher::new(0)?;
     let name = probe::devices()?.devices.swap_remove(0).name;
     Ok(Chosen::Cuda(CudaBackend::new(device, name, dtype)?))
@@ -122,7 +118,7 @@ fn cuda_backend(model: Option<Needs>) -> Result<Chosen> {
 
 /// There is none in a build without the feature.
 #[cfg(not(feature = "cuda"))]
-fn cuda_backend(_: Option<Needs>) -> Result<Chosen> {
+fn cuda_backend(_: Option<Needs<'_>>) -> Result<Chosen> {
     anyhow::bail!(NOT_BUILT)
 }
 

@@ -73,7 +73,7 @@ impl ModelOptions {
 
 impl MachineOptions {
     /// The backend, and why that one.
-    pub(crate) fn backend(&self, model: Option<Needs>) -> Result<(Chosen, String)> {
+    pub(crate) fn backend(&self, model: Option<Needs<'_>>) -> Result<(Chosen, String)> {
         device::backend(self.device, self.threads.map(usize::from), model)
     }
 

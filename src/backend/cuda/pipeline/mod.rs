@@ -9,6 +9,7 @@ mod columns;
 mod eviction;
 mod handles;
 mod memory;
+mod requirements;
 mod selection;
 mod steering;
 
@@ -22,6 +23,7 @@ pub use self::batch::{KvBatch, Recording};
 pub use self::handles::{Indices, Kv, Rotary, Scores, Tensor, Weight};
 use self::handles::{List, Span};
 use self::memory::{Block, Machine};
+pub use self::requirements::check_model;
 use self::steering::Marks;
 use super::CudaLauncher;
 use crate::abi::{Kept, Pages, Rows, Slots};
@@ -58,9 +60,6 @@ type Frequencies<D> = (Vec<f32>, Arc<Block<D>>);
 
 /// Rows of a pass through a layer: enough to keep a GPU busy, and little memory beside a long prompt.
 const CHUNK_ROWS: usize = 8192;
-
-/// Head sizes that the kernels of attention exist for.
-pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
 impl<D: MatrixProduct + Debug> CudaBackend<D> {
     /// A backend for models of a 16-bit type. Weights that are stored in another are converted to it, so
