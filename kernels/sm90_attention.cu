@@ -24,6 +24,8 @@
 #include "primitives/tma.cuh"
 #include "primitives/wgmma.cuh"
 
+#include <cfloat>
+
 static_assert(sizeof(fastkv_sm90_attention_params) == 704, "src/abi.rs was generated for another layout");
 
 namespace {
@@ -114,6 +116,15 @@ struct Bias {
         }
     }
 };
+
+// What stands before this stays there. ptxas takes arithmetic past a wait for products that it does not need, and the
+// softmax would begin when the products beside which it is to run are done; past a branch it takes nothing. `never` is
+// false, by something that stands before and that ptxas cannot know.
+__device__ __forceinline__ void stay_before(bool never) {
+    if (__any_sync(~0u, never)) {
+        asm volatile("nanosleep.u32 1;");
+    }
+}
 
 // -- The producer: one warp, whose first lane fills the rings.
 
@@ -343,10 +354,12 @@ struct Consumer {
         barrier_arrive<CONSUMERS>(1 + (group ^ 1));
         products_wait<1>(s);
         release(shared.empty_k[ring.stage]);
+        stay_before(s[0][0] > FLT_MAX);
         if (biased) {
             add_bias(s, words, bias.value);
         }
         update<masked>(block);
+        stay_before(softmax.sum[0] + softmax.sum[1] < 0.0f);
         products_wait<0>(out);
         release(shared.empty_v[before.stage]);
         values.low = values_at(0).low + values_at(1).low - values.low;

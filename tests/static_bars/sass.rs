@@ -64,6 +64,13 @@ impl Loop<'_> {
         count(self.0, opcode)
     }
 
+    /// Instructions of a kind between the first and the last of another.
+    pub(crate) fn between(&self, opcode: &str, fences: &str) -> usize {
+        let is_fence = |instruction: &Instruction| is(instruction, fences);
+        let (first, last) = (self.0.iter().position(is_fence), self.0.iter().rposition(is_fence));
+        first.zip(last).map_or(0, |(first, last)| count(&self.0[first..last], opcode))
+    }
+
     /// Instructions of a kind before the first of another.
     pub(crate) fn before(&self, opcode: &str, other: &str) -> usize {
         let end = self.0.iter().position(|instruction| is(instruction, other)).unwrap_or(self.len());
