@@ -20,7 +20,7 @@ use crate::abi::{self, PrefillAttentionParams, Rows, Sm90AttentionParams};
 /// `0..=positions[i]`. A query that sees no key, or only logits of -inf, has output 0 and LSE -inf.
 ///
 /// A key that a query does not see adds nothing to its output, whatever the key and its value hold, NaN
-/// included. What it sees spreads as IEEE arithmetic says. Logits are above -2^100, or -inf.
+/// included. What it sees spreads as IEEE arithmetic says. Products of queries and keys are above -2^99, or -inf.
 #[derive(Clone, Copy, Debug)]
 pub struct PrefillAttention {
     /// Queries, `[sequence][query head][token][head_dim]`.
@@ -191,7 +191,7 @@ struct Traits {
     threads: u32,
     /// Blocks of a multiprocessor.
     blocks: u32,
-    /// Queries of a tile.
+    /// Queries of a tile, at least.
     tile_queries: u32,
     /// Keys of a score item: few enough to even out the end of a launch, enough that reading the queries is
     /// little beside reading the keys. Scores of all queries cost more for each key.
@@ -215,7 +215,7 @@ fn portable(work: &PrefillAttention) -> Traits {
             [PrefillAttentionF16D64, PrefillAttentionF16D96, PrefillAttentionF16D128, PrefillAttentionF16D256]
         }
     };
-    let (kernel, tile_queries) = match work.head_dim {
+    let (kernel, queries) = match work.head_dim {
         64 => (kernels[0], 128),
         96 => (kernels[1], 128),
         128 => (kernels[2], 128),
@@ -225,14 +225,15 @@ fn portable(work: &PrefillAttention) -> Traits {
     let score_slots = 2;
     // One tile of queries, one block of keys, one of values.
     const KEYS: u32 = 64;
-    let attention = (tile_queries + 2 * KEYS) * 2 * work.head_dim;
+    let attention = (queries + 2 * KEYS) * 2 * work.head_dim;
     let step_keys = if work.head_dim == 256 { 64 } else { 128 };
     Traits {
         kernel,
         threads: abi::ATTENTION_THREADS as u32,
         // Registers allow as many.
         blocks: 2,
-        tile_queries,
+        // Code for chips from Hopper on has half as many where d = 128.
+        tile_queries: if work.head_dim == 128 { 64 } else { queries },
         score_keys: if scores_all(work) { 128 } else { 512 },
         score_slots,
         shared_bytes: attention.max(score_bytes(work, step_keys, score_slots)),

@@ -13,6 +13,12 @@ const MAX_WINDOW: u32 = 64;
 /// Query heads that may share a kv head.
 const MAX_GROUP: u32 = 16;
 
+/// Below this the maximum of a softmax, which begins at -2^100, stays finite when it is scaled.
+const MOST_SCALE: f32 = (1_u32 << 27) as f32;
+
+/// Below this a product with its bias stays above that maximum.
+const MOST_BIAS: f32 = (1_u128 << 99) as f32;
+
 /// How many tokens each sequence has, and where they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lengths {
@@ -35,7 +41,7 @@ pub struct Bias {
     pub keys: u64,
     /// Words of `keys` from one sequence to the next.
     pub key_stride: i64,
-    /// What to add; finite.
+    /// What to add: below 2^99 in magnitude when divided by the scale.
     pub value: f32,
 }
 
@@ -119,8 +125,8 @@ pub(super) fn check_heads(query_heads: u32, kv_heads: u32) -> Result<(), Error> 
 }
 
 pub(super) fn check_scale(scale: f32) -> Result<(), Error> {
-    if !(scale.is_finite() && scale > 0.0) {
-        return Err(Error::argument("scale", scale, "a positive number"));
+    if !(scale > 0.0 && scale < MOST_SCALE) {
+        return Err(Error::argument("scale", scale, "a positive number below 2^27"));
     }
     Ok(())
 }
@@ -175,8 +181,9 @@ impl Bias {
         keys: Lengths,
         scale: f32,
     ) -> Result<[Range<u64>; 2], Error> {
-        if !self.value.is_finite() || !(self.value / scale).is_finite() {
-            let expected = "finite, and finite when divided by scale: to hide keys is what positions are for";
+        if self.value.is_nan() || (self.value / scale).abs() >= MOST_BIAS {
+            let expected =
+                "a number below 2^99 when divided by scale: to hide keys is what positions are for";
             return Err(Error::argument("bias.value", self.value, expected));
         }
         let words = i64::from(keys.longest.div_ceil(32));

@@ -216,17 +216,20 @@ const STRIDES: &str = "copy engine takes tensors with keys whose strides are nei
 #[test]
 fn small_batches_have_small_grids() {
     let recorder = Recorder::default();
-    let one = |heads| Rows::token_major(4096, 1, heads, 128);
-    let work = prepared(PrefillAttention {
-        q: one(32),
-        out: Rows { base: 1 << 50, ..one(32) },
-        sequences: 1,
-        queries: Lengths::dense(1),
-        ..plain()
-    });
-    // SAFETY: the recorder touches no memory.
-    unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
-    assert_eq!(recorder.last().grid, [32, 1, 1]);
+    // A tile has 64 queries or more: on some chips 128.
+    for (queries, blocks) in [(1, 32), (64, 32), (65, 64)] {
+        let q = Rows::token_major(4096, queries, 32, 128);
+        let work = prepared(PrefillAttention {
+            q,
+            out: Rows { base: 1 << 50, ..q },
+            sequences: 1,
+            queries: Lengths::dense(queries),
+            ..plain()
+        });
+        // SAFETY: the recorder touches no memory.
+        unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
+        assert_eq!(recorder.last().grid, [blocks, 1, 1]);
+    }
 }
 
 #[test]
@@ -279,12 +282,13 @@ fn refuses() {
         |w| w.keys = Lengths::packed(4096, 1000, 1001),
         "keys.longest is 1001; it must be at most the tokens there are, 1000",
     );
-    refuses(|w| w.scale = 0.0, "scale is 0; it must be a positive number");
-    refuses(|w| w.scale = f32::NAN, "scale is NaN; it must be a positive number");
-    refuses(|w| w.scale = f32::INFINITY, "scale is inf; it must be a positive number");
+    refuses(|w| w.scale = 0.0, "scale is 0; it must be a positive number below 2^27");
+    refuses(|w| w.scale = f32::NAN, "scale is NaN; it must be a positive number below 2^27");
+    refuses(|w| w.scale = f32::INFINITY, "scale is inf; it must be a positive number below 2^27");
+    refuses(|w| w.scale = 2_f32.powi(27), "scale is 134217730; it must be a positive number below 2^27");
     refuses(
         |w| w.sequences = 1 << 22,
-        "sequences is 4194304; it must be fewer: 33554432 tiles of 32 heads are 2^30 or more",
+        "sequences is 4194304; it must be fewer: 67108864 tiles of 32 heads are 2^30 or more",
     );
     refuses(
         |w| (w.sequences, w.keys) = (16, Lengths::dense(1 << 30)),
@@ -337,13 +341,18 @@ fn refuses() {
 
     refuses(
         |w| w.bias = Some(Bias { value: f32::NEG_INFINITY, ..BIAS }),
-        "bias.value is -inf; it must be finite, and finite when divided by scale: to hide keys is what \
+        "bias.value is -inf; it must be a number below 2^99 when divided by scale: to hide keys is what \
          positions are for",
     );
     refuses(
         |w| (w.scale, w.bias) = (1e-30, Some(Bias { value: 1e20, ..BIAS })),
-        "bias.value is 100000000000000000000; it must be finite, and finite when divided by scale: to hide keys \
+        "bias.value is 100000000000000000000; it must be a number below 2^99 when divided by scale: to hide keys \
          is what positions are for",
+    );
+    refuses(
+        |w| (w.scale, w.bias) = (0.5, Some(Bias { value: -2_f32.powi(98), ..BIAS })),
+        "bias.value is -316912650057057350374175801344; it must be a number below 2^99 when divided by scale: to \
+         hide keys is what positions are for",
     );
     refuses(
         |w| w.bias = Some(Bias { key_stride: 31, ..BIAS }),

@@ -156,8 +156,8 @@ fn refuses() {
         "positions_new is 0x0; it must be a device address, a multiple of 4",
     );
     refuses(|w| w.lse = 2, "lse is 0x2; it must be a device address, a multiple of 4");
-    refuses(|w| w.scale = 0.0, "scale is 0; it must be a positive number");
-    refuses(|w| w.scale = f32::NAN, "scale is NaN; it must be a positive number");
+    refuses(|w| w.scale = 0.0, "scale is 0; it must be a positive number below 2^27");
+    refuses(|w| w.scale = f32::NAN, "scale is NaN; it must be a positive number below 2^27");
     refuses(
         |w| w.cache.starts = 0,
         "cache.rows is 100000; it must be sequences * heads * capacity = 1600000 or more where starts is absent",

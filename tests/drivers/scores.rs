@@ -192,8 +192,8 @@ fn window_scores_refuses() {
         |w| (w.kv_heads, w.query_heads) = (65_536, 65_536),
         "kv_heads is 65536; it must be at most 65535",
     );
-    refuses(|w| w.scale = 0.0, "scale is 0; it must be a positive number");
-    refuses(|w| w.scale = f32::NAN, "scale is NaN; it must be a positive number");
+    refuses(|w| w.scale = 0.0, "scale is 0; it must be a positive number below 2^27");
+    refuses(|w| w.scale = f32::NAN, "scale is NaN; it must be a positive number below 2^27");
     refuses(
         |w| w.keys = Lengths::dense(u32::MAX),
         "keys.tokens is 4294967295; it must be at most 1073741824",
@@ -242,7 +242,7 @@ fn window_scores_refuses() {
     );
     refuses(
         |w| w.bias = Some(Bias { value: f32::INFINITY, ..bias() }),
-        "bias.value is inf; it must be finite, and finite when divided by scale: to hide keys is what positions are for",
+        "bias.value is inf; it must be a number below 2^99 when divided by scale: to hide keys is what positions are for",
     );
     refuses(
         |w| w.bias = Some(Bias { key_stride: -1, ..bias() }),
