@@ -573,7 +573,7 @@ __device__ __forceinline__ void decode(const fastkv_decode_params& p) {
 } // namespace
 
 // Grid: x, a few blocks per SM, which share all chunks of all lists. Registers are held to what lets
-// three blocks live on an SM.
+// three blocks live on an SM, or four where d = 128 and queries fill one tile.
 #define FASTKV_DECODE(name, T, d, tiles, queries)                                                            \
     extern "C" __global__ void __launch_bounds__(Shape<d>::threads, d == 128 ? 5 - tiles : 3)                \
         fastkv_decode_##name##_##d##_q##queries(__grid_constant__ const fastkv_decode_params p) {            \

@@ -296,7 +296,7 @@ fn refuses() {
     );
     refuses(
         |w| w.sequences = u32::MAX,
-        "sequences is 4294967295; it must be fewer: 34359738360 tiles of 32 heads are 2^30 or more",
+        "sequences is 4294967295; it must be fewer: 68719476720 tiles of 32 heads are 2^30 or more",
     );
 
     refuses(|w| w.q.base = 0, "q is 0x0; it must be a device address, a multiple of 16");
@@ -351,7 +351,7 @@ fn refuses() {
     );
     refuses(
         |w| (w.scale, w.bias) = (0.5, Some(Bias { value: -2_f32.powi(98), ..BIAS })),
-        "bias.value is -316912650057057350374175801344; it must be a number below 2^99 when divided by scale: to \
+        "bias.value is -316912650000000000000000000000; it must be a number below 2^99 when divided by scale: to \
          hide keys is what positions are for",
     );
     refuses(
