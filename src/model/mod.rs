@@ -16,14 +16,17 @@ mod error;
 mod generation;
 pub(crate) mod json;
 mod rope;
+mod shard;
+mod stored;
 mod weights;
 
-pub use checkpoint::{Checkpoint, Dtype, Element, StoredTensor};
+pub use checkpoint::Checkpoint;
 pub use config::{Architecture, ContextLimit, LlamaConfig, MAX_GQA_RATIO, MAX_HEAD_DIM};
 pub use directory::ModelDir;
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use rope::{RopeConfig, RopeScaling};
+pub use stored::{Dtype, Element, StoredTensor};
 pub use weights::{LayerWeights, Linear, LlamaWeights};
 
 #[cfg(feature = "text")]

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use super::checkpoint::check_finite;
+use super::stored::check_finite;
 use super::{Checkpoint, LlamaConfig, ModelError, StoredTensor};
 
 /// Every tensor a forward pass reads. Below, `H` is the hidden size, `I` the intermediate size, `V`

@@ -3,15 +3,51 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use clap::Args;
 use fastkv::backend::Backend;
-use fastkv::engine::{Cancel, Control, Engine, FinishReason, GenerationOptions, PrefillOptions, Progress};
+use fastkv::engine::{
+    Cancel, Control, Engine, FinishReason, GenerationOptions, PrefillOptions, Progress, Sampler, Sampling,
+};
 use fastkv::model::{ModelDir, TextStream, Tokenizer};
 use fastkv::policy::Plan;
 use serde::Serialize;
 
 use crate::exit::{self, Usage};
 use crate::input::Prompt;
-use crate::options::AnswerOptions;
+
+/// How an answer is generated.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Answer")]
+pub(crate) struct AnswerOptions {
+    /// Compress the prompt alone, then read this question behind it and answer
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) question: Option<String>,
+    /// Tokens of the answer at most
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    /// Softmax temperature; 0 takes the most likely token
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    temperature: f32,
+    /// Draw from the most likely tokens whose probabilities reach this sum
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    top_p: f32,
+    /// Seed of the draws
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    sampling_seed: u64,
+    /// Also end the answer at this text or token id, which is left out; may be repeated
+    #[arg(long, value_name = "TEXT|ID")]
+    pub(crate) stop: Vec<String>,
+}
+
+impl AnswerOptions {
+    /// The sampling parameters, checked.
+    pub(crate) fn sampling(&self) -> Result<Sampling> {
+        let Self { temperature, top_p, sampling_seed: seed, .. } = *self;
+        let sampling = Sampling { temperature, top_p, seed };
+        Sampler::new(sampling)?;
+        Ok(sampling)
+    }
+}
 
 /// How a prompt is answered, whatever the policy.
 #[derive(Debug)]

@@ -15,11 +15,11 @@ use fastkv::model::{LlamaConfig, ModelDir, ModelError, Tokenizer};
 use fastkv::policy::{ModelShape, Plan};
 use serde::{Deserialize, Serialize};
 
-use crate::answer::{AnswerText, generation};
+use crate::answer::{AnswerOptions, AnswerText, generation};
 use crate::device::on;
 use crate::input::{Prompt, check_length, encode};
 use crate::loading::{self, ModelOptions};
-use crate::options::{AnswerOptions, PolicyName, PolicyOptions};
+use crate::options::{PolicyName, PolicyOptions};
 use crate::{output, progress};
 
 /// Answer several prompts together: one prefill, one decode loop.

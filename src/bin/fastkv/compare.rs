@@ -14,12 +14,12 @@ use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Plan, Policy};
 use serde::Serialize;
 
-use crate::answer::{Answer, Task};
+use crate::answer::{Answer, AnswerOptions, Task};
 use crate::device::on;
 use crate::exit::Usage;
 use crate::input::PromptOptions;
 use crate::loading::{self, ModelOptions};
-use crate::options::{AnswerOptions, PolicyName, PolicyOptions};
+use crate::options::{PolicyName, PolicyOptions};
 use crate::output::{self, Output};
 use crate::steering::SteeringOptions;
 use crate::{exit, progress};

@@ -10,11 +10,11 @@ use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Plan};
 use serde::Serialize;
 
-use crate::answer::{Answer, Task};
+use crate::answer::{Answer, AnswerOptions, Task};
 use crate::device::on;
 use crate::input::PromptOptions;
 use crate::loading::{self, ModelOptions};
-use crate::options::{AnswerOptions, PolicyName, PolicyOptions};
+use crate::options::{PolicyName, PolicyOptions};
 use crate::steering::SteeringOptions;
 use crate::{exit, output, progress};
 
