@@ -54,7 +54,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// It is missing, has another shape than `shape`, or is stored as something other than
-    /// [`Dtype`] knows.
+    /// [`Dtype`](super::Dtype) knows.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<StoredTensor, ModelError> {
         let Some((name, entry)) = self.tensors.get_key_value(name) else {
             return Err(ModelError::TensorMissing {
@@ -106,7 +106,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`ModelError::NonFinite`] for the first such element in the order of names,
-    /// [`ModelError::TensorDtype`] where a tensor is not of a floating-point type of [`Dtype`],
+    /// [`ModelError::TensorDtype`] where a tensor is not of a floating-point type of [`Dtype`](super::Dtype),
     /// [`ModelError::Cancelled`] after a `Break`.
     pub fn check_finite(
         &self,
