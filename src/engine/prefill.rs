@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::cell::Cell;
+use std::rc::Rc;
 use std::slice::from_mut;
 
 use super::check::check_plan;
@@ -153,6 +154,8 @@ pub(super) struct Run<'a, B: Backend> {
     pub(super) hidden: B::Tensor,
     pub(super) rows: usize,
     pub(super) places: Places<B>,
+    /// The positions of `places`, where the host knows them.
+    positions: Option<Rc<[u32]>>,
     pub(super) caches: Vec<B::Kv>,
     pub(super) decoding: Decoding<B>,
     /// Positions of the prompt that are read anew.
@@ -237,6 +240,7 @@ impl<'a, B: Backend> Run<'a, B> {
             hidden: backend.embed(&llama.embedding, ids)?,
             rows: ids.len(),
             places: llama.places(backend, positions, ids.len())?,
+            positions: Some((0..ids.len() as u32).collect()),
             caches: Vec::with_capacity(plan.layers.len()),
             decoding: Decoding { steer, evictions: Vec::new(), tokens },
             restarted: None,
@@ -285,6 +289,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let positions = backend.indices(vec![(0..ids.len() as u32).collect()])?;
         self.hidden = backend.embed(&llama.embedding, &ids)?;
         self.places = llama.places(backend, positions, ids.len())?;
+        self.positions = Some((0..ids.len() as u32).collect());
         self.decoding.tokens.highlighted = steer.as_ref().map_or_else(Vec::new, |steer| steer.rows(&chosen));
         self.decoding.steer = steer.map(|steer| steer.of_tokens(&chosen));
         self.rows = ids.len();
@@ -312,11 +317,22 @@ impl<'a, B: Backend> Run<'a, B> {
         Ok(settles)
     }
 
+    /// The original positions of the rows. Waits for the device after the stream was narrowed.
+    pub(super) fn positions(&mut self) -> Result<Rc<[u32]>, EngineError> {
+        if let Some(known) = &self.positions {
+            return Ok(Rc::clone(known));
+        }
+        let read: Rc<[u32]> = self.backend.read_indices(&self.places.positions)?.concat().into();
+        self.positions = Some(Rc::clone(&read));
+        Ok(read)
+    }
+
     /// Narrows the residual stream to some of its rows.
     pub(super) fn go_on_with(&mut self, rows: &B::Indices) -> Result<(), EngineError> {
         self.hidden = self.backend.gather_rows(&self.hidden, rows)?;
         let positions = self.backend.gather_indices(&self.places.positions, rows)?;
         self.places = self.llama.places(self.backend, positions, self.prompt_tokens)?;
+        self.positions = None;
         self.rows = self.backend.rows(&self.hidden);
         Ok(())
     }

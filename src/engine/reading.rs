@@ -1,5 +1,7 @@
 //! A layer for several prompts at once, in passes of a limited number of rows.
 
+use std::rc::Rc;
+
 use super::EngineError;
 use super::choice::Choice;
 use super::llama::{Layer, Llama, Part, Pass, Projected, Span, passes};
@@ -16,7 +18,7 @@ pub(super) struct Reading<'r, 'a, B: Backend> {
     pub(super) kv: B::Kv,
     observer: Observer<'r, B>,
     /// Original positions of the rows, where somebody needs them.
-    positions: Vec<u32>,
+    positions: Rc<[u32]>,
     /// Rows that are kept whatever the scores.
     forced: Vec<u32>,
     /// Rows that the layer reads.
@@ -141,8 +143,8 @@ impl<'r, 'a, B: Backend> Reading<'r, 'a, B> {
         let bias = steer.and_then(|steer| steer.bias(index));
         let observer = Observer::new(backend, rules, bias, trace);
         let positions = match steer.is_some() || matches!(rules.keep, Keep::Recovered { .. }) {
-            true => backend.read_indices(&run.places.positions)?.concat(),
-            false => Vec::new(),
+            true => run.positions()?,
+            false => Rc::default(),
         };
         let forced = steer.map_or_else(Vec::new, |steer| steer.rows(&positions));
         Ok(Self { run, rules, kv, observer, positions, forced, rows })

@@ -32,6 +32,8 @@ pub(crate) mod sums;
 #[cfg(feature = "pipeline")]
 #[path = "../tiny/mod.rs"]
 pub(crate) mod tiny;
+#[cfg(feature = "pipeline")]
+pub(crate) mod waits;
 
 use fastkv::kernels::MatrixProduct;
 
@@ -68,6 +70,8 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         faults::checks(),
         #[cfg(feature = "pipeline")]
         reserve::checks(),
+        #[cfg(feature = "pipeline")]
+        waits::checks(),
         attention::checks(),
         decode::checks(),
         example::checks(),
