@@ -196,11 +196,12 @@ impl Device for CudaLauncher {
     }
 
     fn reserve(&self, bytes: usize) -> Result<(), Error> {
-        let (bytes_wanted, idle) = (bytes as u64, self.loaded.idle_memory()?);
-        // Where no more than half is missing it is had when it is asked for: less work than what follows.
-        let is_spare =
-            self.free_memory().is_none_or(|free| free.saturating_sub(OF_LIBRARIES) >= bytes_wanted);
-        if idle >= bytes_wanted / 2 || !is_spare {
+        // To have the rest when it is asked for, where no more than half is missing, is less work than what follows.
+        if self.loaded.idle_memory()? >= bytes as u64 / 2 {
+            return Ok(());
+        }
+        let with_libraries = (bytes as u64).saturating_add(OF_LIBRARIES);
+        if self.free_memory().is_some_and(|free| free < with_libraries) {
             return Ok(());
         }
         // What lies idle in pieces goes back first, or the pool would end up larger than what is wanted.

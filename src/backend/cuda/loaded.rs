@@ -24,8 +24,8 @@ pub(super) struct Loaded {
     device: sys::CUdevice,
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
-    /// The device's current one, where all memory comes from. Looked up when first asked for: whoever brings memory of its own
-    /// finds the pool as it was.
+    /// The device's current one, where all memory comes from. Looked up when first asked for: whoever brings memory of
+    /// its own finds the pool as it was.
     pool: OnceLock<sys::CUmemoryPool>,
     modules: Vec<sys::CUmodule>,
     /// By `Kernel as usize`; none where the image has no code for this chip.
