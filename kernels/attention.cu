@@ -473,9 +473,9 @@ __device__ __forceinline__ void prefill_attention(const fastkv_prefill_attention
         }
     }
     while (present.number < work.items) {
+        next = threadIdx.x == 0 ? take_item(p) : 0;
         score<T, d, WARPS, QUERIES<d>, 1>(p, present.score, shared);
         __syncthreads();
-        next = threadIdx.x == 0 ? take_item(p) : 0;
         if (threadIdx.x < 32) {
             find<d>(p, work, __shfl_sync(~0u, next, 0), present);
         }

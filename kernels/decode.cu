@@ -412,10 +412,23 @@ __device__ __forceinline__ void merge_chunks(const fastkv_decode_params& p, cons
     for (int32_t part = threadIdx.x; part < rows * (d / 4); part += S::threads) {
         const int32_t row = part / (d / 4);
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-        for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-            sum = add_scaled(sum, factors[row * S::factor_row + chunk],
-                             __ldcg(partials + int64_t(chunk) * p.queries * (d / 4) + part));
+        // Eight are asked for at a time, the last few as well, with the last chunk in the place of those that are not
+        // there: one by one, each would be a wait that the whole launch ends with.
+        constexpr int32_t BATCH = 8;
+#pragma unroll 1
+        for (int32_t first = 0; first < chunks; first += BATCH) {
+            float4 of[BATCH];
+#pragma unroll
+            for (int32_t i = 0; i < BATCH; ++i) {
+                const int32_t chunk = min(first + i, chunks - 1);
+                of[i] = __ldcg(partials + int64_t(chunk) * p.queries * (d / 4) + part);
+            }
+#pragma unroll
+            for (int32_t i = 0; i < BATCH; ++i) {
+                if (first + i < chunks) {
+                    sum = add_scaled(sum, factors[row * S::factor_row + first + i], of[i]);
+                }
+            }
         }
         store_output<T>(p, at, row, part % (d / 4) * 4, sum);
     }

@@ -110,9 +110,9 @@ struct Move {
 
 __device__ __forceinline__ Move move_of(const fastkv_gather_kv_params& p, const Selection& l,
                                         const Tensor& source, const Tensor& destination, int32_t sequence,
-                                        int32_t head, int32_t row) {
+                                        int32_t head, int32_t row, int32_t index) {
     Move m;
-    m.index = index_at(l, row);
+    m.index = row < l.length && uint32_t(index) < uint32_t(l.tokens) ? index : -1;
     if (m.index < 0) {
         return m;
     }
@@ -169,10 +169,16 @@ extern "C" __global__ void __launch_bounds__(FASTKV_GATHER_KV_THREADS)
 
     // Unsigned, so that a step past the end of the longest list cannot wrap.
     for (uint32_t first = blockIdx.y * tile; first < uint32_t(l.length); first += gridDim.y * tile) {
+        // Asked for by all before one is looked at: behind branches each would be a wait of its own.
+        int32_t index[FASTKV_GATHER_KV_ROWS];
+#pragma unroll
+        for (int32_t i = 0; i < FASTKV_GATHER_KV_ROWS; ++i) {
+            index[i] = __ldg(l.indices + min(int32_t(first) + i * groups + group, l.length - 1));
+        }
         Move move[FASTKV_GATHER_KV_ROWS];
 #pragma unroll
         for (int32_t i = 0; i < FASTKV_GATHER_KV_ROWS; ++i) {
-            move[i] = move_of(p, l, source, destination, sequence, head, first + i * groups + group);
+            move[i] = move_of(p, l, source, destination, sequence, head, first + i * groups + group, index[i]);
         }
         for (int32_t byte = lane_bytes; byte < p.row_bytes; byte += FASTKV_VECTOR_BYTES << p.lane_shift) {
             uint4 vector[FASTKV_GATHER_KV_ROWS];

@@ -47,6 +47,24 @@ __device__ __forceinline__ Piece unpack(uint4 low, uint4 high) {
     return piece;
 }
 
+// A piece as it lies in memory.
+template <class T>
+struct Vectors {
+    uint4 of[T::BYTES / 2];
+
+    __device__ __forceinline__ Piece unpack() const { return ::unpack<T>(of[0], of[T::BYTES / 2 - 1]); }
+};
+
+template <class T>
+__device__ __forceinline__ Vectors<T> load_vectors_once(uint64_t address) {
+    Vectors<T> vectors;
+#pragma unroll
+    for (int32_t i = 0; i < T::BYTES / 2; ++i) {
+        vectors.of[i] = load_once(address + i * FASTKV_VECTOR_BYTES);
+    }
+    return vectors;
+}
+
 // A piece that nothing writes during the kernel.
 template <class T>
 __device__ __forceinline__ Piece load_piece_once(uint64_t address) {

@@ -2,8 +2,8 @@
 // with queries at explicit positions and scores in the same launch. What it computes is what the portable
 // form in attention.cu computes.
 //
-// Two warpgroups have 64 queries each and multiply; one warp fills rings of two tiles of keys and two of
-// values by the copy engine. A warpgroup asks for the products of its next keys, then for those of its last
+// Two warpgroups have 64 queries each and multiply; one warp fills rings of two tiles of queries, two of keys and two
+// of values by the copy engine. A warpgroup asks for the products of its next keys, then for those of its last
 // probabilities with their values, and does the softmax of the first while the second go on; meanwhile the
 // other warpgroup has the tensor cores, since the two take turns.
 //
@@ -66,11 +66,12 @@ struct Item {
     float bias;             // of biased keys, before products are scaled; 0 for none
 };
 
+// Items and their queries have a ring as well: while one is at work, the next arrives.
 struct Shared {
-    uint64_t full_q, empty_q;
+    uint64_t full_q[STAGES], empty_q[STAGES];
     uint64_t full_k[STAGES], empty_k[STAGES];
     uint64_t full_v[STAGES], empty_v[STAGES];
-    Item item;
+    Item items[STAGES];
     Work work;
     int32_t next; // score item
 };
@@ -78,12 +79,16 @@ struct Shared {
 // The parts of dynamic shared memory.
 template <int d>
 struct Tiles {
-    uint32_t q; // the others follow
+    uint32_t first;
 
-    __device__ __forceinline__ uint32_t k(uint32_t turn) const { return q + (1 + turn % STAGES) * TILE_BYTES<d>; }
+    __device__ __forceinline__ uint32_t q(uint32_t round) const { return first + round % STAGES * TILE_BYTES<d>; }
+
+    __device__ __forceinline__ uint32_t k(uint32_t turn) const {
+        return first + (STAGES + turn % STAGES) * TILE_BYTES<d>;
+    }
 
     __device__ __forceinline__ uint32_t v(uint32_t turn) const {
-        return q + (1 + STAGES + turn % STAGES) * TILE_BYTES<d>;
+        return first + (2 * STAGES + turn % STAGES) * TILE_BYTES<d>;
     }
 };
 
@@ -195,13 +200,14 @@ struct Producer {
         if (block >= 0) {
             load_keys(item, turn, block, kv_head);
         }
-        mbarrier_wait(shared.empty_q, ~round % 2);
-        shared.item = item;
+        const uint32_t slot = round % STAGES;
+        mbarrier_wait(shared.empty_q[slot], ~round / STAGES % 2);
+        shared.items[slot] = item;
         if (block >= 0) {
-            load(tiles.q, params.of.q, p().cu_seqlens_q, item,
-                 item.queries.first + item.tile.tile.index * ROWS, item.tile.head, shared.full_q);
+            load(tiles.q(round), params.of.q, p().cu_seqlens_q, item,
+                 item.queries.first + item.tile.tile.index * ROWS, item.tile.head, shared.full_q[slot]);
         } else {
-            mbarrier_arrive(shared.full_q);
+            mbarrier_arrive(shared.full_q[slot]);
         }
         // Asked for now, the next item is known once this one is fed.
         next = take_item(p());
@@ -224,9 +230,10 @@ struct Producer {
             const Item item = find(__shfl_sync(~0u, next, 0));
             if (item.number >= shared.work.tile_items) {
                 if (leads) {
-                    mbarrier_wait(shared.empty_q, ~round % 2);
-                    shared.item.number = item.number;
-                    mbarrier_arrive(shared.full_q);
+                    const uint32_t slot = round % STAGES;
+                    mbarrier_wait(shared.empty_q[slot], ~round / STAGES % 2);
+                    shared.items[slot].number = item.number;
+                    mbarrier_arrive(shared.full_q[slot]);
                 }
                 return;
             }
@@ -264,7 +271,7 @@ struct Consumer {
 
     __device__ __forceinline__ Consumer(const fastkv_prefill_attention_params& p, Shared& shared, Tiles<d> tiles,
                                         int32_t group)
-        : p(p), shared(shared), tiles(tiles), group(group), queries(uniform(tiles.q + group * GROUP_ROWS * 128)),
+        : p(p), shared(shared), tiles(tiles), group(group), queries(queries_at(0)),
           keys(keys_at(0)), values(values_at(0)) {}
 
     // The thread's first row of a tile; the other is 8 further down.
@@ -281,6 +288,9 @@ struct Consumer {
         }
     }
 
+    __device__ __forceinline__ Matrix queries_at(uint32_t round) const {
+        return Matrix(uniform(tiles.q(round) + group * GROUP_ROWS * 128));
+    }
     __device__ __forceinline__ Matrix keys_at(uint32_t stage) const { return Matrix(tiles.k(stage)); }
     __device__ __forceinline__ Matrix values_at(uint32_t stage) const { return Matrix(tiles.v(stage), HALF_BYTES); }
 
@@ -487,7 +497,7 @@ struct Consumer {
 
     // Output and LSE. The output goes by way of the warp's own queries in shared memory, so that it leaves
     // in whole rows.
-    __device__ __forceinline__ void store_rows(const Item& item) {
+    __device__ __forceinline__ void store_rows(const Item& item, uint32_t tile) {
         const int32_t lane = threadIdx.x % 32;
         const int32_t left = item.queries.tokens - item.tile.tile.index * ROWS; // rows of the tile
         float normalize[2];
@@ -510,7 +520,7 @@ struct Consumer {
                 pack<T>(out[j + 1][0] * normalize[0], out[j + 1][1] * normalize[0]),
                 pack<T>(out[j + 1][2] * normalize[1], out[j + 1][3] * normalize[1]),
             };
-            stmatrix(tiles.q + chunk_offset(first + lane % 16, j + lane / 16), words);
+            stmatrix(tile + chunk_offset(first + lane % 16, j + lane / 16), words);
         }
         __syncwarp();
         const uint64_t to = row_address(p.out, item.tile.tile.sequence, item.tile.head,
@@ -520,26 +530,29 @@ struct Consumer {
             const int32_t own = first + index / O;
             if (own < left) {
                 store(to + 2 * own * p.out.token_stride + index % O * 16,
-                      load_shared_vector(tiles.q + chunk_offset(own, index % O)));
+                      load_shared_vector(tile + chunk_offset(own, index % O)));
             }
         }
-        // The next queries are copied to where these rows were.
+        // The queries after the next are copied to where these rows were.
         fence_proxy();
         __syncwarp();
     }
 
-    __device__ __forceinline__ void run() {
+    // Returns the first item that is no tile of queries.
+    __device__ __forceinline__ int32_t run() {
         // The second lets the first begin.
         if (group == 1) {
             barrier_arrive<CONSUMERS>(1);
         }
 #pragma unroll 1
         for (uint32_t round = 0;; ++round) {
-            mbarrier_wait(shared.full_q, round % 2);
-            const Item& item = shared.item;
+            const uint32_t slot = round % STAGES;
+            mbarrier_wait(shared.full_q[slot], round / STAGES % 2);
+            const Item& item = shared.items[slot];
             if (item.number >= shared.work.tile_items) {
-                return;
+                return item.number;
             }
+            queries = queries_at(slot);
             softmax = {};
 #pragma unroll
             for (int j = 0; j < O; ++j) {
@@ -561,13 +574,13 @@ struct Consumer {
                 }
             }
             const bool suspect[2] = {is_suspect(0), is_suspect(1)};
-            store_rows(item);
+            store_rows(item, tiles.q(slot));
             mend<0>(item, suspect[0]);
             mend<1>(item, suspect[1]);
             // Read before the producer may write the next item, which it may once all warps are done here.
             const QueryTile tile = item.tile;
             const int32_t queries = item.queries.tokens;
-            mbarrier_arrive(shared.empty_q);
+            mbarrier_arrive(shared.empty_q[slot]);
             if (p.scores) {
                 meet();
                 if (threadIdx.x % GROUP_THREADS == 0) {
@@ -585,10 +598,10 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
     const fastkv_prefill_attention_params& p = params.of.attention;
     const Tiles<d> tiles = {(shared_address(dynamic) + 1023) / 1024 * 1024};
     if (threadIdx.x == 0) {
-        mbarrier_init(shared.full_q, 1);
-        // Every thread that reads the item says so itself.
-        mbarrier_init(shared.empty_q, CONSUMERS);
         for (int32_t stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(shared.full_q[stage], 1);
+            // Every thread that reads the item says so itself.
+            mbarrier_init(shared.empty_q[stage], CONSUMERS);
             mbarrier_init(shared.full_k[stage], 1);
             mbarrier_init(shared.empty_k[stage], CONSUMERS / 32);
             mbarrier_init(shared.full_v[stage], 1);
@@ -608,14 +621,16 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
         return;
     }
     take_registers<232>();
-    Consumer<T, d>(p, shared, tiles, int32_t(uniform(threadIdx.x / GROUP_THREADS))).run();
-    // The producer is gone; what is left of the block scores keys.
-    int32_t number = shared.item.number;
+    int32_t number = Consumer<T, d>(p, shared, tiles, int32_t(uniform(threadIdx.x / GROUP_THREADS))).run();
+    // The producer is gone; what is left of the block scores keys, once both warpgroups are done with their tiles.
+    __syncthreads();
     while (number < shared.work.items) {
         const ScoreItem item = score_item(p, number - shared.work.tile_items);
-        score<T, d, CONSUMERS / 32, ROWS, GROUPS>(p, item, tiles.q);
+        // Asked for now, the next item is known once this one is scored.
+        const int32_t next = threadIdx.x == 0 ? take_item(p) : 0;
+        score<T, d, CONSUMERS / 32, ROWS, GROUPS>(p, item, tiles.first);
         if (threadIdx.x == 0) {
-            shared.next = take_item(p);
+            shared.next = next;
         }
         __syncthreads();
         number = shared.next;
@@ -624,7 +639,7 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
 
 } // namespace
 
-// Grid: as many blocks as SMs, or fewer. Dynamic shared memory: a tile of queries, two of keys, two of
+// Grid: as many blocks as SMs, or fewer. Dynamic shared memory: two tiles of queries, two of keys, two of
 // values, and 1 KB to align them.
 #define FASTKV_SM90_ATTENTION(name, type, d)                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                               \

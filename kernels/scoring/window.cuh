@@ -41,12 +41,21 @@ struct WindowScores {
     static constexpr int shared_bytes(int slots) { return Products::KEY_BYTES + slots * Products::SLOT_BYTES; }
 
     // Scores keys first..end, `first` a multiple of 32. For the whole block, which has met at a barrier
-    // since shared memory was used last, and meets before it is used next.
+    // since shared memory was used last, and meets before it is used next. `wait` is called by all when the first
+    // keys are on their way, and returns when LSE is there.
+    template <typename Wait>
+    static __device__ __forceinline__ void run(const Window& window, const ScoreRows& out, int32_t first,
+                                               int32_t end, uint32_t shared, int32_t slots,
+                                               const Weights& weights, Wait wait) {
+        WindowScores scores{Products(window, shared, slots), out, weights, min(end, window.keys)};
+        scores.walk(first, slots, wait);
+    }
+
+    // The same where LSE is there.
     static __device__ __forceinline__ void run(const Window& window, const ScoreRows& out, int32_t first,
                                                int32_t end, uint32_t shared, int32_t slots,
                                                const Weights& weights = {}) {
-        WindowScores scores{Products(window, shared, slots), out, weights, min(end, window.keys)};
-        scores.walk(first, slots);
+        run(window, out, first, end, shared, slots, weights, [] {});
     }
 
     Products products;
@@ -67,7 +76,8 @@ struct WindowScores {
     float head_sum;    // of one key of this lane, `own_row`
     float group_sum;
 
-    __device__ __forceinline__ void walk(int32_t first, int32_t slots) {
+    template <typename Wait>
+    __device__ __forceinline__ void walk(int32_t first, int32_t slots, Wait wait) {
         const Window& window = products.window;
         const int32_t tiles = window.tiles();
         const bool resident = window.heads * tiles <= slots * Products::SLOT_TILES;
@@ -75,6 +85,7 @@ struct WindowScores {
             return;
         }
         products.load_keys(first, end);
+        wait();
         if (resident) {
             products.load_queries(0, 0, window.heads * tiles, 0, tiles);
         }

@@ -227,7 +227,8 @@ __device__ __forceinline__ void write_kept(const uint32_t* ranks, int32_t first,
     const int32_t lane = threadIdx.x % 32;
     const uint32_t lanes_before = (1u << lane) - 1;
     for (int32_t step = items.begin; step < items.end; step += WarpItems::STEP) {
-        uint32_t of[4];
+        // Asked of all four before the first is looked at, so that they do not wait for each other.
+        uint32_t of[4], high[4];
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
             const int32_t item = step + 32 * i + lane;
@@ -236,18 +237,22 @@ __device__ __forceinline__ void write_kept(const uint32_t* ranks, int32_t first,
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
             const int32_t item = step + 32 * i + lane;
-            const bool is_high = item < items.end && of[i] >= threshold.rank;
-            const uint32_t high = __ballot_sync(ALL_LANES, is_high);
-            if (high == 0) {
+            high[i] = __ballot_sync(ALL_LANES, item < items.end && of[i] >= threshold.rank);
+        }
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+            const int32_t item = step + 32 * i + lane;
+            if (high[i] == 0) {
                 continue;
             }
+            const bool is_high = high[i] >> lane & 1;
             const uint32_t at = __ballot_sync(ALL_LANES, is_high && of[i] == threshold.rank);
-            const uint32_t above = before.above + __popc((high ^ at) & lanes_before);
+            const uint32_t above = before.above + __popc((high[i] ^ at) & lanes_before);
             const uint32_t equal = before.equal + __popc(at & lanes_before);
             if (is_high && (of[i] > threshold.rank || equal < wanted)) {
                 kept[above + min(equal, wanted)] = first + item;
             }
-            before.above += __popc(high ^ at);
+            before.above += __popc(high[i] ^ at);
             before.equal += __popc(at);
         }
     }

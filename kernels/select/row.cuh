@@ -134,7 +134,7 @@ __device__ __forceinline__ void load_ranks(const fastkv_select_params& p, const 
     uint4* four = vectors + threadIdx.x;
     if (is_plain(p, row)) {
         // Vectors that a thread asks for at once.
-        constexpr int32_t BATCH = 4;
+        constexpr int32_t BATCH = 8;
         constexpr int32_t STEP = 4 * FASTKV_SELECT_THREADS;
         const int32_t whole = min(end, row.group.keys) - 4;
         for (; key <= whole - (BATCH - 1) * STEP; key += BATCH * STEP, four += BATCH * FASTKV_SELECT_THREADS) {

@@ -250,8 +250,8 @@ fn hopper(work: &PrefillAttention) -> Traits {
     };
     let tile_queries = abi::SM90_ATTENTION_ROWS as u32;
     let score_slots = 4;
-    // A tile of queries, two of keys, two of values; 1 KiB to align them.
-    let attention = 5 * tile_queries * 2 * work.head_dim + 1024;
+    // Two tiles each of queries, of keys and of values; 1 KiB to align them.
+    let attention = 6 * tile_queries * 2 * work.head_dim + 1024;
     Traits {
         kernel,
         threads: abi::SM90_ATTENTION_THREADS as u32,

@@ -174,7 +174,7 @@ pub(super) fn prepare(work: &WindowScores) -> Result<Option<Prepared>, Error> {
     let columns = columns(work);
     let slots = form.slots(columns);
     let fits = columns <= slots * SLOT_COLUMNS;
-    let block_keys = if fits { RESIDENT_BLOCK_KEYS } else { form.step_keys };
+    let block_keys = if fits { resident_block_keys(work) } else { form.step_keys };
     let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
     let lse = work.lse.unwrap_or(Lse {
         base: work.workspace + workspace(work).partials as u64,
@@ -263,9 +263,12 @@ pub unsafe fn pool_scores<D: Launcher + ?Sized>(device: &D, work: &PoolScores) -
     }
 }
 
-/// Keys of a block that holds all queries of the window: few enough that the blocks of 8K keys fill a
-/// GPU, enough that reading the queries is little beside reading the keys.
-const RESIDENT_BLOCK_KEYS: u32 = 512;
+/// Keys of a block that holds all queries of the window: enough that reading the queries is little beside reading the
+/// keys, and fewer where long blocks would be one to a multiprocessor, or would leave most idle at the end.
+fn resident_block_keys(work: &WindowScores) -> u32 {
+    let keys = u64::from(work.keys.longest) * u64::from(work.kv_heads) * u64::from(work.sequences);
+    if keys <= 512 << 10 { 256 } else { 512 }
+}
 
 /// Queries of a slot of shared memory.
 const SLOT_COLUMNS: u32 = 64;

@@ -52,7 +52,8 @@ proptest! {
         let step = if head_dim == 256 { 64 } else { 128 };
         prop_assert!(step * head_dim * 2 + slots * 64 * (head_dim * 2 + 8) <= 99 << 10);
         prop_assert_eq!(params.partial_columns as u32, columns);
-        prop_assert_eq!(block_keys, if columns <= slots * 64 { 512 } else { step });
+        let resident = if 8 * keys <= 512 << 10 { 256 } else { 512 };
+        prop_assert_eq!(block_keys, if columns <= slots * 64 { resident } else { step });
         prop_assert!(columns <= slots * 64 || slots == 2);
         prop_assert_eq!(grid, [keys.div_ceil(block_keys), 8, 1]);
     }
@@ -66,7 +67,7 @@ fn window_scores_fills_its_params() {
     unsafe { scores::window_scores(&recorder, &work) }.unwrap();
     assert_eq!(recorder.launches().len(), 1);
     let Recorded { kernel, grid, block, params } = recorder.last();
-    assert_eq!((kernel, grid, block), (Kernel::WindowScoresBf16D128, [2, 8, 1], [128, 1, 1]));
+    assert_eq!((kernel, grid, block), (Kernel::WindowScoresBf16D128, [4, 8, 1], [128, 1, 1]));
     let expected = WindowScoresParams {
         q: work.q,
         k: work.k,
@@ -85,7 +86,7 @@ fn window_scores_fills_its_params() {
         max_k_tokens: 1000,
         window: 32,
         score_heads: 32,
-        block_keys: 512,
+        block_keys: 256,
         slots: 2,
         partial_columns: 128,
         ..WindowScoresParams::default()
@@ -109,7 +110,7 @@ fn two_passes_where_there_is_no_lse() {
     let expected = [
         (Kernel::WindowPartialsBf16D128, [2, 8, 1]),
         (Kernel::WindowLse, [1, 8, 1]),
-        (Kernel::WindowScoresBf16D128, [2, 8, 1]),
+        (Kernel::WindowScoresBf16D128, [4, 8, 1]),
     ];
     assert_eq!(kernels, expected);
     assert!(launches.iter().all(|launch| launch.params == launches[0].params));

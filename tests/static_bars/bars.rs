@@ -74,7 +74,7 @@ const fn sm90_attention(kernels: &'static str, head_dim: u32, instructions: usiz
         kernels,
         archs: &["sm_90a"],
         threads: 384,
-        dynamic_shared: 5 * 256 * head_dim + 1024,
+        dynamic_shared: 6 * 256 * head_dim + 1024,
         blocks: 1,
         registers: 168,
         marker: "HGMMA",
