@@ -93,6 +93,17 @@ pub enum DialectError {
     },
 }
 
+impl DialectError {
+    /// The same as told to who gave `tokens`, of which `beside` are no words of the prompt.
+    #[must_use]
+    pub fn among(self, tokens: usize, beside: usize) -> Self {
+        match self {
+            Self::TooShort { facts, least, .. } => Self::TooShort { tokens, facts, least: least + beside },
+            other => other,
+        }
+    }
+}
+
 impl Dialect {
     /// Reads `dialect.json` of a model directory.
     ///

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::support::{Scratch, json_of, program, refused, run, stderr, stdout_of};
+use super::support::{Scratch, json_of, needle, program, refused, run, stderr, stdout_of};
 use super::tiny::{Tiny, lookup};
 
 /// The path as an argument.
@@ -446,4 +446,15 @@ fn selection_is_measured_without_a_model() {
     refused(short.into_iter().chain(["--window", "99"]), 2, &["--window 99"]);
     refused(["profile", "selection", "--tokens", "8"], 2, &["--tokens 8"]);
     refused(["profile", "selection", "--planted", "5000"], 2, &["--planted 5000"]);
+}
+
+/// The model's context ends an answer before memory does.
+#[test]
+fn answers_may_be_as_long_as_they_come() {
+    let [model, most] = [needle().display().to_string(), u64::MAX.to_string()];
+    let base = ["--question", "for", "--max-tokens", &most, "--model", &model, "--json", "the magic number"];
+    let answer = json_of(["generate", "--policy", "full"].into_iter().chain(base));
+    assert_eq!(answer["finish"], "stop");
+    let report = json_of(["compare", "--policies", "full"].into_iter().chain(base));
+    assert_eq!(report["policies"][0]["tokens"], answer["tokens"]);
 }

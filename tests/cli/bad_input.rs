@@ -277,6 +277,7 @@ fn unwritable_outputs_are_found_first() {
     refused(base.into_iter().chain([path]), 1, &[path, "directory"]);
     let base = ["inspect", "--model", "no such model", "--picture"];
     refused(base.into_iter().chain(["a.png"]), 2, &["a.png", ".svg or .html"]);
+    refused(base.into_iter().chain(["a.svg", "--out", "a.svg"]), 2, &["a.svg", "two files"]);
     assert!(scratch.names().is_empty());
 }
 
@@ -296,6 +297,10 @@ fn what_else_makes_no_sense() {
     refused(base.into_iter().chain(["--chat"]), 1, &["chat template"]);
     refused(base.into_iter().chain(["--file", "x"]), 2, &["--file"]);
     refused(base.into_iter().chain(["--question", " "]), 2, &["--question is empty"]);
+    let scratch = Scratch::new();
+    let tokens = scratch.file("tokens.json", "[1, 2]");
+    let tokens = ["generate", "--model", needle, "--tokens", tokens.to_str().expect("UTF-8")];
+    refused(tokens.into_iter().chain(["--question", " "]), 2, &["--question is empty"]);
     refused(base.into_iter().chain(["--threads", "0"]), 2, &["--threads"]);
     refused(["compare", "--model", needle, "a", "--policies", "full,full"], 2, &["names full twice"]);
     refused(["info", "--model", needle, "--tokens", "9000"], 2, &["--tokens 9000", "8192"]);

@@ -93,6 +93,8 @@ fn lines_that_make_no_sense_are_named() {
         ("{\"tokens\": [1], \"color\": 3}\n", &["line 1", "color"]),
         ("{\"max_tokens\": 3}\n", &["line 1", "\"prompt\" or \"tokens\""]),
         ("\n{\"tokens\": []}\n", &["line 2", "no tokens"]),
+        ("3\n", &["line 1", "expected an object such as {\"prompt\": \"text\"}"]),
+        ("{\"tokens\": [1], \"question\": \" \"}\n", &["line 1", "\"question\" is empty"]),
         ("{\"tokens\": [1, 99999]}\n", &["line 1", "99999"]),
         ("{\"prompt\": \"text\"}\n", &["tokenizer.json"]),
     ] {

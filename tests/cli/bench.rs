@@ -86,8 +86,9 @@ fn what_does_not_fit_is_told_and_skipped() {
     let config = shape("tiny").expect("a shape");
     let options = ["--repeat", "1", "--warm-up", "0", "--decode", "0", "--policies", "full"];
     // The model's context.
-    let report = bench(&[&options[..], &["--tokens", "64,1000000"]].concat());
-    assert_eq!(rows(&report).len(), 1);
+    let most = u64::MAX.to_string();
+    let report = bench(&[&options[..], &["--tokens", "64,1000000", &most]].concat());
+    assert_eq!((rows(&report).len(), &report["skipped"][1]["tokens"]), (1, &json!(u64::MAX)));
     assert_eq!(rows(&report)[0]["decode_tokens_per_s"], Value::Null);
     let reason = report["skipped"][0]["reason"].as_str().expect("a reason");
     assert!(reason.contains(&config.max_position_embeddings.to_string()), "{reason}");
@@ -106,7 +107,7 @@ fn what_does_not_fit_is_told_and_skipped() {
 
 #[test]
 fn command_lines_that_make_no_sense_are_refused() {
-    let cases: [(&[&str], &[&str]); 7] = [
+    let cases: [(&[&str], &[&str]); 8] = [
         (&["--shape", "llama-9"], &["llama-9", "llama-3.1-8b"]),
         (&["--shape", "tiny", "--model", "x"], &["--model", "--shape"]),
         (&[], &["--model DIR", "--shape", "tiny"]),
@@ -114,6 +115,7 @@ fn command_lines_that_make_no_sense_are_refused() {
         (&["--shape", "tiny", "--policies", "full,full"], &["full twice"]),
         (&["--shape", "tiny", "--policies", "headkv"], &["--heads"]),
         (&["--shape", "tiny", "--picture", "x.png"], &["x.png", ".svg"]),
+        (&["--shape", "tiny", "--picture", "x.svg", "--out", "x.svg"], &["x.svg", "two files"]),
     ];
     for (options, parts) in cases {
         refused(["bench"].iter().chain(options), 2, parts);

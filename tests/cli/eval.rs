@@ -58,7 +58,11 @@ fn a_seed_makes_a_prompt() {
 fn prompts_that_cannot_be_are_refused() {
     let model = needle();
     let model = model.to_str().expect("a plain path");
-    refused(["prompt", "--model", model, "--tokens", "20"], 1, &["19 tokens", "8 facts", "are the least"]);
+    refused(["prompt", "--model", model, "--tokens", "97"], 1, &["97 tokens", "8 facts", "98 are the least"]);
+    stdout_of(["prompt", "--model", model, "--tokens", "98"]);
+    for tokens in ["0", "18446744073709551615"] {
+        refused(["prompt", "--model", model, "--tokens", tokens], 2, &[tokens, "1..=16777216"]);
+    }
     refused(["prompt", "--model", model, "--facts", "5000"], 1, &["5000 facts", "2304"]);
     refused(["prompt", "--model", model, "--facts", "0"], 1, &["0 facts"]);
     let other = fixture("bf16-gqa4");
@@ -67,7 +71,12 @@ fn prompts_that_cannot_be_are_refused() {
     let parts = ["'multikye'", "did you mean multikey?", "hard, multikey, single, single_1"];
     refused(["eval", "--model", model, "--tasks", "single,multikye"], 2, &parts);
     refused(["eval", "--model", model, "--samples", "0"], 2, &["--samples"]);
-    refused(["eval", "--model", model, "--tokens", "20", "--policies", "full"], 1, &["are the least"]);
+    let parts = ["5 tokens", "1 facts", "29 are the least"];
+    refused(["eval", "--model", model, "--tokens", "5", "--policies", "full"], 1, &parts);
+    let parts = ["5 tokens", "8 facts", "106 are the least"];
+    refused(["profile", "heads", "--model", model, "--tokens", "5"], 1, &parts);
+    let most = u64::MAX.to_string();
+    refused(["profile", "tsp", "--model", model, "--tokens", &most], 2, &[&most, "at most 8192"]);
 }
 
 /// Exact answers of each policy to a dozen prompts of a thousand tokens.

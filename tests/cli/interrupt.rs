@@ -112,6 +112,17 @@ fn bench_keeps_what_it_has() {
     assert!(measured.iter().all(|row| row["tokens"] == 64), "there was no time for more");
 }
 
+#[test]
+fn selection_stops() {
+    let mut command = program();
+    command.args(["profile", "selection", "--tokens", "2000", "--samples", "1000000"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    wait_for_handler(&child);
+    interrupt(&child);
+    assert_ends_soon(&mut child);
+    assert_eq!(child.wait().expect("it ended").code(), Some(130));
+}
+
 /// Before the program listens for Ctrl-C, the signal would end it as it ends any program.
 fn wait_for_handler(child: &Child) {
     let status = format!("/proc/{}/status", child.id());

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::answer::{AnswerOptions, AnswerText, generation};
 use crate::device::on;
-use crate::input::{Prompt, check_length, encode};
+use crate::input::{Prompt, check_length, check_question, encode};
 use crate::loading::{self, ModelOptions};
 use crate::options::{PolicyName, PolicyOptions};
 use crate::{output, progress};
@@ -50,7 +50,7 @@ pub(crate) struct Arguments {
 
 /// A line of the file.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object such as {\"prompt\": \"text\"}")]
 struct Line {
     prompt: Option<String>,
     tokens: Option<Vec<u32>>,
@@ -105,6 +105,7 @@ struct Times {
 pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let mut policies = arguments.policy_options.policies(&[arguments.policy])?;
     arguments.answer.sampling()?;
+    check_question(arguments.answer.question.as_deref())?;
     let model = ModelDir::open(&arguments.model.model)?;
     arguments.policy_options.complete(&mut policies, &model)?;
     let mut batch = arguments.read(&model, cancel)?;
@@ -162,6 +163,9 @@ impl Arguments {
         for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let line: Line =
                 serde_json::from_str(line).with_context(|| format!("{name}, line {}", number + 1))?;
+            if line.question.as_ref().is_some_and(|question| question.trim().is_empty()) {
+                bail!("{name}, line {}: \"question\" is empty: leave it out, or ask something", number + 1);
+            }
             lines.push((number + 1, line));
         }
         if lines.is_empty() {

@@ -135,6 +135,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         bail!(Usage(format!("--tokens {length}: give lengths of at least one token, each once")));
     }
     let mut policies = arguments.policy_options.policies(names)?;
+    output::check_apart(arguments.out.as_ref(), arguments.picture.as_ref())?;
     let out = Output::prepare_if(arguments.out.as_ref())?;
     let picture = arguments.picture.as_ref().map(|path| match path.extension() {
         Some(extension) if extension == "svg" => Output::prepare(path),
@@ -282,14 +283,16 @@ fn measure<B: Measurable>(
     for length in &lengths {
         for (name, policy) in arguments.policies.iter().zip(policies) {
             let plan = policy.plan(ModelShape::from(config), *length)?;
-            let options = MemoryOptions::new(&backend, weights_bytes, arguments.decode);
-            let estimate = MemoryEstimate::together(config, &vec![&plan; arguments.batch.into()], &options);
+            let estimate = || {
+                let options = MemoryOptions::new(&backend, weights_bytes, arguments.decode);
+                MemoryEstimate::together(config, &vec![&plan; arguments.batch.into()], &options)
+            };
             let skipped = match length.saturating_add(arguments.decode) > limit.tokens {
                 true => Some(format!("the model's context takes {} tokens ({})", limit.tokens, limit.reason)),
-                false => estimate.check(available).err().map(|error| error.to_string()),
+                false => estimate().check(available).err().map(|error| error.to_string()),
             };
             let token = plan.shape.kv_elements() * plan.layers.len() * backend.kv_element_bytes();
-            let kv_full_bytes = (usize::from(arguments.batch) * length * token) as u64;
+            let kv_full_bytes = (usize::from(arguments.batch) * token).saturating_mul(*length) as u64;
             jobs.push(Job { name: *name, plan, kv_full_bytes, runs: Vec::new(), skipped });
         }
     }
@@ -321,6 +324,10 @@ fn run_all<B: Measurable>(
     };
     let control = Control { cancel: Some(cancel), progress: Some(&report) };
     for jobs in jobs.chunk_by_mut(|a, b| a.plan.prompt_tokens == b.plan.prompt_tokens) {
+        if jobs.iter().all(|job| job.skipped.is_some()) {
+            done.set(done.get() + turns * jobs.len() as u64);
+            continue;
+        }
         let length = jobs[0].plan.prompt_tokens;
         let vocabulary = engine.config().vocab_size;
         let ids = random_prompts(arguments.batch.into(), length, vocabulary, arguments.prompt_seed);

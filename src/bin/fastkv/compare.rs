@@ -121,7 +121,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let plans = policies.iter().map(plan).collect::<Result<Vec<_>>>()?;
     let exact_shortcuts = arguments.policy_options.exact_shortcuts();
     let task = Task::new(&model, &prompt, &arguments.answer, exact_shortcuts, cancel)?;
-    let more_tokens = prompt.question.len() + arguments.answer.max_tokens;
+    let more_tokens = prompt.question.len().saturating_add(arguments.answer.max_tokens);
     let (backend, device_reason) = arguments.model.backend(&model)?;
     let (device, kv_full_bytes, runs) = on!(backend, backend => {
         let device = backend.name();

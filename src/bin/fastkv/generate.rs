@@ -66,7 +66,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let plan = arguments.steering.apply(plan, &prompt)?;
     let task =
         Task::new(&model, &prompt, &arguments.answer, arguments.policy_options.exact_shortcuts(), cancel)?;
-    let more_tokens = prompt.question.len() + arguments.answer.max_tokens;
+    let more_tokens = prompt.question.len().saturating_add(arguments.answer.max_tokens);
     let (backend, device_reason) = arguments.model.backend(&model)?;
     let (device, kv_full_bytes, answer) = on!(backend, backend => {
         let device = backend.name();

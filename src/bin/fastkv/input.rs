@@ -57,6 +57,7 @@ impl Prompt {
 impl PromptOptions {
     /// Reads the prompt and checks that the model can take it.
     pub(crate) fn read(&self, model: &ModelDir, question: Option<&str>) -> Result<Prompt> {
+        check_question(question)?;
         let tokenizer = match model.tokenizer() {
             Err(ModelError::FileMissing { .. }) if self.tokens.is_some() && question.is_none() => None,
             other => Some(other?),
@@ -99,6 +100,14 @@ impl PromptOptions {
     }
 }
 
+/// The question of `--question`, if there is one, asks something.
+pub(crate) fn check_question(question: Option<&str>) -> Result<()> {
+    match question.is_some_and(|question| question.trim().is_empty()) {
+        true => bail!(Usage("--question is empty: leave it out, or ask something".to_owned())),
+        false => Ok(()),
+    }
+}
+
 /// The model can read these tokens, and the question behind them.
 pub(crate) fn check_length(model: &ModelDir, ids: &[u32], question: &[u32]) -> Result<()> {
     check_tokens(&model.config, ids, 0)?;
@@ -118,9 +127,6 @@ pub(crate) fn encode(
 ) -> Result<(Vec<u32>, Vec<u32>)> {
     if text.is_empty() {
         bail!("the prompt is empty: give some text");
-    }
-    if question.is_some_and(|question| question.trim().is_empty()) {
-        return Err(Usage("--question is empty: leave it out, or ask something".to_owned()).into());
     }
     if !chat {
         let question = question.map(|question| tokenizer.encode(question, false)).transpose()?;

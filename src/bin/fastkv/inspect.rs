@@ -96,6 +96,7 @@ struct Picture {
 
 pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let mut policies = arguments.policy_options.policies(&[arguments.policy])?;
+    output::check_apart(arguments.out.as_ref(), arguments.picture.as_ref())?;
     let picture = arguments.picture.as_deref().map(Picture::prepare).transpose()?;
     let out = Output::prepare_if(arguments.out.as_ref())?;
     let model = ModelDir::open(&arguments.model.model)?;

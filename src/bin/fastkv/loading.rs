@@ -127,8 +127,9 @@ pub(crate) fn estimate(
     MemoryEstimate::new(&model.config, plan, &memory_options(model, more_tokens, backend))
 }
 
-/// What a run of the model takes besides its plan.
+/// What a run of the model takes besides its plan; no more tokens follow than its context takes.
 pub(crate) fn memory_options(model: &ModelDir, more_tokens: usize, backend: &impl Backend) -> MemoryOptions {
+    let more_tokens = more_tokens.min(model.config.context_limit().tokens);
     MemoryOptions::new(backend, model.weights.total_bytes(), more_tokens)
 }
 

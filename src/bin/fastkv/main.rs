@@ -30,7 +30,7 @@ use clap::{Parser, Subcommand};
 
 /// Long prompts with a compressed KV cache: FastKV and its relatives for Llama models.
 #[derive(Parser)]
-#[command(name = "fastkv", version, about, max_term_width = 100)]
+#[command(name = "fastkv", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

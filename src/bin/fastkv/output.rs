@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::exit::Usage;
+
 /// A file to be written when the work is done.
 #[derive(Debug)]
 pub(crate) struct Output {
@@ -59,6 +61,16 @@ impl Output {
     }
 }
 
+/// Refuses to write the JSON object and the picture to one file.
+pub(crate) fn check_apart(out: Option<&PathBuf>, picture: Option<&PathBuf>) -> Result<()> {
+    match picture.filter(|picture| out == Some(picture)) {
+        Some(path) => {
+            bail!(Usage(format!("--out and --picture are both {}: give two files", path.display())))
+        }
+        None => Ok(()),
+    }
+}
+
 /// A value as JSON with a line break behind it.
 pub(crate) fn json(value: &impl serde::Serialize) -> Result<Vec<u8>> {
     let mut text = serde_json::to_vec(value)?;
@@ -69,6 +81,5 @@ pub(crate) fn json(value: &impl serde::Serialize) -> Result<Vec<u8>> {
 /// Writes to stdout; a closed pipe is an error here, not a panic.
 pub(crate) fn print(contents: &[u8]) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
-    stdout.write_all(contents)?;
-    Ok(stdout.flush()?)
+    stdout.write_all(contents).and_then(|()| stdout.flush()).context("stdout cannot be written")
 }

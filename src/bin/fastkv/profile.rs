@@ -16,6 +16,7 @@ use fastkv::model::{ModelDir, Tokenizer};
 use fastkv::policy::{HeadScores, ModelShape, Plan, Policy};
 
 use crate::device::on;
+use crate::exit::Usage;
 use crate::input::PromptOptions;
 use crate::loading::ModelOptions;
 use crate::options::{PolicyName, PolicyOptions};
@@ -99,7 +100,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         Command::Heads(arguments) => heads(arguments, cancel),
         Command::Fastgen(arguments) => fastgen(arguments, cancel),
         Command::Tsp(arguments) => tsp::run(arguments, cancel),
-        Command::Selection(arguments) => selection::run(arguments),
+        Command::Selection(arguments) => selection::run(arguments, cancel),
     }
 }
 
@@ -114,6 +115,13 @@ struct Bench<B: Backend> {
 
 impl Prompts {
     fn open<B: Backend>(&self, model: ModelDir, backend: B, cancel: &Cancel) -> Result<Bench<B>> {
+        let limit = model.config.context_limit();
+        if self.tokens > limit.tokens {
+            bail!(Usage(format!(
+                "--tokens {}: give at most {} ({})",
+                self.tokens, limit.tokens, limit.reason
+            )));
+        }
         let dialect = Dialect::from_directory(&model.path)?;
         let task = dialect.task(&self.task)?;
         let plan = Policy::Full.plan(ModelShape::from(&model.config), self.tokens)?;
@@ -123,8 +131,11 @@ impl Prompts {
 
     fn prompt<B: Backend>(&self, bench: &Bench<B>, sample: u32) -> Result<(NeedlePrompt, Vec<u32>)> {
         let seed = self.prompt_seed.wrapping_mul(1 << 32).wrapping_add(u64::from(sample));
-        let room = self.tokens.saturating_sub(ANSWER_TOKENS + 1);
-        let prompt = NeedlePrompt::generate(&bench.dialect, bench.task, room, seed)?;
+        // The tokenizer's first token, and the answer.
+        let beside = ANSWER_TOKENS + 1;
+        let prompt =
+            NeedlePrompt::generate(&bench.dialect, bench.task, self.tokens.saturating_sub(beside), seed)
+                .map_err(|error| error.among(self.tokens, beside))?;
         let ids = bench.tokenizer.encode(&prompt.text(), true)?;
         Ok((prompt, ids))
     }

@@ -17,8 +17,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "DIR", env = "FASTKV_MODEL")]
     model: PathBuf,
     /// Tokens of the prompt at most
-    #[arg(long, value_name = "N", default_value_t = 4096)]
-    tokens: usize,
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
+    tokens: u64,
     /// Facts to plant; the question is about one of them
     #[arg(long, value_name = "N", default_value_t = 8)]
     facts: usize,
@@ -34,8 +34,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let dialect = Dialect::from_directory(&arguments.model)?;
     let task = NeedleTask { needles: arguments.facts, adjectives_drawn: None, animals_drawn: None };
     // The tokenizer puts its begin-of-text token before the words.
-    let words = arguments.tokens.saturating_sub(1);
-    let prompt = NeedlePrompt::generate(&dialect, task, words, arguments.seed)?;
+    let (tokens, beside) = (arguments.tokens as usize, 1);
+    let prompt = NeedlePrompt::generate(&dialect, task, tokens - beside, arguments.seed)
+        .map_err(|error| error.among(tokens, beside))?;
     if arguments.json {
         output::print(&output::json(&prompt)?)
     } else {

@@ -6,6 +6,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use fastkv::backend::Backend;
 use fastkv::backend::cpu::CpuBackend;
+use fastkv::engine::{Cancel, EngineError};
 use fastkv::eval::{OutputError, Scene};
 use fastkv::policy::{Budget, MAX_POOLING, MAX_WINDOW, Pooling, PoolingKind};
 use serde::Serialize;
@@ -106,7 +107,7 @@ struct Output {
     bounded: bool,
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let (scene, mut budgets) = arguments.scene()?;
     budgets.sort_unstable();
     budgets.dedup();
@@ -123,12 +124,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let seed = arguments.seed.wrapping_mul(1 << 32).wrapping_add(u64::from(sample));
         let numbers = scene.planted(arguments.planted, arguments.raise, seed);
         for (pooling, found) in poolings.iter().zip(&mut found) {
+            go_on(cancel)?;
             let recall = scene.recall(&backend, &numbers, *pooling, &budgets)?;
             for (found, recall) in found.iter_mut().flatten().zip(recall.iter().flatten()) {
                 *found += recall / f64::from(arguments.samples);
             }
         }
         bar.inc(1);
+        go_on(cancel)?;
         let numbers = scene.heavy_tailed(seed);
         let of_scene = scene.output_errors(&backend, &numbers, poolings[0], &budgets)?;
         check(&of_scene)?;
@@ -203,6 +206,11 @@ impl Arguments {
         let budgets = self.budgets.iter().map(budget).collect::<Result<_, _>>()?;
         Ok((Scene { tokens, window, kv_heads, group, head_dim }, budgets))
     }
+}
+
+/// Stops after Ctrl-C.
+fn go_on(cancel: &Cancel) -> Result<()> {
+    if cancel.is_cancelled() { Err(EngineError::Cancelled.into()) } else { Ok(()) }
 }
 
 /// Holds a scene to what is true of any attention: errors within their bounds, and a mass that never falls

@@ -179,8 +179,11 @@ impl Exam {
         let (mut question, chat) = match &self.source {
             Source::Dialect { task, .. } => {
                 let Some(dialect) = &material.dialect else { bail!("the model has no dialect") };
-                let room = length.saturating_sub(DIALECT_ANSWER + 1);
-                let prompt = NeedlePrompt::generate_at(dialect, *task, room, seed, depth)?;
+                // The tokenizer's first token, and the answer.
+                let beside = DIALECT_ANSWER + 1;
+                let room = length.saturating_sub(beside);
+                let prompt = NeedlePrompt::generate_at(dialect, *task, room, seed, depth)
+                    .map_err(|error| error.among(length, beside))?;
                 (prompt.into_question(DIALECT_ANSWER), false)
             }
             Source::Generated(_) => {
