@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -76,14 +76,14 @@ impl Shard {
     /// Maps a file and checks its header; the tensors by name.
     pub(super) fn open(path: &Path) -> Result<BTreeMap<String, Entry>, ModelError> {
         let io = |source| ModelError::Io { path: path.to_path_buf(), source };
-        let handle = File::open(path).map_err(io)?;
-        let metadata = handle.metadata().map_err(io)?;
-        if !metadata.is_file() {
+        // Asked before it is opened: a pipe would wait for somebody to write.
+        if !fs::metadata(path).map_err(io)?.is_file() {
             return Err(ModelError::Safetensors {
                 file: path.to_path_buf(),
                 reason: "not a regular file".to_owned(),
             });
         }
+        let handle = File::open(path).map_err(io)?;
         // SAFETY: the mapping is private and read-only. Rust asks besides that nobody changes the file
         // while it is mapped, which no program can enforce; all values of the bytes are valid for the
         // types read from them, so the worst a writer can do is to alter weights, or to end the

@@ -302,7 +302,7 @@ fn what_else_makes_no_sense() {
     let tokens = ["generate", "--model", needle, "--tokens", tokens.to_str().expect("UTF-8")];
     refused(tokens.into_iter().chain(["--question", " "]), 2, &["--question is empty"]);
     refused(base.into_iter().chain(["--threads", "0"]), 2, &["--threads"]);
-    refused(["compare", "--model", needle, "a", "--policies", "full,full"], 2, &["names full twice"]);
+    refused(["compare", "--model", needle, "--policies", "full,full", "a"], 2, &["names full twice"]);
     refused(["info", "--model", needle, "--tokens", "9000"], 2, &["--tokens 9000", "8192"]);
     refused(["generate", "hello"], 2, &["--model"]);
     refused(["nonsense"], 2, &["nonsense"]);

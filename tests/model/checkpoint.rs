@@ -3,6 +3,8 @@
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
+#[cfg(unix)]
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use fastkv::model::{Checkpoint, Dtype, LlamaWeights, ModelDir, ModelError, StoredTensor};
@@ -432,6 +434,16 @@ fn missing_weights_say_what_to_do() {
     assert_refused(ModelDir::open(copy.path()), &["pytorch_model.bin", "transformers"]);
     fs::create_dir(copy.path().join("model.safetensors")).expect("created");
     assert_refused(ModelDir::open(copy.path()), &["model.safetensors"]);
+}
+
+/// It waits for nobody to write into it.
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_no_checkpoint() {
+    let directory = TempDir::new().expect("temporary directory");
+    let made = Command::new("mkfifo").arg(directory.path().join("model.safetensors")).status();
+    assert!(made.expect("mkfifo").success());
+    assert_refused(Checkpoint::open(directory.path()), &["model.safetensors", "not a regular file"]);
 }
 
 fn valid_file() -> Vec<u8> {

@@ -38,7 +38,6 @@ pub(crate) struct Arguments {
         long,
         value_enum,
         value_delimiter = ',',
-        num_args = 1..,
         default_values_t = [PolicyName::Full, PolicyName::Fastkv, PolicyName::Snapkv, PolicyName::Streamingllm],
         help_heading = "Policy options"
     )]
