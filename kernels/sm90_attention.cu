@@ -495,9 +495,9 @@ struct Consumer {
         }
     }
 
-    // Output and LSE. The output goes by way of the warp's own queries in shared memory, so that it leaves
-    // in whole rows.
-    __device__ __forceinline__ void store_rows(const Item& item, uint32_t tile) {
+    // Output and LSE. The output goes by way of the warp's own queries in shared memory, in the item's tile there, so
+    // that it leaves in whole rows.
+    __device__ __forceinline__ void store_rows(const Item& item, uint32_t shared_tile) {
         const int32_t lane = threadIdx.x % 32;
         const int32_t left = item.queries.tokens - item.tile.tile.index * ROWS; // rows of the tile
         float normalize[2];
@@ -520,7 +520,7 @@ struct Consumer {
                 pack<T>(out[j + 1][0] * normalize[0], out[j + 1][1] * normalize[0]),
                 pack<T>(out[j + 1][2] * normalize[1], out[j + 1][3] * normalize[1]),
             };
-            stmatrix(tile + chunk_offset(first + lane % 16, j + lane / 16), words);
+            stmatrix(shared_tile + chunk_offset(first + lane % 16, j + lane / 16), words);
         }
         __syncwarp();
         const uint64_t to = row_address(p.out, item.tile.tile.sequence, item.tile.head,
@@ -530,7 +530,7 @@ struct Consumer {
             const int32_t own = first + index / O;
             if (own < left) {
                 store(to + 2 * own * p.out.token_stride + index % O * 16,
-                      load_shared_vector(tile + chunk_offset(own, index % O)));
+                      load_shared_vector(shared_tile + chunk_offset(own, index % O)));
             }
         }
         // The queries after the next are copied to where these rows were.
@@ -579,12 +579,12 @@ struct Consumer {
             mend<1>(item, suspect[1]);
             // Read before the producer may write the next item, which it may once all warps are done here.
             const QueryTile tile = item.tile;
-            const int32_t queries = item.queries.tokens;
+            const int32_t tokens = item.queries.tokens;
             mbarrier_arrive(shared.empty_q[slot]);
             if (p.scores) {
                 meet();
                 if (threadIdx.x % GROUP_THREADS == 0) {
-                    signal_tile(p, tile, queries, ROWS);
+                    signal_tile(p, tile, tokens, ROWS);
                 }
             }
         }
