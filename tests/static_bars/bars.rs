@@ -129,9 +129,9 @@ pub(crate) static BARS: &[Bar] = &[
     attention("fastkv_prefill_attention_bf16_96", 49 << 10, 790),
     attention("fastkv_prefill_attention_bf16_128", 65 << 10, 935),
     attention("fastkv_prefill_attention_bf16_256", 97 << 10, 1000),
-    sm90_attention("fastkv_sm90_attention_f16_64", 64, 435, &sm90_mix(12)),
+    sm90_attention("fastkv_sm90_attention_f16_64", 64, 430, &sm90_mix(12)),
     sm90_attention("fastkv_sm90_attention_f16_128", 128, 480, &sm90_mix(16)),
-    sm90_attention("fastkv_sm90_attention_bf16_64", 64, 435, &sm90_mix(12)),
+    sm90_attention("fastkv_sm90_attention_bf16_64", 64, 430, &sm90_mix(12)),
     sm90_attention("fastkv_sm90_attention_bf16_128", 128, 480, &sm90_mix(16)),
     Bar {
         kernels: "fastkv_decode_f16_256",

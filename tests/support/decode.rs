@@ -658,6 +658,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("decode_shapes", |device, _| all(shapes(), |case| check(device, case))),
         Check::portable("decode_paged", |device, _| all(paged(), |case| check(device, case))),
         Check::portable("decode_hostile", |device, _| hostile(device)),
+        Check::portable("decode_infinite_values", |device, _| infinite_values(device)),
         Check::portable("decode_same_bits", |device, _| same_bits(device)),
         Check::portable("decode_random", |device, seed| {
             all((0..12).map(|n| Case::random(seed * 12 + n)), |case| check(device, case))
@@ -740,6 +741,19 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
     state.lengths[3] = i32::MAX;
     state.lengths[0] = 21;
     check_from(device, &full, state).map(drop)
+}
+
+/// An infinite value among the last keys makes its column infinite, whatever the number of chunks before it.
+fn infinite_values<D: Device>(device: &D) -> Result<(), String> {
+    for length in [100, 200, 300, 450] {
+        let case = Case::new(64, 2, &[&[length]]);
+        let mut state = State::new(&case);
+        let place = state.place(&case, 0, 0, length - 1).ok_or("an entry")?;
+        let (tensor, element) = place.rows[1];
+        state.tensors[tensor][element + 5] = bf16::INFINITY.to_bits();
+        check_from(device, &case, state).map_err(|error| format!("{error}\n{length} entries"))?;
+    }
+    Ok(())
 }
 
 /// A sequence gives the same bits alone as in a batch, and on devices of other sizes.

@@ -12,7 +12,7 @@ use fastkv::{
     model::ModelDir,
     policy::{
         AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, Policy, PyramidInfer, PyramidKv, Random, Saliency,
-        SnapKv, StreamingLlm,
+        SnapKv, Steering, StreamingLlm,
     },
 };
 
@@ -71,7 +71,15 @@ fn prefill<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
     let retention = Budget::Rate(0.3);
     let cases = [
         (Policy::Full, 0),
-        (Policy::FastKv(FastKv { saliency, retention, ..FastKv::proportional() }), 0),
+        (
+            Policy::FastKv(FastKv {
+                saliency,
+                retention,
+                propagation: Budget::Rate(0.5),
+                ..FastKv::proportional()
+            }),
+            0,
+        ),
         (Policy::SnapKv(SnapKv { saliency, retention }), 0),
         (Policy::PyramidKv(PyramidKv { saliency, retention, ..PyramidKv::default() }), 0),
         (Policy::H2o(H2o { window: 4, retention }), 0),
@@ -85,15 +93,24 @@ fn prefill<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
         // All scores and those from near by, of one kv head each.
         (Policy::FastGen(FastGen::default()), 2 * LAYERS),
     ];
-    for (policy, more) in cases {
-        let name = policy.name();
-        let plan = policy.plan(engine.shape(), TOKENS).map_err(|error| error.to_string())?;
+    let steering = Steering { spans: vec![2..4], heads: vec![(0, 1)], alpha: 0.1 };
+    // What was kept by score, to which the highlighted tokens are added; where the rows stand, once they are fewer.
+    let steered = [(Policy::Full, 0), (cases[1].0.clone(), LAYERS + 1)];
+    let plan = |policy: &Policy| policy.plan(engine.shape(), TOKENS).map_err(|error| error.to_string());
+    let plain = cases.iter().map(|(policy, more)| Ok((policy, plan(policy)?, more)));
+    let steered = steered.iter().map(|(policy, more)| {
+        let plan = plan(policy)?.steer(steering.clone()).map_err(|error| error.to_string())?;
+        Ok((policy, plan, more))
+    });
+    for case in plain.chain(steered) {
+        let (policy, plan, more) = case.map_err(|error: String| error)?;
+        let name = format!("{}, steered: {}", policy.name(), plan.steering.is_some());
         waits.set(0);
         engine
             .prefill(&ids, &plan, &PrefillOptions::default(), &Control::default())
             .map_err(|error| format!("{name}: {error}"))?;
         if waits.get() != 1 + more {
-            return Err(format!("{name} waits {} times, not {}", waits.get(), 1 + more));
+            return Err(format!("{name}: it waits {} times, not {}", waits.get(), 1 + more));
         }
     }
     Ok(())
