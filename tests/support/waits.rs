@@ -93,7 +93,7 @@ fn prefill<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
         // All scores and those from near by, of one kv head each.
         (Policy::FastGen(FastGen::default()), 2 * LAYERS),
     ];
-    let steering = Steering { spans: vec![2..4], heads: vec![(0, 1)], alpha: 0.1 };
+    let steering = Steering { spans: vec![2..4, 8..9], heads: vec![(0, 1)], alpha: 0.1 };
     // What was kept by score, to which the highlighted tokens are added; where the rows stand, once they are fewer.
     let steered = [(Policy::Full, 0), (cases[1].0.clone(), LAYERS + 1)];
     let plan = |policy: &Policy| policy.plan(engine.shape(), TOKENS).map_err(|error| error.to_string());
