@@ -805,17 +805,50 @@ typedef struct fastkv_gather_scores_params {
     int64_t entry_stride;
 } fastkv_gather_scores_params;
 
-/** Parameters of `fastkv_raise_scores`: `scores[head][key] = +inf` for every head. */
+/**
+ * Parameters of `fastkv_raise_scores`: `scores[head][key] = +inf` for every head, where the position of the key
+ * has a bit that is not set: what a bias of the same bits leaves alone.
+ */
 typedef struct fastkv_raise_scores_params {
-    /** Scores of all heads; keys outside them are passed over. */
+    /** Scores of all heads. */
     fastkv_score_table scores;
-    /** i32 `[count]`. */
-    uint64_t keys;
-    /** Keys to raise. */
-    int32_t count;
+    /** i32, a position for each key. */
+    uint64_t positions;
+    /** u32 words, a bit for each of `marked_positions` positions, lowest bit first. */
+    uint64_t marked;
+    /** Positions that have a bit; no key at a later one is raised. */
+    int32_t marked_positions;
     /** Always 0. */
     int32_t reserved;
 } fastkv_raise_scores_params;
+
+/**
+ * Parameters of `fastkv_share_keys`: how many keys each head keeps where all share a number of them, and where its
+ * list begins in a store of all lists, one behind the other. A head with `picks` of the best keys keeps
+ * `min(round(picks * share + every), keys) + tail`, rounded in f64, half to even.
+ */
+typedef struct fastkv_share_keys_params {
+    /** i32 `[count]`, ascending: the best keys of all heads together, `head * keys + key`. */
+    uint64_t best;
+    /** Receives i32 `[heads]`. */
+    uint64_t counts;
+    /** Receives i64 `[heads]`: the first row of each list. */
+    uint64_t starts;
+    /** What a pick is worth. */
+    double share;
+    /** Best keys. */
+    int32_t count;
+    /** Heads that share. */
+    int32_t heads;
+    /** Keys of each head. */
+    int32_t keys;
+    /** Keys that every head gets without a pick. */
+    int32_t every;
+    /** Keys behind those, which every head keeps. */
+    int32_t tail;
+    /** Rows between a list and the next. */
+    int32_t slack;
+} fastkv_share_keys_params;
 
 /**
  * Parameters of `fastkv_mark_keys`: a bit for each entry of the lists of a ragged cache, set where the bit of

@@ -11,12 +11,21 @@
 static_assert(sizeof(fastkv_score_table) == 24, "src/abi.rs was generated for another layout");
 static_assert(sizeof(fastkv_add_scores_params) == 72, "src/abi.rs was generated for another layout");
 static_assert(sizeof(fastkv_gather_scores_params) == 64, "src/abi.rs was generated for another layout");
-static_assert(sizeof(fastkv_raise_scores_params) == 40, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_raise_scores_params) == 48, "src/abi.rs was generated for another layout");
 static_assert(sizeof(fastkv_mark_keys_params) == 56, "src/abi.rs was generated for another layout");
 
 namespace {
 
 __device__ __forceinline__ int32_t own_column() { return blockIdx.x * FASTKV_SUMS_THREADS + threadIdx.x; }
+
+// Whether the bit of a position is as wanted; one that has no bit is not.
+__device__ __forceinline__ bool has_bit(uint64_t bits, int32_t positions, int32_t position, bool wanted) {
+    if (uint32_t(position) >= uint32_t(positions)) {
+        return false;
+    }
+    const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(bits) + position / 32);
+    return (word >> position % 32 & 1) == wanted;
+}
 
 __device__ __forceinline__ float* row_of(const fastkv_score_table& rows, int32_t head) {
     return reinterpret_cast<float*>(rows.base) + head * rows.head_stride;
@@ -52,10 +61,10 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SUMS_THREADS)
 
 extern "C" __global__ void __launch_bounds__(FASTKV_SUMS_THREADS)
     fastkv_raise_scores(__grid_constant__ const fastkv_raise_scores_params p) {
-    const int32_t column = own_column();
-    if (column < p.count) {
-        const int32_t key = __ldg(reinterpret_cast<const int32_t*>(p.keys) + column);
-        if (uint32_t(key) < uint32_t(p.scores.keys)) {
+    const int32_t key = own_column();
+    if (key < p.scores.keys) {
+        const int32_t position = __ldg(reinterpret_cast<const int32_t*>(p.positions) + key);
+        if (has_bit(p.marked, p.marked_positions, position, false)) {
             row_of(p.scores, blockIdx.y)[key] = CUDART_INF_F;
         }
     }
@@ -74,10 +83,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SUMS_THREADS)
     bool marked = false;
     if (key < length && start >= 0 && start + key < p.rows) {
         const int32_t position = __ldg(reinterpret_cast<const int32_t*>(p.positions) + start + key);
-        if (uint32_t(position) < uint32_t(p.marked_positions)) {
-            const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(p.marked) + position / 32);
-            marked = word >> position % 32 & 1;
-        }
+        marked = has_bit(p.marked, p.marked_positions, position, true);
     }
     const uint32_t word = __ballot_sync(~0u, marked);
     if (threadIdx.x % 32 == 0) {

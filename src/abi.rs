@@ -1767,7 +1767,8 @@ const _: () = {
         "Offset of field: GatherScoresParams::entry_stride",
     ][::core::mem::offset_of!(GatherScoresParams, entry_stride) - 56usize];
 };
-/// Parameters of `fastkv_raise_scores`: `scores[head][key] = +inf` for every head.
+/** Parameters of `fastkv_raise_scores`: `scores[head][key] = +inf` for every head, where the position of the key
+ has a bit that is not set: what a bias of the same bits leaves alone.*/
 #[repr(C)]
 #[derive(
     Debug,
@@ -1781,18 +1782,20 @@ const _: () = {
     bytemuck::Zeroable
 )]
 pub struct RaiseScoresParams {
-    /// Scores of all heads; keys outside them are passed over.
+    /// Scores of all heads.
     pub scores: ScoreTable,
-    /// i32 `[count]`.
-    pub keys: u64,
-    /// Keys to raise.
-    pub count: i32,
+    /// i32, a position for each key.
+    pub positions: u64,
+    /// u32 words, a bit for each of `marked_positions` positions, lowest bit first.
+    pub marked: u64,
+    /// Positions that have a bit; no key at a later one is raised.
+    pub marked_positions: i32,
     /// Always 0.
     pub reserved: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RaiseScoresParams"][::core::mem::size_of::<RaiseScoresParams>() - 40usize];
+    ["Size of RaiseScoresParams"][::core::mem::size_of::<RaiseScoresParams>() - 48usize];
     [
         "Alignment of RaiseScoresParams",
     ][::core::mem::align_of::<RaiseScoresParams>() - 8usize];
@@ -1800,14 +1803,81 @@ const _: () = {
         "Offset of field: RaiseScoresParams::scores",
     ][::core::mem::offset_of!(RaiseScoresParams, scores) - 0usize];
     [
-        "Offset of field: RaiseScoresParams::keys",
-    ][::core::mem::offset_of!(RaiseScoresParams, keys) - 24usize];
+        "Offset of field: RaiseScoresParams::positions",
+    ][::core::mem::offset_of!(RaiseScoresParams, positions) - 24usize];
     [
-        "Offset of field: RaiseScoresParams::count",
-    ][::core::mem::offset_of!(RaiseScoresParams, count) - 32usize];
+        "Offset of field: RaiseScoresParams::marked",
+    ][::core::mem::offset_of!(RaiseScoresParams, marked) - 32usize];
+    [
+        "Offset of field: RaiseScoresParams::marked_positions",
+    ][::core::mem::offset_of!(RaiseScoresParams, marked_positions) - 40usize];
     [
         "Offset of field: RaiseScoresParams::reserved",
-    ][::core::mem::offset_of!(RaiseScoresParams, reserved) - 36usize];
+    ][::core::mem::offset_of!(RaiseScoresParams, reserved) - 44usize];
+};
+/** Parameters of `fastkv_share_keys`: how many keys each head keeps where all share a number of them, and where its
+ list begins in a store of all lists, one behind the other. A head with `picks` of the best keys keeps
+ `min(round(picks * share + every), keys) + tail`, rounded in f64, half to even.*/
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ShareKeysParams {
+    /// i32 `[count]`, ascending: the best keys of all heads together, `head * keys + key`.
+    pub best: u64,
+    /// Receives i32 `[heads]`.
+    pub counts: u64,
+    /// Receives i64 `[heads]`: the first row of each list.
+    pub starts: u64,
+    /// What a pick is worth.
+    pub share: f64,
+    /// Best keys.
+    pub count: i32,
+    /// Heads that share.
+    pub heads: i32,
+    /// Keys of each head.
+    pub keys: i32,
+    /// Keys that every head gets without a pick.
+    pub every: i32,
+    /// Keys behind those, which every head keeps.
+    pub tail: i32,
+    /// Rows between a list and the next.
+    pub slack: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ShareKeysParams"][::core::mem::size_of::<ShareKeysParams>() - 56usize];
+    [
+        "Alignment of ShareKeysParams",
+    ][::core::mem::align_of::<ShareKeysParams>() - 8usize];
+    [
+        "Offset of field: ShareKeysParams::best",
+    ][::core::mem::offset_of!(ShareKeysParams, best) - 0usize];
+    [
+        "Offset of field: ShareKeysParams::counts",
+    ][::core::mem::offset_of!(ShareKeysParams, counts) - 8usize];
+    [
+        "Offset of field: ShareKeysParams::starts",
+    ][::core::mem::offset_of!(ShareKeysParams, starts) - 16usize];
+    [
+        "Offset of field: ShareKeysParams::share",
+    ][::core::mem::offset_of!(ShareKeysParams, share) - 24usize];
+    [
+        "Offset of field: ShareKeysParams::count",
+    ][::core::mem::offset_of!(ShareKeysParams, count) - 32usize];
+    [
+        "Offset of field: ShareKeysParams::heads",
+    ][::core::mem::offset_of!(ShareKeysParams, heads) - 36usize];
+    [
+        "Offset of field: ShareKeysParams::keys",
+    ][::core::mem::offset_of!(ShareKeysParams, keys) - 40usize];
+    [
+        "Offset of field: ShareKeysParams::every",
+    ][::core::mem::offset_of!(ShareKeysParams, every) - 44usize];
+    [
+        "Offset of field: ShareKeysParams::tail",
+    ][::core::mem::offset_of!(ShareKeysParams, tail) - 48usize];
+    [
+        "Offset of field: ShareKeysParams::slack",
+    ][::core::mem::offset_of!(ShareKeysParams, slack) - 52usize];
 };
 /** Parameters of `fastkv_mark_keys`: a bit for each entry of the lists of a ragged cache, set where the bit of
  its position is.*/

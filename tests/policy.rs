@@ -13,7 +13,7 @@ use fastkv::model::ModelDir;
 use fastkv::policy::{
     AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, HeadScoresError, Keep, LayerPlan,
     MAX_POOLING, MAX_WINDOW, ModelShape, Plan, Policy, PolicyError, Pooling, PoolingKind, Propagate,
-    PyramidInfer, PyramidKv, Random, Restart, Saliency, SnapKv, StreamingLlm, Tsp,
+    PyramidInfer, PyramidKv, Random, Restart, Saliency, SnapKv, Steering, StreamingLlm, Tsp,
 };
 use oracle::plan as expected;
 use proptest::prelude::*;
@@ -761,4 +761,48 @@ fn random_sets_are_uniform_seeded_and_unlike_each_other() {
     // Two heads of a layer share 10 · 10/40 positions by chance: 2.5 ± 1.2 for one pair, 600 pairs.
     let mean = shared as f64 / 600.0;
     assert!((mean - 2.5).abs() < 0.3, "{mean} positions shared on average");
+}
+
+/// Caches keep as many tokens more as are highlighted, what goes on only what it must.
+#[test]
+fn steered_budgets_grow_by_what_is_highlighted() {
+    let shape = ModelShape { layers: 4, query_heads: 4, kv_heads: 2, head_dim: 8 };
+    // 10 tokens, of two spans that overlap.
+    let steering = Steering { spans: vec![20..28, 24..30], heads: vec![(0, 1)], alpha: 0.1 };
+    let steered = |policy: Policy| {
+        policy.plan(shape, 100).expect("a plan").steer(steering.clone()).expect("spans and heads")
+    };
+    let saliency = Saliency { window: 8, pooling: Pooling { kind: PoolingKind::Max, kernel: 7 } };
+    let top = |retention| Policy::SnapKv(SnapKv { saliency, retention: Budget::Tokens(retention) });
+    let keeps =
+        |policy: Policy| steered(policy).layers.into_iter().map(|layer| layer.keep).collect::<Vec<_>>();
+    assert_eq!(keeps(top(20)), vec![Keep::Top { count: 30, saliency }; 4]);
+    assert_eq!(keeps(top(95)), vec![Keep::Top { count: 100, saliency }; 4], "no more than there are");
+    assert_eq!(keeps(top(100)), vec![Keep::All; 4]);
+    let retention = Budget::Tokens(20);
+    let shared = Policy::AdaKv(AdaKv { saliency, retention, floor: 0.2 });
+    assert_eq!(keeps(shared), vec![Keep::Shared { count: 30, floor: 0.2, saliency }; 4]);
+    let heavy = Policy::H2o(H2o { window: 8, retention });
+    assert_eq!(keeps(heavy), vec![Keep::Heavy { count: 30, window: 8 }; 4]);
+    let ends = steered(Policy::StreamingLlm(StreamingLlm { retention, ..StreamingLlm::default() }));
+    assert_eq!(ends.layers[0].keep, Keep::Ends { sinks: 4, recent: 16 });
+    // Entries of 2 heads in 4 layers, K and V of 8 elements of 2 bytes.
+    assert_eq!(ends.kept_kv_bytes(2), 30 * 2 * 4 * 2 * 8 * 2, "the highlighted beside them");
+    assert_eq!(steered(top(20)).kept_kv_bytes(2), ends.kept_kv_bytes(2));
+
+    let behind = |propagation| {
+        let policy = FastKv { tsp_layer: Some(1), ..fast(8, retention, Budget::Tokens(propagation), None) };
+        let plan = steered(Policy::FastKv(policy));
+        let going_on = plan.layers[1].propagate.as_ref().map(Propagate::count);
+        (going_on, plan.layers[2].rows, plan.layers[2].keep.clone())
+    };
+    assert_eq!(behind(50), (Some(50), 50, Keep::Top { count: 30, saliency }));
+    assert_eq!(behind(25), (Some(25), 25, Keep::Top { count: 25, saliency }));
+    assert_eq!(behind(12), (Some(18), 18, Keep::All), "the window and the highlighted");
+    let gemfilter = steered(Policy::GemFilter(GemFilter {
+        filter_layer: Some(1),
+        retention: Budget::Tokens(5),
+        ..GemFilter::default()
+    }));
+    assert_eq!(gemfilter.restart.map(|restart| restart.count), Some(10));
 }

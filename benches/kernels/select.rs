@@ -7,6 +7,7 @@ use fastkv::{
         Device,
         batch::{Lengths, ScoreRows},
         select::{self, Form, Reduction, SelectTopk},
+        share::{ShareKeys, share_keys},
     },
 };
 
@@ -22,6 +23,7 @@ pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<W
         works.push(topk(device, shape, keys, [heads, 1, group], Pooling::max(7), None)?);
         works.push(topk(device, shape, keys, [1, heads, group], Pooling::max(7), None)?);
     }
+    works.push(share(device, shape)?);
     // A length that every form can do: the driver's choice should be the fastest.
     let forms = [Form::Block, Form::Cluster, Form::Grid];
     let has = |form: &Form| *form != Form::Cluster || device.compute_capability() == (9, 0);
@@ -29,6 +31,31 @@ pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<W
         works.push(topk(device, shape, 8192, [heads, 1, 1], Pooling::NONE, Some(form))?);
     }
     Ok(works)
+}
+
+/// Heads that share what each would keep.
+fn share<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Work<'a>> {
+    let (heads, kept) = (shape.kv_heads, shape.length(KEPT));
+    let keys = 8 * kept;
+    let memory = Memory::new(device);
+    let best: Vec<i32> = (0..(heads * kept) as i32).map(|at| 8 * at).collect();
+    let work = ShareKeys {
+        best: memory.put(&best)?,
+        count: heads * kept,
+        heads,
+        keys,
+        mean: kept,
+        floor: 0.2,
+        tail: WINDOW,
+        slack: 0,
+        counts: memory.filled(4 * heads as usize, 0)?,
+        starts: memory.filled(8 * heads as usize, 0)?,
+    };
+    // SAFETY: every address is a block of `memory`, of the size that its field states.
+    let run = move || unsafe { share_keys(device, &work) };
+    let name = format!("share_keys/{heads} heads, {kept} each");
+    // Counts and starts; a search reads a few of the best.
+    Ok(Work::new(name, 12.0 * f64::from(heads), memory, run))
 }
 
 fn topk<'a, D: Device>(

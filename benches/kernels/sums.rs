@@ -11,7 +11,7 @@ use fastkv::kernels::{
 
 use crate::{Work, memory::Memory, shape::Shape};
 
-/// Keys that stay, or are raised.
+/// Keys that stay.
 const KEPT: u32 = 2048;
 
 pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<Work<'a>>> {
@@ -59,14 +59,23 @@ fn gather<'a, D: Device>(device: &'a D, shape: &Shape, keys: u32) -> Result<Work
 }
 
 fn raise<'a, D: Device>(device: &'a D, shape: &Shape, keys: u32) -> Result<Work<'a>> {
-    let (heads, keys, count) = (shape.kv_heads, shape.length(keys), shape.length(KEPT));
+    let (heads, keys) = (shape.kv_heads, shape.length(keys));
     let memory = Memory::new(device);
-    let raised: Vec<i32> = (0..count).map(|i| (i * (keys / count)) as i32).collect();
-    let work = RaiseScores { scores: table(&memory, heads, keys)?, keys: memory.put(&raised)?, count, heads };
+    let words = keys.div_ceil(32);
+    let positions: Vec<i32> = (0..keys as i32).collect();
+    let work = RaiseScores {
+        scores: table(&memory, heads, keys)?,
+        positions: memory.put(&positions)?,
+        marked: memory.filled(words as usize * 4, 0x55)?,
+        marked_positions: keys,
+        heads,
+    };
     // SAFETY: as above.
     let run = move || unsafe { raise_scores(device, &work) };
-    let name = format!("raise_scores/{count} of {keys} keys, {heads} heads");
-    Ok(Work::new(name, 4.0 * f64::from((heads + 1) * count), memory, run))
+    let name = format!("raise_scores/half of {keys} keys, {heads} heads");
+    // Positions, bits, and half of the scores.
+    let bytes = 4.0 * f64::from(keys + words + heads * keys / 2);
+    Ok(Work::new(name, bytes, memory, run))
 }
 
 /// The lists of a cache of a whole prompt, every other position marked.

@@ -26,6 +26,8 @@ pub trait Backend: Debug {
     /// One layer's keys and values: for each kv head a list of entries with their original
     /// positions. Lengths may differ from head to head.
     type Kv: Debug;
+    /// A [`Kv`](Self::Kv) whose lengths nobody has asked for yet.
+    type UncountedKv: Debug;
     /// One layer's keys and values of several sequences that decode together.
     type KvBatch: Debug;
     /// Work that is done again and again.
@@ -225,9 +227,15 @@ pub trait Backend: Debug {
         entries: &Self::Indices,
     ) -> Result<Self::Scores, BackendError>;
 
-    /// Makes the scores of the keys of a single list +∞ in every head, so that selection takes these
-    /// first; keys that are not scored are passed over.
-    fn raise_scores(&self, scores: &mut Self::Scores, keys: &Self::Indices) -> Result<(), BackendError>;
+    /// Makes the scores of highlighted keys +∞ in every head, so that selection takes these first. A single list
+    /// says the original position of every key and perhaps of some behind them; no position beyond `highlighted`
+    /// is.
+    fn raise_scores(
+        &self,
+        scores: &mut Self::Scores,
+        positions: &Self::Indices,
+        highlighted: &[bool],
+    ) -> Result<(), BackendError>;
 
     /// Dot products of one row of queries with all keys, neither scaled nor normalised:
     /// `[query heads, keys]`. Every head of the store has one length.
@@ -282,9 +290,6 @@ pub trait Backend: Debug {
         tail: usize,
     ) -> Result<Self::Indices, BackendError>;
 
-    /// The best keys of each head, where heads share a number of keys; see [`Share`].
-    fn select_shared(&self, scores: &Self::Scores, share: Share) -> Result<Self::Indices, BackendError>;
-
     /// Makes lists of token numbers usable.
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Self::Indices, BackendError>;
 
@@ -311,6 +316,19 @@ pub trait Backend: Debug {
         entries: &Self::Indices,
         slack: usize,
     ) -> Result<Self::Kv, BackendError>;
+
+    /// A store of the best keys of each head, with room for `slack` more a head, where heads share a number of
+    /// keys; see [`Share`]. Every head of the store has one length, that of the scores and the tail behind them.
+    fn gather_kv_shared(
+        &self,
+        kv: &Self::Kv,
+        scores: &Self::Scores,
+        share: Share,
+        slack: usize,
+    ) -> Result<Self::UncountedKv, BackendError>;
+
+    /// The store, now that its lengths are wanted. Waits for the device.
+    fn count_kv(&self, kv: Self::UncountedKv) -> Result<Self::Kv, BackendError>;
 
     /// Puts the lists of several sequences side by side, with room for so many tokens more of each. All have as
     /// many kv heads of one size. One sequence alone that has the room stays where it is.

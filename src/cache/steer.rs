@@ -28,6 +28,11 @@ impl Steer {
         heads.contains(&true).then_some(bias)
     }
 
+    /// For each token of the prompt, whether it is highlighted.
+    pub(crate) fn highlighted(&self) -> &[bool] {
+        &self.highlighted
+    }
+
     /// The rows at these positions that are highlighted.
     pub(crate) fn rows(&self, positions: &[u32]) -> Vec<u32> {
         let is_highlighted = |position: u32| self.highlighted.get(position as usize) == Some(&true);

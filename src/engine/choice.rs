@@ -1,36 +1,48 @@
 //! What a layer's scores choose, and what is left in the cache by it.
 
 use super::EngineError;
+use super::left::{Entries, Left};
 use super::observe::{Observer, Purpose};
 use super::prefill::Run;
 use super::trace::{HeadSet, LayerTrace, retained_mass};
-use crate::backend::{Backend, Select, Share};
+use crate::backend::{Backend, BackendError, Select, Share};
 use crate::cache::{Eviction, EvictionRule, TokenSet, UNPOOLED, share};
 use crate::policy::{Keep, LayerPlan, Propagate, SINKS, Saliency, random_positions};
 
-/// What a layer's scores led to.
+/// What a layer's rules led to.
 pub(super) struct Choice<B: Backend> {
-    /// Rows kept for each kv head, by score.
-    kept: Option<B::Indices>,
+    kept: Chosen<B>,
     /// Whether some rows do not go on.
     pub(super) narrows: bool,
     /// The set of each kv head, where heads have sets.
     sets: Option<Vec<HeadSet>>,
+    /// What the rule goes on doing in decoding.
+    eviction: Option<Eviction<B>>,
+}
+
+/// The rows that stay in the cache.
+enum Chosen<B: Backend> {
+    All,
+    /// These, for each kv head.
+    Listed(B::Indices),
+    /// The best of these scores, which share a number of rows.
+    Shared(B::Scores, Share),
 }
 
 impl<B: Backend> Run<'_, B> {
-    /// Which rows the scores choose. The rows' original positions are given, and those that stay in any
-    /// case.
+    /// Which rows stay and which go on, where not all do. Original positions of the rows are given where a rule
+    /// goes by them.
     pub(super) fn choose(
         &self,
+        index: usize,
         rules: &LayerPlan,
         observer: &Observer<'_, B>,
         positions: &[u32],
-        forced: &[u32],
     ) -> Result<(Choice<B>, Option<B::Indices>), EngineError> {
         let backend = self.backend;
         let heads = self.llama.config.kv_heads;
-        let mut choice = Choice { kept: None, sets: None, narrows: rules.propagate.is_some() };
+        let mut choice =
+            Choice { kept: Chosen::All, sets: None, eviction: None, narrows: rules.propagate.is_some() };
         // Pooled scores of the rows before the window, by kv head, and the window.
         let pooled = |saliency: Saliency| {
             let window = saliency.window.min(self.rows);
@@ -38,41 +50,53 @@ impl<B: Backend> Run<'_, B> {
             let groups = backend.pool_groups(scores, heads, self.rows - window, saliency.pooling)?;
             Ok::<_, EngineError>(Some((groups, window)))
         };
-        let raise = |scores: &mut B::Scores, rows: &[u32]| match rows.is_empty() {
-            true => Ok(()),
-            false => backend.raise_scores(scores, &backend.indices(vec![rows.to_vec()])?),
+        let raise = |scores: &mut B::Scores| match &self.decoding.steer {
+            Some(steer) => backend.raise_scores(scores, &self.places.positions, steer.highlighted()),
+            None => Ok(()),
         };
-        if let Some((groups, window)) = rules.saliency().map(pooled).transpose()?.flatten() {
+        if let Some((mut groups, window)) = rules.saliency().map(pooled).transpose()?.flatten() {
+            raise(&mut groups)?;
             choice.kept = match &rules.keep {
                 Keep::Top { count, .. } => {
-                    Some(backend.select(&groups, Select { count: count - window, tail: window })?)
+                    let select = Select { count: count - window, tail: window };
+                    Chosen::Listed(backend.select(&groups, select)?)
                 }
                 Keep::Each { counts, .. } => {
                     let counts: Vec<usize> = counts.iter().map(|count| count - window).collect();
-                    Some(backend.select_each(&groups, &counts, window)?)
+                    Chosen::Listed(backend.select_each(&groups, &counts, window)?)
                 }
                 Keep::Shared { count, floor, .. } => {
-                    let share = Share { mean: count - window, floor: *floor, tail: window };
-                    Some(backend.select_shared(&groups, share)?)
+                    Chosen::Shared(groups, Share { mean: count - window, floor: *floor, tail: window })
                 }
-                _ => None,
+                _ => Chosen::All,
             };
         }
+        if let Some(lists) = self.listed(index, &rules.keep, positions) {
+            choice.kept = Chosen::Listed(backend.indices(lists)?);
+        }
         match (&rules.keep, observer.sums(Purpose::Attention), observer.sums(Purpose::Local)) {
-            (Keep::Heavy { count, window }, Some(sums), _) if *count < self.rows => {
-                let mut older = backend.pool_groups(sums, heads, self.rows - window, UNPOOLED)?;
-                raise(&mut older, forced)?;
-                choice.kept = Some(backend.select(&older, Select { count: count - window, tail: *window })?);
+            (&Keep::Heavy { count, window }, Some(sums), _) => {
+                if count < self.rows {
+                    let mut older = backend.pool_groups(sums, heads, self.rows - window, UNPOOLED)?;
+                    raise(&mut older)?;
+                    let select = Select { count: count - window, tail: window };
+                    choice.kept = Chosen::Listed(backend.select(&older, select)?);
+                }
+                let rule = EvictionRule::Heavy { count, window };
+                choice.eviction = Some(self.eviction(rule, sums, &choice.kept, raise)?);
             }
             (Keep::Recovered { recovery, local, frequent }, Some(sums), Some(near)) => {
-                let (sums, near) = (backend.read_scores(sums)?, backend.read_scores(near)?);
-                let shares = (*local, *frequent);
-                let of_head = |(sums, near): (&Vec<f32>, &Vec<f32>)| {
-                    self.recovering_set(*recovery, shares, positions, sums, near)
+                let (local, frequent) = (*local, *frequent);
+                let (of_all, near) = (backend.read_scores(sums)?, backend.read_scores(near)?);
+                let of_head = |(of_all, near): (&Vec<f32>, &Vec<f32>)| {
+                    self.recovering_set(*recovery, (local, frequent), positions, of_all, near)
                 };
-                let (lists, sets): (_, Vec<_>) = sums.iter().zip(&near).map(of_head).unzip();
-                choice.kept = Some(backend.indices(lists)?);
-                choice.sets = Some(sets);
+                let (lists, of_heads): (_, Vec<HeadSet>) = of_all.iter().zip(&near).map(of_head).unzip();
+                choice.kept = Chosen::Listed(backend.indices(lists)?);
+                let sets = of_heads.iter().map(|head| head.set).collect();
+                let rule = EvictionRule::Sets { sets, local, frequent };
+                choice.eviction = Some(self.eviction(rule, sums, &choice.kept, raise)?);
+                choice.sets = Some(of_heads);
             }
             _ => {}
         }
@@ -81,7 +105,7 @@ impl<B: Backend> Run<'_, B> {
             Some(Propagate::Top { count, saliency }) => {
                 if let Some((groups, window)) = pooled(saliency)? {
                     let mut all = backend.sum_heads(&groups)?;
-                    raise(&mut all, forced)?;
+                    raise(&mut all)?;
                     let select = Select { count: count - window, tail: window };
                     going_on = Some(backend.select(&all, select)?);
                 }
@@ -90,8 +114,8 @@ impl<B: Backend> Run<'_, B> {
                 if let Some(sums) = observer.sums(Purpose::Recent) {
                     let all = backend.sum_heads(sums)?;
                     let mut older = backend.pool_groups(&all, 1, self.rows - recent, UNPOOLED)?;
-                    raise(&mut older, &(0..SINKS as u32).collect::<Vec<_>>())?;
-                    raise(&mut older, forced)?;
+                    backend.raise_scores(&mut older, &self.places.positions, &[true; SINKS])?;
+                    raise(&mut older)?;
                     let select = Select { count: count - recent, tail: recent };
                     going_on = Some(backend.select(&older, select)?);
                 }
@@ -142,126 +166,90 @@ impl<B: Backend> Run<'_, B> {
         (kept, HeadSet { set, recovered })
     }
 
-    /// Leaves in the cache what the rules keep of a layer's keys and values.
+    /// Leaves in the cache what was chosen of a layer's keys and values. A trace wants the original positions of the
+    /// rows.
     pub(super) fn compact(
         &mut self,
-        index: usize,
-        rules: &LayerPlan,
         rows: usize,
         kv: B::Kv,
         choice: Choice<B>,
         observer: &Observer<'_, B>,
-        forced: &[u32],
+        positions: &[u32],
     ) -> Result<(), EngineError> {
+        let (backend, slack) = (self.backend, self.options.slack);
         let full_bytes = self.kv_bytes(&kv);
-        let kept = match choice.kept {
-            Some(kept) => Some(kept),
-            None => match self.listed(index, &rules.keep, rows) {
-                Some(lists) => Some(self.backend.indices(lists)?),
-                None => None,
-            },
+        let (mut kv, full_bytes) = match choice.kept {
+            Chosen::All => (Entries::Counted(kv), 0),
+            Chosen::Listed(kept) => (Entries::Counted(backend.gather_kv(&kv, &kept, slack)?), full_bytes),
+            Chosen::Shared(scores, share) => {
+                (Entries::Uncounted(backend.gather_kv_shared(&kv, &scores, share, slack)?), full_bytes)
+            }
         };
-        let kept = match kept {
-            Some(kept) if !forced.is_empty() && !matches!(rules.keep, Keep::Heavy { .. }) => {
-                let mut lists = self.backend.read_indices(&kept)?;
-                for list in &mut lists {
-                    list.extend(forced);
-                    list.sort_unstable();
-                    list.dedup();
+        if self.trace.is_some() {
+            let counted = kv.counted(backend)?;
+            let kept = backend.kv_positions(&counted)?;
+            kv = Entries::Counted(counted);
+            let mass = match observer.measure() {
+                Some((window, scores)) => {
+                    retained_mass(&backend.read_scores(scores)?, window, positions, &kept)
                 }
-                Some(self.backend.indices(lists)?)
-            }
-            kept => kept,
-        };
-        let eviction = self.eviction(rules, observer, kept.as_ref(), choice.sets.as_deref(), forced)?;
-        self.decoding.evictions.push(eviction);
-        let mass = match (&self.trace, observer.measure()) {
-            (Some(_), Some((window, scores))) => {
-                let lists = kept.as_ref().map(|kept| self.backend.read_indices(kept)).transpose()?;
-                let scores = self.backend.read_scores(scores)?;
-                retained_mass(&scores, self.llama.config.kv_heads, window, lists.as_deref())
-            }
-            _ => Vec::new(),
-        };
-        let (kv, at_work) = match kept {
-            Some(kept) => {
-                let compacted = self.backend.gather_kv(&kv, &kept, self.options.slack)?;
-                let at_work = full_bytes + self.kv_bytes(&compacted);
-                (compacted, at_work)
-            }
-            None => (kv, full_bytes),
-        };
-        self.peak_kv_bytes = self.peak_kv_bytes.max(self.kept_kv_bytes + at_work);
-        self.kept_kv_bytes += self.kv_bytes(&kv);
-        if let Some(trace) = &mut self.trace {
+                None => Vec::new(),
+            };
             let propagated = match choice.narrows {
-                true => self.backend.read_indices(&self.places.positions)?.into_iter().next(),
+                true => backend.read_indices(&self.places.positions)?.into_iter().next(),
                 false => None,
             };
-            let mut kept = self.backend.kv_positions(&kv)?;
-            if let Some(restarted) = &self.restarted {
-                let original = |position: &mut u32| *position = restarted[*position as usize];
-                kept.iter_mut().flatten().for_each(original);
-            }
-            trace.layers.push(LayerTrace { rows, kept, mass, propagated, sets: choice.sets });
+            self.note(LayerTrace { rows, kept, mass, propagated, sets: choice.sets });
         }
-        self.caches.push(kv);
+        self.left.push(Left { kv, full_bytes });
+        self.decoding.evictions.push(choice.eviction);
         Ok(())
     }
 
-    /// What a layer's rule goes on doing in decoding.
+    /// What a rule goes on doing in decoding, with what each entry has had of attention so far.
     fn eviction(
         &self,
-        rules: &LayerPlan,
-        observer: &Observer<'_, B>,
-        kept: Option<&B::Indices>,
-        sets: Option<&[HeadSet]>,
-        forced: &[u32],
-    ) -> Result<Option<Eviction<B>>, EngineError> {
-        let backend = self.backend;
-        let rule = match (&rules.keep, sets) {
-            (&Keep::Heavy { count, window }, _) => EvictionRule::Heavy { count, window },
-            (&Keep::Recovered { local, frequent, .. }, Some(sets)) => {
-                let sets = sets.iter().map(|head| head.set).collect();
-                EvictionRule::Sets { sets, local, frequent }
-            }
-            _ => return Ok(None),
-        };
-        let Some(sums) = observer.sums(Purpose::Attention) else { return Ok(None) };
-        let all;
-        let kept = match kept {
-            Some(kept) => kept,
-            None => {
-                let rows: Vec<u32> = (0..rules.rows as u32).collect();
-                all = backend.indices(vec![rows; self.llama.config.kv_heads])?;
-                &all
-            }
-        };
-        let mut sums = backend.pool_groups(sums, self.llama.config.kv_heads, rules.rows, UNPOOLED)?;
-        if !forced.is_empty() {
-            backend.raise_scores(&mut sums, &backend.indices(vec![forced.to_vec()])?)?;
+        rule: EvictionRule,
+        sums: &B::Scores,
+        kept: &Chosen<B>,
+        raise: impl Fn(&mut B::Scores) -> Result<(), BackendError>,
+    ) -> Result<Eviction<B>, EngineError> {
+        let (backend, heads) = (self.backend, self.llama.config.kv_heads);
+        let mut sums = backend.pool_groups(sums, heads, self.rows, UNPOOLED)?;
+        raise(&mut sums)?;
+        if let Chosen::Listed(kept) = kept {
+            sums = backend.gather_scores(&sums, kept)?;
         }
-        Ok(Some(Eviction { rule, sums: backend.gather_scores(&sums, kept)? }))
+        Ok(Eviction { rule, sums })
     }
 
-    /// Rows that a rule names without scores, for each kv head; `None`: all.
-    fn listed(&self, layer: usize, keep: &Keep, rows: usize) -> Option<Vec<Vec<u32>>> {
-        let end = rows as u32;
+    /// Rows that a rule names without scores, for each kv head, and the highlighted ones beside them; `None`: all.
+    fn listed(&self, layer: usize, keep: &Keep, positions: &[u32]) -> Option<Vec<Vec<u32>>> {
+        let end = self.rows as u32;
         let heads = 0..self.llama.config.kv_heads;
-        match *keep {
+        let mut lists: Vec<Vec<u32>> = match *keep {
             Keep::Ends { sinks, recent } => {
                 let list: Vec<u32> = (0..sinks as u32).chain(end - recent as u32..end).collect();
-                Some(heads.map(|_| list.clone()).collect())
+                heads.map(|_| list.clone()).collect()
             }
             Keep::Random { count, window, seed } => {
                 let choose = |head| {
-                    let mut list = random_positions(rows - window, count - window, seed, layer, head);
+                    let mut list = random_positions(self.rows - window, count - window, seed, layer, head);
                     list.extend(end - window as u32..end);
                     list
                 };
-                Some(heads.map(choose).collect())
+                heads.map(choose).collect()
             }
-            _ => None,
+            _ => return None,
+        };
+        if let Some(steer) = &self.decoding.steer {
+            let highlighted = steer.rows(positions);
+            for list in &mut lists {
+                list.extend(&highlighted);
+                list.sort_unstable();
+                list.dedup();
+            }
         }
+        Some(lists)
     }
 }

@@ -8,6 +8,7 @@ mod control;
 mod decode;
 mod error;
 mod generate;
+mod left;
 mod llama;
 mod memory;
 mod observe;

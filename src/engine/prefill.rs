@@ -3,18 +3,20 @@
 
 use std::borrow::Cow;
 use std::cell::Cell;
+use std::mem;
 use std::rc::Rc;
 use std::slice::from_mut;
 
 use super::check::check_plan;
+use super::left::{Left, count_all};
 use super::llama::{Layer, Llama, Part, Places};
 use super::reading::{Reading, attend_all, attend_selected, read_keys};
 use super::settling::Settling;
-use super::trace::Trace;
+use super::trace::{LayerTrace, Trace};
 use super::{Control, Engine, EngineError, MemoryEstimate, MemoryOptions, check_tokens};
 use crate::backend::{Backend, Select};
 use crate::cache::{Cache, Decoding, Steer, Tokens};
-use crate::policy::{LayerPlan, Plan, Restart};
+use crate::policy::{Keep, LayerPlan, Plan, Restart};
 
 /// How a prefill runs.
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +106,10 @@ impl<B: Backend> Engine<B> {
             let mut run = Run::start(backend, llama, ids, options, &meter, plan)?;
             if let Some(restart) = &plan.restart {
                 run.start_anew(ids, restart)?;
+                let by_token = |layer: &LayerPlan| matches!(layer.keep, Keep::Recovered { .. });
+                if plan.steering.is_some() || options.trace || plan.layers.iter().any(by_token) {
+                    run.recall()?;
+                }
             }
             runs.push(run);
         }
@@ -156,12 +162,14 @@ pub(super) struct Run<'a, B: Backend> {
     pub(super) places: Places<B>,
     /// The positions of `places`, where the host knows them.
     positions: Option<Rc<[u32]>>,
-    pub(super) caches: Vec<B::Kv>,
+    /// By layer.
+    pub(super) left: Vec<Left<B>>,
     pub(super) decoding: Decoding<B>,
-    /// Positions of the prompt that are read anew.
-    pub(super) restarted: Option<Vec<u32>>,
-    pub(super) kept_kv_bytes: usize,
-    pub(super) peak_kv_bytes: usize,
+    /// Tokens of the prompt that are read anew, until [`recall`](Self::recall) tells the host which.
+    chosen: Option<B::Indices>,
+    restarted: Option<Vec<u32>>,
+    /// The most bytes of keys and values in the first pass of a restart.
+    first_pass_bytes: usize,
     pub(super) trace: Option<Trace>,
     settling: Option<Settling<'a>>,
 }
@@ -188,7 +196,7 @@ fn read_layer<B: Backend>(
         if let Some(rows) = &going_on {
             reading.run.go_on_with(rows)?;
         }
-        reading.compact(index, choice)?;
+        reading.compact(choice)?;
     }
 
     read_keys(layer, &mut ahead)?;
@@ -214,7 +222,7 @@ fn read_layer<B: Backend>(
         selected.push(rows);
     }
     attend_selected(layer, &mut ahead, &selected)?;
-    ahead.into_iter().zip(choices).try_for_each(|(reading, choice)| reading.compact(index, choice))
+    ahead.into_iter().zip(choices).try_for_each(|(reading, choice)| reading.compact(choice))
 }
 
 impl<'a, B: Backend> Run<'a, B> {
@@ -241,11 +249,11 @@ impl<'a, B: Backend> Run<'a, B> {
             rows: ids.len(),
             places: llama.places(backend, positions, ids.len())?,
             positions: Some((0..ids.len() as u32).collect()),
-            caches: Vec::with_capacity(plan.layers.len()),
+            left: Vec::with_capacity(plan.layers.len()),
             decoding: Decoding { steer, evictions: Vec::new(), tokens },
+            chosen: None,
             restarted: None,
-            kept_kv_bytes: 0,
-            peak_kv_bytes: 0,
+            first_pass_bytes: 0,
             trace: options.trace.then(Trace::default),
             settling: plan.candidates.as_ref().map(Settling::new),
         })
@@ -260,14 +268,13 @@ impl<'a, B: Backend> Run<'a, B> {
         for (index, layer) in llama.layers[..restart.layer].iter().enumerate() {
             let mut reading = Reading::begin(self, index, &rules, steer.as_ref(), false)?;
             attend_all(layer, from_mut(&mut reading))?;
-            let full = reading.kv_bytes();
-            self.peak_kv_bytes = self.peak_kv_bytes.max(full);
+            self.first_pass_bytes = reading.kv_bytes();
         }
         let layer = &llama.layers[restart.layer];
         let mut reading = Reading::begin(self, restart.layer, &rules, None, false)?;
         read_keys(layer, from_mut(&mut reading))?;
-        let (full, kv) = (reading.kv_bytes(), reading.kv);
-        self.peak_kv_bytes = self.peak_kv_bytes.max(full);
+        let (full_bytes, kv) = (reading.kv_bytes(), reading.kv);
+        self.first_pass_bytes = full_bytes;
 
         let last = self.rows - 1;
         let span = self.places.span(last..self.rows);
@@ -279,24 +286,41 @@ impl<'a, B: Backend> Run<'a, B> {
         let pooled = backend.pool_groups(&products, shape.kv_heads, self.rows, restart.pooling)?;
         let mut ranked = backend.sum_heads(&pooled)?;
         if let Some(steer) = &steer {
-            let positions: Vec<u32> = (0..ids.len() as u32).collect();
-            backend.raise_scores(&mut ranked, &backend.indices(vec![steer.rows(&positions)])?)?;
+            backend.raise_scores(&mut ranked, &self.places.positions, steer.highlighted())?;
         }
         let chosen = backend.select(&ranked, Select { count: restart.count, tail: 0 })?;
-        let chosen = backend.read_indices(&chosen)?.concat();
 
-        let ids: Vec<u32> = chosen.iter().map(|position| ids[*position as usize]).collect();
-        let positions = backend.indices(vec![(0..ids.len() as u32).collect()])?;
-        self.hidden = backend.embed(&llama.embedding, &ids)?;
-        self.places = llama.places(backend, positions, ids.len())?;
-        self.positions = Some((0..ids.len() as u32).collect());
-        self.decoding.tokens.highlighted = steer.as_ref().map_or_else(Vec::new, |steer| steer.rows(&chosen));
-        self.decoding.steer = steer.map(|steer| steer.of_tokens(&chosen));
-        self.rows = ids.len();
-        self.prompt_tokens = ids.len();
-        self.decoding.tokens.ids = ids;
+        let ids = backend.gather_indices(&backend.indices(vec![ids.to_vec()])?, &chosen)?;
+        self.hidden = backend.embed_list(&llama.embedding, &ids)?;
+        self.rows = backend.rows(&self.hidden);
+        let positions: Vec<u32> = (0..self.rows as u32).collect();
+        self.places = llama.places(backend, backend.indices(vec![positions.clone()])?, self.rows)?;
+        self.positions = Some(positions.into());
+        self.prompt_tokens = self.rows;
+        self.chosen = Some(chosen);
+        Ok(())
+    }
+
+    /// Has the host know which tokens are read anew. Waits for the device where it does not yet.
+    fn recall(&mut self) -> Result<(), EngineError> {
+        let Some(chosen) = self.chosen.take() else { return Ok(()) };
+        let chosen = self.backend.read_indices(&chosen)?.concat();
+        let Decoding { steer, tokens, .. } = &mut self.decoding;
+        tokens.ids = chosen.iter().map(|position| tokens.ids[*position as usize]).collect();
+        tokens.highlighted = steer.as_ref().map_or_else(Vec::new, |steer| steer.rows(&chosen));
+        *steer = steer.as_ref().map(|steer| steer.of_tokens(&chosen));
         self.restarted = Some(chosen);
         Ok(())
+    }
+
+    /// Adds a layer to the trace.
+    pub(super) fn note(&mut self, mut layer: LayerTrace) {
+        let Some(trace) = &mut self.trace else { return };
+        if let Some(restarted) = &self.restarted {
+            let original = |position: &mut u32| *position = restarted[*position as usize];
+            layer.kept.iter_mut().chain(&mut layer.propagated).flatten().for_each(original);
+        }
+        trace.layers.push(layer);
     }
 
     /// What a layer of the plan is to do, as things stand.
@@ -337,15 +361,19 @@ impl<'a, B: Backend> Run<'a, B> {
         Ok(())
     }
 
-    fn finish(self, logits: Vec<f32>) -> Result<Prefill<B>, EngineError> {
-        let Self { backend, hidden, caches, prompt_tokens, peak_kv_bytes, mut trace, .. } = self;
+    fn finish(mut self, logits: Vec<f32>) -> Result<Prefill<B>, EngineError> {
+        self.recall()?;
+        let left = mem::take(&mut self.left);
+        let (layers, peak_kv_bytes) = count_all(self.backend, left, |kv| self.kv_bytes(kv))?;
+        let peak_kv_bytes = peak_kv_bytes.max(self.first_pass_bytes);
+        let Self { backend, hidden, prompt_tokens, mut trace, .. } = self;
         if let Some(trace) = &mut trace {
             trace.restarted = self.restarted;
             trace.settled = self.settling.map(|settling| settling.found);
             trace.hidden = backend.read(&backend.last_rows(&hidden, 1)?)?;
         }
         let (shape, element_bytes) = (self.llama.shape(), backend.kv_element_bytes());
-        let cache = Cache::new(caches, shape, prompt_tokens, element_bytes, self.decoding);
+        let cache = Cache::new(layers, shape, prompt_tokens, element_bytes, self.decoding);
         Ok(Prefill { cache, logits, peak_kv_bytes, trace })
     }
 

@@ -17,10 +17,8 @@ pub(super) struct Reading<'r, 'a, B: Backend> {
     rules: &'r LayerPlan,
     pub(super) kv: B::Kv,
     observer: Observer<'r, B>,
-    /// Original positions of the rows, where somebody needs them.
+    /// Original positions of the rows, where the host goes by them.
     positions: Rc<[u32]>,
-    /// Rows that are kept whatever the scores.
-    forced: Vec<u32>,
     /// Rows that the layer reads.
     pub(super) rows: usize,
 }
@@ -142,12 +140,13 @@ impl<'r, 'a, B: Backend> Reading<'r, 'a, B> {
         let kv = backend.new_kv(shape.kv_heads, shape.head_dim, rows.saturating_add(slack))?;
         let bias = steer.and_then(|steer| steer.bias(index));
         let observer = Observer::new(backend, rules, bias, trace);
-        let positions = match steer.is_some() || matches!(rules.keep, Keep::Recovered { .. }) {
-            true => run.positions()?,
-            false => Rc::default(),
+        let by_position = match rules.keep {
+            Keep::Recovered { .. } => true,
+            Keep::Ends { .. } | Keep::Random { .. } => trace || steer.is_some(),
+            _ => trace,
         };
-        let forced = steer.map_or_else(Vec::new, |steer| steer.rows(&positions));
-        Ok(Self { run, rules, kv, observer, positions, forced, rows })
+        let positions = if by_position { run.positions()? } else { Rc::default() };
+        Ok(Self { run, rules, kv, observer, positions, rows })
     }
 
     /// Whether scores come before attention, so that rows which do not go on need none.
@@ -163,8 +162,7 @@ impl<'r, 'a, B: Backend> Reading<'r, 'a, B> {
 
     /// What the scores choose to keep, and which rows go on where not all do.
     pub(super) fn choose(&mut self, index: usize) -> Result<(Choice<B>, Option<B::Indices>), EngineError> {
-        let (mut choice, going_on) =
-            self.run.choose(self.rules, &self.observer, &self.positions, &self.forced)?;
+        let (mut choice, going_on) = self.run.choose(index, self.rules, &self.observer, &self.positions)?;
         match going_on {
             Some(rows) if !self.run.settles(index, &rows)? => {
                 choice.narrows = false;
@@ -175,8 +173,8 @@ impl<'r, 'a, B: Backend> Reading<'r, 'a, B> {
     }
 
     /// Leaves in the cache what is kept.
-    pub(super) fn compact(self, index: usize, choice: Choice<B>) -> Result<(), EngineError> {
-        let Self { run, rules, kv, observer, forced, rows, .. } = self;
-        run.compact(index, rules, rows, kv, choice, &observer, &forced)
+    pub(super) fn compact(self, choice: Choice<B>) -> Result<(), EngineError> {
+        let Self { run, kv, observer, positions, rows, .. } = self;
+        run.compact(rows, kv, choice, &observer, &positions)
     }
 }

@@ -65,23 +65,19 @@ pub struct HeadSet {
     pub recovered: [f64; 4],
 }
 
-/// The share of window attention on kept rows (`None`: all), for each kv head.
+/// The share of window attention on the kept ones of rows, for each kv head. All are told by their positions.
 pub(super) fn retained_mass(
     scores: &[Vec<f32>],
-    kv_heads: usize,
     window: usize,
-    kept: Option<&[Vec<u32>]>,
+    positions: &[u32],
+    kept: &[Vec<u32>],
 ) -> Vec<f32> {
-    let group = scores.len() / kv_heads;
-    let head_mass = |head: usize| {
-        let on_kept = |scores: &Vec<f32>| -> f64 {
-            match kept {
-                Some(kept) => kept[head].iter().map(|&row| f64::from(scores[row as usize])).sum(),
-                None => scores.iter().copied().map(f64::from).sum(),
-            }
-        };
-        let sum: f64 = scores[head * group..(head + 1) * group].iter().map(on_kept).sum();
-        (sum / (window * group) as f64) as f32
+    let group = scores.len() / kept.len();
+    let head_mass = |(scores, kept): (&[Vec<f32>], &Vec<u32>)| {
+        let row = |position: &u32| positions.partition_point(|before| before < position);
+        let on_kept =
+            |scores: &Vec<f32>| -> f64 { kept.iter().map(|position| f64::from(scores[row(position)])).sum() };
+        (scores.iter().map(on_kept).sum::<f64>() / (window * group) as f64) as f32
     };
-    (0..kv_heads).map(head_mass).collect()
+    scores.chunks(group).zip(kept).map(head_mass).collect()
 }

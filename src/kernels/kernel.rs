@@ -139,6 +139,9 @@ kernels! {
         SelectSplit = "fastkv_select_split", SelectParams;
         SelectWrite = "fastkv_select_write", SelectParams;
     }
+    "share" {
+        ShareKeys = "fastkv_share_keys", ShareKeysParams;
+    }
     "sm90_attention" {
         Sm90AttentionF16D64 = "fastkv_sm90_attention_f16_64", Sm90AttentionParams;
         Sm90AttentionF16D128 = "fastkv_sm90_attention_f16_128", Sm90AttentionParams;

@@ -69,6 +69,7 @@ mod rows;
 pub mod sample;
 pub mod scores;
 pub mod select;
+pub mod share;
 pub mod sums;
 
 pub use device::{Device, Graph, Launch, Launcher, TensorMap};

@@ -51,15 +51,18 @@ pub struct GatherScores {
     pub heads: u32,
 }
 
-/// `scores[head][key] = +inf` for each of `heads`; keys outside the scores are passed over.
+/// `scores[head][key] = +inf` for each of `heads`, where the position of the key has a bit that is not set: the keys
+/// that a [`batch::Bias`](super::batch::Bias) of the same bits leaves alone, so that a selection takes them first.
 #[derive(Clone, Copy, Debug)]
 pub struct RaiseScores {
     /// The scores.
     pub scores: ScoreTable,
-    /// Address of i32 `[count]`, each key once.
-    pub keys: u64,
-    /// Keys to raise.
-    pub count: u32,
+    /// Address of i32, a position for each key of the scores.
+    pub positions: u64,
+    /// Address of u32 words, a bit for each of `marked_positions` positions, lowest bit first.
+    pub marked: u64,
+    /// Positions that have a bit; no key at a later one is raised.
+    pub marked_positions: u32,
     /// Heads of the scores.
     pub heads: u32,
 }
@@ -142,7 +145,7 @@ pub unsafe fn gather_scores<D: Launcher + ?Sized>(device: &D, work: &GatherScore
     unsafe { device.launch(&launch(Kernel::GatherScores, out.keys, heads, bytemuck::bytes_of(&params))) }
 }
 
-/// Queues the raise. With no key it launches nothing.
+/// Queues the raise. With no key or no bit it launches nothing.
 ///
 /// # Errors
 /// [`Error::Argument`] for a description that cannot be right; nothing was launched then. Otherwise
@@ -150,18 +153,24 @@ pub unsafe fn gather_scores<D: Launcher + ?Sized>(device: &D, work: &GatherScore
 ///
 /// # Safety
 /// Every address in `work` is device memory of the size its comment states until the kernel is done. Nothing
-/// else touches the scores meanwhile, and nothing writes the keys.
+/// else touches the scores meanwhile, and nothing writes the rest.
 pub unsafe fn raise_scores<D: Launcher + ?Sized>(device: &D, work: &RaiseScores) -> Result<(), Error> {
-    let RaiseScores { scores, keys, count: wanted, heads } = *work;
-    let wanted = count("count", wanted)?;
-    if check_heads(heads)? == 0 || wanted == 0 || scores.keys == 0 {
+    let RaiseScores { scores, positions, marked, marked_positions, heads } = *work;
+    let bits = count("marked_positions", marked_positions)?;
+    if check_heads(heads)? == 0 || bits == 0 || scores.keys == 0 {
         return Ok(());
     }
-    let listed = range("keys", keys, wanted.into(), 4, Presence::Needed)?;
-    apart(&[("scores", scores.check("scores", heads)?)], &[("keys", listed)])?;
-    let params = RaiseScoresParams { scores: scores.params(), keys, count: wanted, reserved: 0 };
+    let raised = scores.check("scores", heads)?;
+    let words = i128::from(marked_positions.div_ceil(32));
+    let inputs = [
+        ("positions", range("positions", positions, scores.keys.into(), 4, Presence::Needed)?),
+        ("marked", range("marked", marked, words, 4, Presence::Needed)?),
+    ];
+    apart(&[("scores", raised)], &inputs)?;
+    let params =
+        RaiseScoresParams { scores: scores.params(), positions, marked, marked_positions: bits, reserved: 0 };
     // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
-    unsafe { device.launch(&launch(Kernel::RaiseScores, work.count, heads, bytemuck::bytes_of(&params))) }
+    unsafe { device.launch(&launch(Kernel::RaiseScores, scores.keys, heads, bytemuck::bytes_of(&params))) }
 }
 
 /// Queues the marking. With no list, or lists without entries, it launches nothing.

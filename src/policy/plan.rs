@@ -314,11 +314,13 @@ impl Plan {
 
     fn kept_bytes(&self, layer: &LayerPlan, element_bytes: usize) -> usize {
         let heads = self.shape.kv_heads;
-        let highlighted = |steering: &Steering| steering.positions(self.prompt_tokens).len();
-        let highlighted = heads * self.steering.as_ref().map_or(0, highlighted);
-        let entries = match layer.keep {
-            Keep::All | Keep::Heavy { .. } => layer.entries(heads),
-            _ => (layer.entries(heads) + highlighted).min(layer.rows * heads),
+        let entries = match (&layer.keep, &self.steering) {
+            // Budgets of the other rules have grown.
+            (Keep::Ends { .. } | Keep::Random { .. }, Some(steering)) => {
+                let highlighted = heads * steering.positions(self.prompt_tokens).len();
+                (layer.entries(heads) + highlighted).min(layer.rows * heads)
+            }
+            _ => layer.entries(heads),
         };
         entries * 2 * self.shape.head_dim * element_bytes
     }

@@ -39,8 +39,8 @@ impl Steering {
 }
 
 impl Plan {
-    /// The plan with steered heads. Budgets that later layers depend on grow where the highlighted
-    /// tokens would not fit.
+    /// The plan with steered heads. Caches keep as many tokens more as are highlighted, which come first. Budgets
+    /// of what later layers read grow where the highlighted tokens would not fit.
     ///
     /// # Errors
     /// Spans that are empty or not in the prompt, heads that the model does not have or none, α outside
@@ -61,8 +61,14 @@ impl Plan {
         let steer = |layers: &mut [LayerPlan], mut rows: usize| {
             for layer in layers {
                 layer.rows = rows;
-                if let Keep::Heavy { count, window } = &mut layer.keep {
-                    *count = (*count).max(*window + highlighted);
+                let grow = |count: &mut usize| *count = (*count + highlighted).min(rows);
+                match &mut layer.keep {
+                    Keep::Top { count, .. } | Keep::Shared { count, .. } => grow(count),
+                    Keep::Each { counts, .. } => counts.iter_mut().for_each(grow),
+                    // Tokens to come count too.
+                    Keep::Heavy { count, .. } => *count += highlighted,
+                    // What is named by place or by class has no budget to grow.
+                    Keep::All | Keep::Ends { .. } | Keep::Random { .. } | Keep::Recovered { .. } => {}
                 }
                 if let Some(propagate) = &mut layer.propagate {
                     rows = make_room(propagate, rows);

@@ -199,7 +199,8 @@ pub(crate) fn shared_counts<B: Backend>(bench: &Bench<B>) {
     let backend = &bench.backend;
     let strategy = (1_usize..5, 1_usize..60, 0_usize..70, 0_usize..11, any::<u64>());
     random_shapes(40, strategy, |(heads, scored, mean, tenths, seed)| {
-        let (scores, _) = random_scores(bench, (1, heads, 2), 3, scored + 3, seed);
+        let (_, queries, kv) = Scene::new(bench, (1, heads, 2), (3, scored + 3), 2.0, seed);
+        let scores = ok(backend.window_scores(&queries, &kv));
         let pooling = Pooling { kind: PoolingKind::Max, kernel: 1 };
         let pooled = ok(backend.pool_groups(&scores, heads, scored, pooling));
         let numbers: Vec<Vec<f64>> =
@@ -207,12 +208,20 @@ pub(crate) fn shared_counts<B: Backend>(bench: &Bench<B>) {
         let floor = tenths as f64 / 10.0;
         let counts = policies::shared_counts(&numbers, mean, floor);
         let share = Share { mean, floor, tail: 3 };
-        let lists = ok(backend.read_indices(&ok(backend.select_shared(&pooled, share))));
-        for ((list, numbers), count) in lists.iter().zip(&numbers).zip(counts) {
+        let kept = ok(backend.count_kv(ok(backend.gather_kv_shared(&kv, &pooled, share, 2))));
+        let mut lists = Vec::new();
+        for (numbers, count) in numbers.iter().zip(counts) {
             let mut expected = oracle::top(numbers, count);
             expected.extend(scored..scored + 3);
-            assert_eq!(*list, expected.iter().map(|key| *key as u32).collect::<Vec<_>>());
+            lists.push(expected.iter().map(|key| *key as u32).collect::<Vec<_>>());
         }
+        assert_eq!(ok(backend.kv_positions(&kept)), lists);
+        assert_eq!(backend.kv_lengths(&kept), lists.iter().map(Vec::len).collect::<Vec<_>>());
+        // The entries themselves are those that lists of the host gather.
+        let copy = ok(backend.gather_kv(&kv, &ok(backend.indices(lists)), 2));
+        let query = bench.tensor(2 * heads, &vec![0.5; 2 * heads]);
+        let attention = |kv: &B::Kv| bench.read(&ok(backend.attention(&query, kv, Visible::Aligned)));
+        assert_eq!(attention(&kept), attention(&copy));
     });
 }
 
@@ -222,8 +231,8 @@ pub(crate) fn shared_ties<B: Backend>(bench: &Bench<B>) {
     let (_, queries, kv) = Scene::of(bench, (1, 3, 2), vec![0.0; 6], &[1.0; 60], &[1.0; 60]);
     let scores = ok(backend.window_scores(&queries, &kv));
     let select = |mean, floor| {
-        let lists = ok(backend.select_shared(&scores, Share { mean, floor, tail: 0 }));
-        ok(backend.read_indices(&lists)).iter().map(Vec::len).collect::<Vec<_>>()
+        let share = Share { mean, floor, tail: 0 };
+        backend.kv_lengths(&ok(backend.count_kv(ok(backend.gather_kv_shared(&kv, &scores, share, 0)))))
     };
     assert_eq!(select(4, 0.0), [10, 2, 0]);
     // 10 · 0.5 + 2, 2 · 0.5 + 2 and 2.
@@ -251,12 +260,15 @@ pub(crate) fn sums_gathers_and_raises<B: Backend>(bench: &Bench<B>) {
     let first = vec![numbers[0][1], numbers[0][4], numbers[0][5]];
     assert_eq!(gathered, [first, vec![numbers[1][2], 0.0, 0.0]]);
 
+    // Positions of six keys and one behind them; 9 and 40 are no tokens of the prompt.
     let mut raised = two;
-    ok(backend.raise_scores(&mut raised, &bench.list([3, 0, 100])));
+    let positions = bench.list([2, 40, 1, 5, 0, 9, 5]);
+    ok(backend.raise_scores(&mut raised, &positions, &[false, false, true, false, false, true]));
     for (raised, numbers) in ok(backend.read_scores(&raised)).iter().zip(&numbers) {
         let expected = (0..6).map(|key| if [0, 3].contains(&key) { f32::INFINITY } else { numbers[key] });
         assert_eq!(*raised, expected.collect::<Vec<_>>());
     }
+    ok(backend.raise_scores(&mut raised, &positions, &[]));
     let lists = ok(backend.select(&raised, Select { count: 2, tail: 0 }));
     assert_eq!(ok(backend.read_indices(&lists)), [[0, 3], [0, 3]]);
 }
@@ -311,14 +323,16 @@ pub(crate) fn bad_operands_of_policies_are_errors<B: Backend>(bench: &Bench<B>) 
     refused(backend.add_scores(&scores, &three));
     refused(backend.gather_scores(&scores, &bench.list([0])));
     refused(backend.gather_scores(&scores, &ok(backend.indices(vec![vec![0], vec![5]]))));
-    refused(backend.raise_scores(
-        &mut random_scores(bench, (1, 2, 4), 1, 5, 1).0,
-        &ok(backend.indices(vec![vec![]; 2])),
-    ));
+    let mut raised = random_scores(bench, (1, 2, 4), 1, 5, 1).0;
+    refused(backend.raise_scores(&mut raised, &ok(backend.indices(vec![vec![]; 2])), &[true]));
+    refused(backend.raise_scores(&mut raised, &bench.list([0; 4]), &[true]));
     refused(backend.select_each(&scores, &[1], 0));
     for floor in [-0.1, 1.1, f64::NAN] {
-        let error = backend.select_shared(&scores, Share { mean: 1, floor, tail: 0 });
+        let error = backend.gather_kv_shared(&kv, &scores, Share { mean: 1, floor, tail: 0 }, 0);
         assert!(error.expect_err("no share").to_string().contains("floor"));
+    }
+    for (scores, tail) in [(&three, 0), (&scores, 1)] {
+        refused(backend.gather_kv_shared(&kv, scores, Share { mean: 1, floor: 0.5, tail }, 0));
     }
     for lists in [vec![vec![0]], vec![vec![0], vec![5]], vec![vec![1, 0], vec![0]], vec![vec![1, 1], vec![0]]]
     {

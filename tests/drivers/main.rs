@@ -10,6 +10,7 @@ mod gather;
 mod llama;
 mod scores;
 mod select;
+mod share;
 mod sums;
 mod workspace;
 

@@ -25,7 +25,13 @@ fn gather() -> GatherScores {
 }
 
 fn raise() -> RaiseScores {
-    RaiseScores { scores: table(1, 1000), keys: 2 << 40, count: 300, heads: 8 }
+    RaiseScores {
+        scores: table(1, 1000),
+        positions: 2 << 40,
+        marked: 3 << 40,
+        marked_positions: 500,
+        heads: 8,
+    }
 }
 
 fn mark() -> MarkKeys {
@@ -57,7 +63,7 @@ fn a_thread_for_each_column() {
     let expected = [
         (Kernel::AddScores, [4, 8, 1], 256),
         (Kernel::GatherScores, [1, 8, 1], 256),
-        (Kernel::RaiseScores, [2, 8, 1], 256),
+        (Kernel::RaiseScores, [4, 8, 1], 256),
         (Kernel::MarkKeys, [4, 8, 1], 256),
     ];
     assert_eq!(grids, expected);
@@ -78,7 +84,7 @@ fn nothing_to_do_launches_nothing() {
         add_scores(&recorder, &AddScores { a: none, b: none, out: none, heads: 8 }).unwrap();
         add_scores(&recorder, &AddScores { heads: 0, ..add() }).unwrap();
         gather_scores(&recorder, &GatherScores { out: none, ..gather() }).unwrap();
-        raise_scores(&recorder, &RaiseScores { count: 0, ..raise() }).unwrap();
+        raise_scores(&recorder, &RaiseScores { marked_positions: 0, ..raise() }).unwrap();
         raise_scores(&recorder, &RaiseScores { scores: none, ..raise() }).unwrap();
         mark_keys(&recorder, &MarkKeys { lists: 0, ..mark() }).unwrap();
         mark_keys(&recorder, &MarkKeys { words: 0, ..mark() }).unwrap();
@@ -132,13 +138,17 @@ fn refuses() {
             "scores.keys is 1073741825; it must be at most 1073741824",
         );
         refused(
-            raise_scores(&recorder, &RaiseScores { count: u32::MAX, ..raise() }),
-            "count is 4294967295; it must be at most 2147483647",
+            raise_scores(&recorder, &RaiseScores { marked_positions: u32::MAX, ..raise() }),
+            "marked_positions is 4294967295; it must be at most 2147483647",
         );
         refused(
-            raise_scores(&recorder, &RaiseScores { keys: 1 << 40, ..raise() }),
-            "scores is 0x10000000000..0x10000007fa0; it must be apart from keys, \
-             0x10000000000..0x100000004b0",
+            raise_scores(&recorder, &RaiseScores { positions: 1 << 40, ..raise() }),
+            "scores is 0x10000000000..0x10000007fa0; it must be apart from positions, \
+             0x10000000000..0x10000000fa0",
+        );
+        refused(
+            raise_scores(&recorder, &RaiseScores { marked: 2, ..raise() }),
+            "marked is 0x2; it must be a device address, a multiple of 4",
         );
         refused(
             mark_keys(&recorder, &MarkKeys { words: (1 << 25) + 1, ..mark() }),
@@ -171,10 +181,10 @@ fn a_failed_launch_names_kernel_grid_and_parameters() {
     let error = unsafe { raise_scores(&recorder, &raise()) }.expect_err("a failing device").to_string();
     for part in [
         "launching fastkv_raise_scores failed: CUDA error 719 (LAUNCH_FAILED)",
-        "grid [2, 8, 1]",
+        "grid [4, 8, 1]",
         "block [256, 1, 1]",
         "RaiseScoresParams { scores: ScoreTable { base: 1099511627776, head_stride: 1024, keys: 1000",
-        "count: 300",
+        "marked_positions: 500",
     ] {
         assert!(error.contains(part), "no {part} in {error}");
     }

@@ -126,7 +126,7 @@ pub(crate) struct Orders {
 }
 
 impl Orders {
-    /// Room for this many highlighted tokens where a number of tokens is fixed beforehand.
+    /// As many tokens more in caches as are highlighted, and room for them among what goes on.
     pub(crate) fn steer(&mut self, n: usize, highlighted: usize) {
         let mut rows = n;
         if let Some((_, count, _)) = &mut self.restart {
@@ -135,8 +135,13 @@ impl Orders {
         }
         for rules in &mut self.rules {
             rules.rows = rows;
-            if let Keep::Heavy(count, window) = &mut rules.keep {
-                *count = (*count).max(*window + highlighted);
+            match &mut rules.keep {
+                Keep::Chosen(count) | Keep::Shared(count, _) => *count = rows.min(*count + highlighted),
+                Keep::Each(counts) => {
+                    counts.iter_mut().for_each(|count| *count = rows.min(*count + highlighted))
+                }
+                Keep::Heavy(count, _) => *count += highlighted,
+                Keep::All | Keep::Ends(..) | Keep::Recovered(..) => {}
             }
             if let Some(count) = &mut rules.hands_on {
                 let newest =
@@ -409,11 +414,14 @@ impl Model {
             };
             let measured_by = orders.keeps_by.or(orders.hands_on_by.filter(|_| rules.hands_on.is_some()));
             let (window, seen, _) = observed(measured_by);
-            let scores = orders.keeps_by.and_then(|_| observed(orders.keeps_by).2);
             let forced: Vec<usize> = match &orders.steering {
                 Some(steering) => (0..n).filter(|row| steering.is_highlighted(positions[*row])).collect(),
                 None => Vec::new(),
             };
+            let mut scores = orders.keeps_by.and_then(|_| observed(orders.keeps_by).2);
+            for scores in scores.iter_mut().flatten() {
+                forced.iter().filter(|row| **row < n - window).for_each(|row| scores[*row] = f64::INFINITY);
+            }
 
             // Step 6.
             let mut nearest = nearest_restart;
@@ -473,7 +481,7 @@ impl Model {
                     }
                 })
                 .map(|mut kept: Vec<usize>| {
-                    if !matches!(rules.keep, Keep::Heavy(..)) {
+                    if scores.is_none() && !matches!(rules.keep, Keep::Heavy(..)) {
                         kept.extend(&forced);
                         kept.sort_unstable();
                         kept.dedup();

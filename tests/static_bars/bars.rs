@@ -320,6 +320,7 @@ pub(crate) static BARS: &[Bar] = &[
     small("fastkv_add_scores"),
     small("fastkv_gather_scores"),
     small("fastkv_raise_scores"),
+    Bar { threads: 32, blocks: 16, ..small("fastkv_share_keys") },
     small("fastkv_mark_keys"),
     Bar {
         kernels: "fastkv_add",

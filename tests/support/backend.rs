@@ -365,7 +365,9 @@ impl Scene {
         let lists = backend.indices((0..heads).map(list).collect())?;
         let mut gathered = backend.gather_scores(&long, &lists)?;
         put("gather_scores", scored, backend.read_scores(&gathered)?.concat());
-        backend.raise_scores(&mut gathered, &backend.indices(vec![vec![1, 4, 1000]])?)?;
+        let positions = (0..keys as u32).map(|key| if key % 9 == 4 { 1000 } else { 2 * key }).collect();
+        let highlighted: Vec<bool> = (0..2 * keys).map(|position| [2, 8, 10].contains(&position)).collect();
+        backend.raise_scores(&mut gathered, &backend.indices(vec![positions])?, &highlighted)?;
         let kept = backend.select(&gathered, Select { count: 2, tail: 0 })?;
         put("raise_scores", [0.0; 2], flat(&backend.read_indices(&kept)?));
         // Lists of a selection, of different lengths.
@@ -397,7 +399,8 @@ impl Scene {
         let Sizes { heads, keys, .. } = self.sizes;
         let window = 8;
         let scored = keys - window;
-        let scores = backend.window_scores(&self.queries(backend, window)?, &self.store(backend)?)?;
+        let store = self.store(backend)?;
+        let scores = backend.window_scores(&self.queries(backend, window)?, &store)?;
         let pooling = Pooling { kind: PoolingKind::Max, kernel: 7 };
         let groups = backend.pool_groups(&scores, heads, scored, pooling)?;
         let numbers = backend.read_scores(&groups)?;
@@ -414,14 +417,20 @@ impl Scene {
         assert_eq!(found, expected(&counts, window), "{counts:?} of {numbers:?}");
 
         let share = Share { mean: 6, floor: 0.2, tail: window };
-        let found = backend.read_indices(&backend.select_shared(&groups, share)?)?;
+        let kept = backend.count_kv(backend.gather_kv_shared(&store, &groups, share, 3)?)?;
         let all = best(&numbers.concat(), 6 * heads, 0);
         let of_head = |head: usize| {
             let picks = all.iter().filter(|key| **key as usize / scored == head).count();
             (picks as f64 * 0.8 + 1.0).round_ties_even() as usize
         };
         let counts: Vec<usize> = (0..heads).map(of_head).collect();
-        assert_eq!(found, expected(&counts, window), "{counts:?} of {numbers:?}");
+        let lists = expected(&counts, window);
+        let copy = backend.gather_kv(&store, &backend.indices(lists)?, 3)?;
+        assert_eq!(backend.kv_lengths(&kept), backend.kv_lengths(&copy), "{counts:?} of {numbers:?}");
+        assert_eq!(backend.kv_positions(&kept)?, backend.kv_positions(&copy)?, "{counts:?} of {numbers:?}");
+        let query = self.queries(backend, 1)?;
+        let attention = |kv: &B::Kv| backend.read(&backend.attention(&query, kv, Visible::Aligned)?);
+        assert_eq!(attention(&kept)?, attention(&copy)?, "the entries themselves");
         Ok(())
     }
 }
@@ -511,7 +520,11 @@ fn bad_operands<D: MatrixProduct + Clone + Debug>(device: &D, _: u64) -> Result<
     let total = backend.sum_heads(&scores).map_err(|error| error.to_string())?;
     refused("add_scores", backend.add_scores(&scores, &total))?;
     refused("gather_scores", backend.gather_scores(&scores, &rows))?;
-    refused("raise_scores", backend.raise_scores(&mut scores, &lists(vec![vec![0]; 2])?))?;
+    refused("raise_scores", backend.raise_scores(&mut scores, &lists(vec![vec![0; 20]; 2])?, &[true]))?;
+    refused("raise_scores", backend.raise_scores(&mut scores, &lists(vec![vec![0; 2]])?, &[true]))?;
+    let share = Share { mean: 1, floor: 0.5, tail: 3 };
+    refused("gather_kv_shared", backend.gather_kv_shared(&kv, &scores, share, 0))?;
+    refused("gather_kv_shared", backend.gather_kv_shared(&kv, &scores, Share { floor: 1.5, ..share }, 0))?;
     let pooling = Pooling { kind: PoolingKind::Max, kernel: 7 };
     refused("pool_groups", backend.pool_groups(&scores, 2, 13, pooling))?;
     refused("select", backend.select(&scores, Select { count: 1, tail: usize::MAX }))

@@ -28,6 +28,7 @@ pub(crate) mod recorder;
 pub(crate) mod reserve;
 pub(crate) mod scores;
 pub(crate) mod select;
+pub(crate) mod share;
 pub(crate) mod sums;
 #[cfg(feature = "pipeline")]
 #[path = "../tiny/mod.rs"]
@@ -80,6 +81,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         matmul::checks(),
         scores::checks(),
         select::checks(),
+        share::checks(),
         sums::checks(),
     ]
     .into_iter()

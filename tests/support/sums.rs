@@ -119,25 +119,39 @@ fn gather<D: Device>(device: &D, (heads, [keys, listed], seed): Sizes) -> Result
     expect(&memory, out, &expected.collect::<Vec<_>>())
 }
 
-fn raise<D: Device>(device: &D, (heads, [keys, count], seed): Sizes) -> Result<(), String> {
+fn raise<D: Device>(device: &D, (heads, [keys, positions], seed): Sizes) -> Result<(), String> {
     let (mut memory, mut random) = (Memory::new(device), Random(seed));
     let mut scores = Table::random(&mut memory, &mut random, heads, keys);
-    // Each once, some outside.
-    let listed: Vec<i32> = (0..count as i32).map(|key| 2 * key - 3).collect();
+    let of_keys: Vec<i32> = (0..keys)
+        .map(|_| match random.below(8) {
+            0 => random.of(&[-1, i32::MAX, i32::MIN, positions as i32]),
+            _ => random.below(positions.max(1)) as i32,
+        })
+        .collect();
+    let marked: Vec<u32> = (0..positions.div_ceil(32)).map(|_| random.next() as u32).collect();
     let work = RaiseScores {
         scores: scores.table,
-        keys: memory.put(bytemuck::cast_slice(&listed)),
-        count: count as u32,
+        positions: memory.put(bytemuck::cast_slice(&of_keys)),
+        marked: memory.put(bytemuck::cast_slice(&marked)),
+        marked_positions: positions as u32,
         heads: heads as u32,
     };
     // SAFETY: as above.
     unsafe { sums::raise_scores(device, &work) }.map_err(|error| error.to_string())?;
     for numbers in &mut scores.numbers {
-        for key in listed.iter().filter(|key| (0..keys as i32).contains(*key)) {
-            numbers[*key as usize] = f32::INFINITY;
+        for (number, position) in numbers.iter_mut().zip(&of_keys) {
+            if bit(&marked, positions, *position) == Some(false) {
+                *number = f32::INFINITY;
+            }
         }
     }
     expect(&memory, scores.table, &scores.numbers)
+}
+
+/// The bit of a position, where it has one.
+fn bit(words: &[u32], positions: usize, position: i32) -> Option<bool> {
+    let position = usize::try_from(position).ok().filter(|position| *position < positions)?;
+    Some(words[position / 32] >> (position % 32) & 1 == 1)
 }
 
 /// Lists that lie apart, some of them where there is nothing.
@@ -180,10 +194,7 @@ fn mark<D: Device>(device: &D, (lists, [longest, positions], seed): Sizes) -> Re
         for key in 0..32 * words {
             let row = usize::try_from(*start).ok().map(|start| start + key).filter(|row| *row < rows);
             let Some(row) = row.filter(|_| (key as i64) < i64::from(*length)) else { continue };
-            let position = of_rows[row];
-            if (0..positions as i32).contains(&position)
-                && marked[position as usize / 32] >> (position % 32) & 1 == 1
-            {
+            if bit(&marked, positions, of_rows[row]) == Some(true) {
                 expected[list * words + key / 32] |= 1 << (key % 32);
             }
         }

@@ -137,6 +137,7 @@ impl Backend for Probe {
     type Scores = Scores;
     type Indices = Indices;
     type Kv = Counted;
+    type UncountedKv = Counted;
     type KvBatch = Joined;
     type Recording = ();
 
@@ -260,8 +261,8 @@ impl Backend for Probe {
         self.inner.gather_scores(scores, entries)
     }
 
-    fn raise_scores(&self, scores: &mut Scores, keys: &Indices) -> Result<()> {
-        self.inner.raise_scores(scores, keys)
+    fn raise_scores(&self, scores: &mut Scores, positions: &Indices, highlighted: &[bool]) -> Result<()> {
+        self.inner.raise_scores(scores, positions, highlighted)
     }
 
     fn query_key_products(&self, query: &Tensor, kv: &Counted) -> Result<Scores> {
@@ -302,10 +303,6 @@ impl Backend for Probe {
         self.forced_or(|| self.inner.select_each(scores, counts, tail))
     }
 
-    fn select_shared(&self, scores: &Scores, share: Share) -> Result<Indices> {
-        self.forced_or(|| self.inner.select_shared(scores, share))
-    }
-
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices> {
         self.inner.indices(lists)
     }
@@ -328,6 +325,18 @@ impl Backend for Probe {
 
     fn gather_kv(&self, kv: &Counted, entries: &Indices, slack: usize) -> Result<Counted> {
         Ok(self.counted(self.inner.gather_kv(&kv.kv, entries, slack)?))
+    }
+
+    fn gather_kv_shared(&self, kv: &Counted, scores: &Scores, share: Share, slack: usize) -> Result<Counted> {
+        let forced = self.forced.lock().expect("a lock").pop_front();
+        Ok(self.counted(match forced {
+            Some(lists) => self.inner.gather_kv(&kv.kv, &self.inner.indices(lists)?, slack)?,
+            None => self.inner.gather_kv_shared(&kv.kv, scores, share, slack)?,
+        }))
+    }
+
+    fn count_kv(&self, kv: Counted) -> Result<Counted> {
+        Ok(kv)
     }
 
     fn join_kv(&self, stores: Vec<Counted>, room: usize) -> Result<Joined> {

@@ -64,7 +64,7 @@ impl<D: Device> Launcher for Staged<D> {
         unsafe { self.device.launch(launch) }?;
         self.mark(match launch.kernel.image().trim_start_matches("sm90_") {
             "attention" => 0,
-            "scores" | "columns" | "sums" | "select" | "gather" => 2,
+            "scores" | "columns" | "sums" | "select" | "share" | "gather" => 2,
             _ => 3,
         })
     }

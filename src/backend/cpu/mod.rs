@@ -107,6 +107,7 @@ impl Backend for CpuBackend {
     type Scores = Scores;
     type Indices = Indices;
     type Kv = Kv;
+    type UncountedKv = Kv;
     type KvBatch = KvBatch;
     type Recording = ();
 
@@ -351,8 +352,18 @@ impl Backend for CpuBackend {
         scores::gather(scores, entries)
     }
 
-    fn raise_scores(&self, scores: &mut Scores, keys: &Indices) -> Result<(), BackendError> {
-        scores::raise(scores, keys.single("raise_scores")?);
+    fn raise_scores(
+        &self,
+        scores: &mut Scores,
+        positions: &Indices,
+        highlighted: &[bool],
+    ) -> Result<(), BackendError> {
+        let positions = positions.single("raise_scores")?;
+        if positions.len() < scores.keys {
+            let problem = format!("{} positions for {} keys", positions.len(), scores.keys);
+            return Err(shape("raise_scores", problem));
+        }
+        scores::raise(scores, positions, highlighted);
         Ok(())
     }
 
@@ -429,13 +440,6 @@ impl Backend for CpuBackend {
         scores::select(scores, counts, tail)
     }
 
-    fn select_shared(&self, scores: &Scores, share: Share) -> Result<Indices, BackendError> {
-        if !(0.0..=1.0).contains(&share.floor) {
-            return Err(shape("select_shared", format!("a floor of {}, no share", share.floor)));
-        }
-        scores::select(scores, &scores::shared_counts(scores, share), share.tail)
-    }
-
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices, BackendError> {
         Ok(Indices { lists })
     }
@@ -484,6 +488,30 @@ impl Backend for CpuBackend {
             Ok(kept)
         });
         Ok(Kv { head_dim: kv.head_dim, heads: heads.collect::<Result<_, BackendError>>()? })
+    }
+
+    fn gather_kv_shared(
+        &self,
+        kv: &Kv,
+        scores: &Scores,
+        share: Share,
+        slack: usize,
+    ) -> Result<Kv, BackendError> {
+        if !(0.0..=1.0).contains(&share.floor) {
+            return Err(shape("gather_kv_shared", format!("a floor of {}, no share", share.floor)));
+        }
+        if kv.heads.iter().any(|head| head.len() != scores.keys.saturating_add(share.tail)) {
+            let lengths: Vec<_> = kv.heads.iter().map(KvHead::len).collect();
+            let problem =
+                format!("lists of {lengths:?} for {} scores and a tail of {}", scores.keys, share.tail);
+            return Err(shape("gather_kv_shared", problem));
+        }
+        let kept = scores::select(scores, &scores::shared_counts(scores, share), share.tail)?;
+        self.gather_kv(kv, &kept, slack)
+    }
+
+    fn count_kv(&self, kv: Kv) -> Result<Kv, BackendError> {
+        Ok(kv)
     }
 
     fn join_kv(&self, stores: Vec<Kv>, room: usize) -> Result<KvBatch, BackendError> {

@@ -172,12 +172,13 @@ pub(super) fn gather(scores: &Scores, entries: &Indices) -> Result<Scores, Backe
     Ok(gathered)
 }
 
-/// Makes the scores of some keys the best there are.
-pub(super) fn raise(scores: &mut Scores, keys: &[u32]) {
-    let width = scores.keys;
-    for head in scores.data.chunks_exact_mut(width.max(1)) {
-        for &key in keys.iter().filter(|key| (**key as usize) < width) {
-            head[key as usize] = f32::INFINITY;
+/// Makes the scores of highlighted keys the best there are. Every key has a position.
+pub(super) fn raise(scores: &mut Scores, positions: &[u32], highlighted: &[bool]) {
+    for head in scores.data.chunks_exact_mut(scores.keys.max(1)) {
+        for (score, position) in head.iter_mut().zip(positions) {
+            if highlighted.get(*position as usize) == Some(&true) {
+                *score = f32::INFINITY;
+            }
         }
     }
 }

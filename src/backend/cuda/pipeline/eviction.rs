@@ -6,9 +6,7 @@ use super::{CudaBackend, Indices, Kv, Scores, shape};
 use crate::backend::BackendError;
 use crate::kernels::MatrixProduct;
 use crate::kernels::gather::{Compact, compact};
-use crate::kernels::sums::{
-    AddScores, GatherScores, RaiseScores, add_scores as add, gather_scores as gather, raise_scores as raise,
-};
+use crate::kernels::sums::{AddScores, GatherScores, add_scores as add, gather_scores as gather};
 
 pub(super) fn add_scores<D: MatrixProduct + Debug>(
     backend: &CudaBackend<D>,
@@ -46,22 +44,6 @@ pub(super) fn gather_scores<D: MatrixProduct + Debug>(
     // SAFETY: live blocks of the sizes stated, in stream order.
     unsafe { gather(backend.device(), &work) }?;
     Ok(out)
-}
-
-pub(super) fn raise_scores<D: MatrixProduct + Debug>(
-    backend: &CudaBackend<D>,
-    scores: &Scores<D>,
-    keys: &Indices<D>,
-) -> Result<(), BackendError> {
-    let count = keys.single("raise_scores")?;
-    let work = RaiseScores {
-        scores: scores.table(),
-        keys: keys.block.address(),
-        count: count as u32,
-        heads: scores.heads as u32,
-    };
-    // SAFETY: live blocks of the sizes stated, in stream order.
-    Ok(unsafe { raise(backend.device(), &work) }?)
 }
 
 /// Takes no memory: an eviction that began is carried through.

@@ -71,6 +71,15 @@ pub struct Kv<D: Device> {
     pub(super) shared: bool,
 }
 
+/// A store whose lists are on the device alone: it has blocks, and no lists yet.
+#[derive(Debug)]
+pub struct UncountedKv<D: Device> {
+    pub(super) kv: Kv<D>,
+    pub(super) heads: usize,
+    /// Rows between a list and the next.
+    pub(super) slack: usize,
+}
+
 /// Where a list lies, in rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct List {

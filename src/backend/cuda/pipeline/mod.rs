@@ -1,7 +1,7 @@
 //! The CUDA backend: the drivers of the kernels behind [`Backend`], on any [`Device`].
 //!
-//! Nothing but `read*` and `kv_positions` waits for the device: what the host has to know, it knows from the
-//! counts of a plan. The exception is [`Backend::select_shared`], whose counts are data.
+//! Nothing but `read*`, `kv_positions` and `count_kv` waits for the device: what the host has to know, it knows from
+//! the counts of a plan.
 
 mod attention;
 mod batch;
@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::{bf16, f16};
 
 pub use self::batch::{KvBatch, Recording};
-pub use self::handles::{Indices, Kv, Rotary, Scores, Tensor, Weight};
+pub use self::handles::{Indices, Kv, Rotary, Scores, Tensor, UncountedKv, Weight};
 use self::handles::{List, Span};
 use self::memory::{Block, Machine};
 pub use self::requirements::check_model;
@@ -256,20 +256,26 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
                 list
             })
             .collect();
-        let starts: Vec<i64> = lists.iter().map(|list| list.start as i64).collect();
-        let kv = Kv {
-            keys: self.machine.array("keys", start.saturating_mul(head_dim), 2)?,
-            values: self.machine.array("values", start.saturating_mul(head_dim), 2)?,
-            positions: self.machine.array("positions of keys", start, 4)?,
-            starts: self.machine.upload("starts of lists", &starts)?,
-            lengths: self.machine.array("lengths of lists", 2 * lists.len(), 4)?,
-            second_half: false,
-            head_dim,
-            lists,
-            shared,
-        };
+        let kv = Kv { lists, shared, ..self.blank(head_dim, lengths.len(), start)? };
+        let starts: Vec<i64> = kv.lists.iter().map(|list| list.start as i64).collect();
+        kv.starts.write(0, bytemuck::cast_slice(&starts))?;
         self.write_lengths(&kv)?;
         Ok(kv)
+    }
+
+    /// Blocks for so many lists, of so many rows together, without any lists.
+    fn blank(&self, head_dim: usize, lists: usize, rows: usize) -> Result<Kv<D>, BackendError> {
+        Ok(Kv {
+            keys: self.machine.array("keys", rows.saturating_mul(head_dim), 2)?,
+            values: self.machine.array("values", rows.saturating_mul(head_dim), 2)?,
+            positions: self.machine.array("positions of keys", rows, 4)?,
+            starts: self.machine.array("starts of lists", lists, 8)?,
+            lengths: self.machine.array("lengths of lists", 2 * lists, 4)?,
+            second_half: false,
+            head_dim,
+            lists: Vec::new(),
+            shared: false,
+        })
     }
 
     fn write_lengths(&self, kv: &Kv<D>) -> Result<(), BackendError> {
@@ -306,6 +312,50 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
         }
         Ok(copied)
     }
+
+    /// Copies the listed entries of a store into the lists of another, whose lengths and starts are on the device.
+    fn gather_into(
+        &self,
+        out: &Kv<D>,
+        rows: usize,
+        kv: &Kv<D>,
+        entries: u64,
+        capacity: usize,
+    ) -> Result<(), BackendError> {
+        // Positions are those of the tokens, where all heads have the same ones.
+        let spans = if kv.shared { kv.spans() } else { kv.lists_apart() };
+        for span in spans {
+            let Span { first_head, heads, list } = span;
+            let first = first_head as u64;
+            let work = GatherKv {
+                kept: Kept {
+                    indices: entries + 4 * first * capacity as u64,
+                    index_head_stride: capacity as i64,
+                    lengths: out.lengths_address(false) + 4 * first,
+                    starts: out.starts.address() + 8 * first,
+                    positions: kv.positions.address() + 4 * list.start as u64,
+                    positions_out: out.positions.address(),
+                    out_rows: rows as i64,
+                    sequences: 1,
+                    heads: heads as i32,
+                    tokens: list.length as i32,
+                    capacity: capacity as i32,
+                    ..Kept::default()
+                },
+                k: kv.tensor(&kv.keys, span),
+                v: kv.tensor(&kv.values, span),
+                pages: Pages::default(),
+                slots: Slots::default(),
+                k_out: out.keys.address(),
+                v_out: out.values.address(),
+                head_dim: kv.head_dim as u32,
+                dtype: self.dtype,
+            };
+            // SAFETY: live blocks of the sizes stated, in stream order.
+            unsafe { gather_kv(self.device(), &work) }?;
+        }
+        Ok(())
+    }
 }
 
 impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
@@ -315,6 +365,7 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
     type Scores = Scores<D>;
     type Indices = Indices<D>;
     type Kv = Kv<D>;
+    type UncountedKv = UncountedKv<D>;
     type KvBatch = KvBatch<D>;
     type Recording = Recording<D>;
 
@@ -685,8 +736,13 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         eviction::gather_scores(self, scores, entries)
     }
 
-    fn raise_scores(&self, scores: &mut Scores<D>, keys: &Indices<D>) -> Result<(), BackendError> {
-        eviction::raise_scores(self, scores, keys)
+    fn raise_scores(
+        &self,
+        scores: &mut Scores<D>,
+        positions: &Indices<D>,
+        highlighted: &[bool],
+    ) -> Result<(), BackendError> {
+        steering::raise_scores(self, scores, positions, highlighted)
     }
 
     fn retain_kv(&self, kv: &mut Kv<D>, entries: &Indices<D>) -> Result<(), BackendError> {
@@ -752,10 +808,6 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         tail: usize,
     ) -> Result<Indices<D>, BackendError> {
         selection::select(self, scores, counts, tail)
-    }
-
-    fn select_shared(&self, scores: &Scores<D>, share: Share) -> Result<Indices<D>, BackendError> {
-        selection::select_shared(self, scores, share)
     }
 
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices<D>, BackendError> {
@@ -825,39 +877,22 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
             return Err(shape("gather_kv", problem));
         }
         let out = self.store(kv.head_dim, &entries.lengths, slack, false)?;
-        // Positions are those of the tokens, where all heads have the same ones.
-        let spans = if kv.shared { kv.spans() } else { kv.lists_apart() };
-        for span in spans {
-            let Span { first_head, heads, list } = span;
-            let first = first_head as u64;
-            let work = GatherKv {
-                kept: Kept {
-                    indices: entries.block.address() + 4 * first * entries.capacity as u64,
-                    index_head_stride: entries.capacity as i64,
-                    lengths: out.lengths_address(false) + 4 * first,
-                    starts: out.starts.address() + 8 * first,
-                    positions: kv.positions.address() + 4 * list.start as u64,
-                    positions_out: out.positions.address(),
-                    out_rows: out.rows() as i64,
-                    sequences: 1,
-                    heads: heads as i32,
-                    tokens: list.length as i32,
-                    capacity: entries.capacity as i32,
-                    ..Kept::default()
-                },
-                k: kv.tensor(&kv.keys, span),
-                v: kv.tensor(&kv.values, span),
-                pages: Pages::default(),
-                slots: Slots::default(),
-                k_out: out.keys.address(),
-                v_out: out.values.address(),
-                head_dim: kv.head_dim as u32,
-                dtype: self.dtype,
-            };
-            // SAFETY: live blocks of the sizes stated, in stream order.
-            unsafe { gather_kv(self.device(), &work) }?;
-        }
+        self.gather_into(&out, out.rows(), kv, entries.block.address(), entries.capacity)?;
         Ok(out)
+    }
+
+    fn gather_kv_shared(
+        &self,
+        kv: &Kv<D>,
+        scores: &Scores<D>,
+        share: Share,
+        slack: usize,
+    ) -> Result<UncountedKv<D>, BackendError> {
+        selection::gather_kv_shared(self, kv, scores, share, slack)
+    }
+
+    fn count_kv(&self, kv: UncountedKv<D>) -> Result<Kv<D>, BackendError> {
+        selection::count_kv(kv)
     }
 
     fn join_kv(&self, stores: Vec<Kv<D>>, room: usize) -> Result<KvBatch<D>, BackendError> {

@@ -3,13 +3,16 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use super::{CudaBackend, Indices, Scores, shape};
+use super::handles::List;
+use super::memory::Block;
+use super::{CudaBackend, Indices, Kv, Scores, UncountedKv, shape};
 use crate::abi;
 use crate::backend::{BackendError, Share};
 use crate::kernels::MatrixProduct;
 use crate::kernels::batch::{Lengths, ScoreRows};
 use crate::kernels::scores::{PoolScores, pool_scores};
 use crate::kernels::select::{Reduction, SelectTopk, select_topk, select_topk_workspace};
+use crate::kernels::share::{ShareKeys, share_keys};
 use crate::policy::{Pooling, PoolingKind};
 
 impl<D: MatrixProduct + Debug> CudaBackend<D> {
@@ -86,48 +89,8 @@ pub(super) fn select<D: MatrixProduct + Debug>(
     }
     let end = scores.keys.checked_add(tail).filter(|end| u32::try_from(*end).is_ok());
     let end = end.ok_or_else(|| shape("select", format!("a tail of {tail} keys behind {}", scores.keys)))?;
-    let lengths = counts.iter().map(|count| count.min(&scores.keys) + tail).collect();
-    topk(backend, scores.rows(), [scores.heads, end], lengths, tail)
-}
-
-/// All scores as one list of keys tell how many each head gets.
-pub(super) fn select_shared<D: MatrixProduct + Debug>(
-    backend: &CudaBackend<D>,
-    scores: &Scores<D>,
-    Share { mean, floor, tail }: Share,
-) -> Result<Indices<D>, BackendError> {
-    if !(0.0..=1.0).contains(&floor) {
-        return Err(shape("select_shared", format!("a floor of {floor}, no share")));
-    }
-    let Scores { heads, keys, .. } = *scores;
-    let flat = backend.machine.array("scores of all heads", heads * keys, 4)?;
-    for head in 0..heads {
-        flat.copy(4 * head * keys, &scores.block, 4 * head * scores.stride, 4 * keys)?;
-    }
-    let all = heads * keys;
-    let rows = ScoreRows { base: flat.address(), sequence_stride: 0, head_stride: all as i64 };
-    let best = topk(backend, rows, [1, all], vec![mean.saturating_mul(heads).min(all)], 0)?;
-    let best: Vec<u32> = best.block.read(0, best.lengths[0])?;
-    let before = |head: usize| best.partition_point(|key| (*key as usize) < head * keys);
-    let every = (mean as f64 * floor).floor();
-    let count = |head: usize| {
-        let picks = before(head + 1) - before(head);
-        (picks as f64 * (1.0 - floor) + every).round_ties_even() as usize
-    };
-    select(backend, scores, &(0..heads).map(count).collect::<Vec<_>>(), tail)
-}
-
-/// The best of `keys` keys of each row, of which the last `tail` have no scores and stay.
-fn topk<D: MatrixProduct + Debug>(
-    backend: &CudaBackend<D>,
-    scores: ScoreRows,
-    [rows, keys]: [usize; 2],
-    lengths: Vec<usize>,
-    tail: usize,
-) -> Result<Indices<D>, BackendError> {
+    let lengths: Vec<usize> = counts.iter().map(|count| count.min(&scores.keys) + tail).collect();
     let capacity = lengths.iter().copied().max().unwrap_or(0);
-    let kept = backend.machine.array("kept keys", rows * capacity, 4)?;
-    let kept_lengths = backend.machine.array("numbers of kept keys", rows, 4)?;
     let counts = match lengths.iter().all(|length| *length == capacity) {
         true => None,
         false => {
@@ -135,6 +98,85 @@ fn topk<D: MatrixProduct + Debug>(
             Some(backend.machine.upload("numbers of keys to keep", &counts)?)
         }
     };
+    let counts = counts.as_ref().map_or(0, |counts| counts.address());
+    let block = topk(backend, scores.rows(), [scores.heads, end], (capacity, counts), tail)?;
+    Ok(Indices { block: Arc::new(block), lengths, capacity })
+}
+
+/// All scores as one list of keys tell how many each head gets, and the host is not told.
+pub(super) fn gather_kv_shared<D: MatrixProduct + Debug>(
+    backend: &CudaBackend<D>,
+    kv: &Kv<D>,
+    scores: &Scores<D>,
+    Share { mean, floor, tail }: Share,
+    slack: usize,
+) -> Result<UncountedKv<D>, BackendError> {
+    let Scores { heads, keys, .. } = *scores;
+    if heads != kv.lists.len() || kv.lists.iter().any(|list| list.length != keys.saturating_add(tail)) {
+        let lengths: Vec<_> = kv.lists.iter().map(|list| list.length).collect();
+        let problem = format!("lists of {lengths:?} for {heads} heads of {keys} scores and a tail of {tail}");
+        return Err(shape("gather_kv_shared", problem));
+    }
+    if !(0.0..=1.0).contains(&floor) {
+        return Err(shape("gather_kv_shared", format!("a floor of {floor}, no share")));
+    }
+    let flat = backend.machine.array("scores of all heads", heads * keys, 4)?;
+    for head in 0..heads {
+        flat.copy(4 * head * keys, &scores.block, 4 * head * scores.stride, 4 * keys)?;
+    }
+    let all = heads * keys;
+    let best_count = mean.saturating_mul(heads).min(all);
+    let rows = ScoreRows { base: flat.address(), sequence_stride: 0, head_stride: all as i64 };
+    let best = topk(backend, rows, [1, all], (best_count, 0), 0)?;
+
+    let mut work = ShareKeys {
+        best: best.address(),
+        count: best_count as u32,
+        heads: heads as u32,
+        keys: keys as u32,
+        mean: u32::try_from(mean).unwrap_or(u32::MAX),
+        floor,
+        tail: tail as u32,
+        slack: u32::try_from(slack).unwrap_or(u32::MAX),
+        counts: 0,
+        starts: 0,
+    };
+    let rows = usize::try_from(work.most_rows()).unwrap_or(usize::MAX);
+    let out = backend.blank(kv.head_dim, heads, rows)?;
+    work.counts = out.lengths_address(false);
+    work.starts = out.starts.address();
+    // SAFETY: live blocks of the sizes stated, in stream order, here and below.
+    unsafe { share_keys(backend.device(), &work) }?;
+    let capacity = work.most_of_head() as usize;
+    let kept = topk(backend, scores.rows(), [heads, keys + tail], (capacity, work.counts), tail)?;
+    backend.gather_into(&out, rows, kv, kept.address(), capacity)?;
+    Ok(UncountedKv { kv: out, heads, slack })
+}
+
+pub(super) fn count_kv<D: MatrixProduct + Debug>(
+    UncountedKv { mut kv, heads, slack }: UncountedKv<D>,
+) -> Result<Kv<D>, BackendError> {
+    let mut start = 0;
+    for length in kv.lengths.read::<i32>(0, heads)? {
+        let length = length as usize;
+        let list = List { start, length, capacity: length + slack };
+        start += list.capacity;
+        kv.lists.push(list);
+    }
+    Ok(kv)
+}
+
+/// The best of `keys` keys of each row, of which the last `tail` have no scores and stay: as many as `counts` says on
+/// the device, or `capacity` where it is 0. Lists `[rows][capacity]`, with -1 behind each.
+fn topk<D: MatrixProduct + Debug>(
+    backend: &CudaBackend<D>,
+    scores: ScoreRows,
+    [rows, keys]: [usize; 2],
+    (capacity, counts): (usize, u64),
+    tail: usize,
+) -> Result<Block<D>, BackendError> {
+    let kept = backend.machine.array("kept keys", rows * capacity, 4)?;
+    let kept_lengths = backend.machine.array("numbers of kept keys", rows, 4)?;
     let mut work = SelectTopk {
         scores,
         sequences: 1,
@@ -150,7 +192,7 @@ fn topk<D: MatrixProduct + Debug>(
         reduction: Reduction::Sum,
         page: 1,
         count: capacity as u32,
-        counts: counts.as_ref().map_or(0, |counts| counts.address()),
+        counts,
         kept: kept.address(),
         kept_lengths: kept_lengths.address(),
         capacity: capacity as u32,
@@ -163,5 +205,5 @@ fn topk<D: MatrixProduct + Debug>(
     work.workspace = workspace.address();
     // SAFETY: live blocks of the sizes stated, in stream order.
     unsafe { select_topk(backend.device(), &work) }?;
-    Ok(Indices { block: Arc::new(kept), lengths, capacity })
+    Ok(kept)
 }

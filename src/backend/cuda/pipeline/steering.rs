@@ -1,13 +1,14 @@
-//! The bias of steered heads, as kernels take it: a bit for each head, and one for each key.
+//! The bias of steered heads, as kernels take it: a bit for each head, and one for each key. And what is highlighted
+//! comes first in selections.
 
 use std::fmt::Debug;
 use std::sync::{Arc, PoisonError};
 
 use super::handles::Span;
 use super::memory::Block;
-use super::{CudaBackend, Kv, shape};
+use super::{CudaBackend, Indices, Kv, Scores, shape};
 use crate::backend::{BackendError, Bias};
-use crate::kernels::sums::{MarkKeys, mark_keys};
+use crate::kernels::sums::{MarkKeys, RaiseScores, mark_keys, raise_scores as raise};
 use crate::kernels::{Device, MatrixProduct, batch};
 
 /// A bias on the device.
@@ -116,6 +117,23 @@ impl<D: MatrixProduct + Debug> Steered<D> {
             value: self.amount,
         })
     }
+}
+
+pub(super) fn raise_scores<D: MatrixProduct + Debug>(
+    backend: &CudaBackend<D>,
+    scores: &Scores<D>,
+    positions: &Indices<D>,
+    highlighted: &[bool],
+) -> Result<(), BackendError> {
+    let work = RaiseScores {
+        scores: scores.table(),
+        positions: positions.from("raise_scores", 0, scores.keys)?,
+        marked: backend.marks(highlighted)?.address(),
+        marked_positions: highlighted.len() as u32,
+        heads: scores.heads as u32,
+    };
+    // SAFETY: live blocks of the sizes stated, in stream order.
+    Ok(unsafe { raise(backend.device(), &work) }?)
 }
 
 impl<D: MatrixProduct + Debug> CudaBackend<D> {
