@@ -835,11 +835,16 @@ fn selections(plan: &Plan, trace: &Trace) -> Vec<Vec<Vec<u32>>> {
     for (rules, layer) in plan.layers.iter().zip(&trace.layers) {
         let row_of = |position: &u32| rows.binary_search(position).expect("a row of the layer") as u32;
         let heavy = matches!(rules.keep, Keep::Heavy { count, .. } if count < rules.rows);
-        if heavy || rules.saliency().is_some() {
-            selections.push(layer.kept.iter().map(|kept| kept.iter().map(row_of).collect()).collect());
+        let kept = (heavy || rules.saliency().is_some())
+            .then(|| layer.kept.iter().map(|kept| kept.iter().map(row_of).collect()).collect());
+        let going_on = layer.propagated.iter().map(|rows| vec![rows.iter().map(row_of).collect()]);
+        if let Keep::Shared { .. } = rules.keep {
+            // Chosen and gathered in one, when rows have gone on.
+            selections.extend(going_on.chain(kept));
+        } else {
+            selections.extend(kept.into_iter().chain(going_on));
         }
         if let Some(going_on) = &layer.propagated {
-            selections.push(vec![going_on.iter().map(row_of).collect()]);
             rows = going_on.clone();
         }
     }
