@@ -2,12 +2,13 @@
 
 use super::EngineError;
 use super::left::{Entries, Left};
+use super::named::named_rows;
 use super::observe::{Observer, Purpose};
 use super::prefill::Run;
 use super::trace::{HeadSet, LayerTrace, retained_mass};
 use crate::backend::{Backend, BackendError, Select, Share};
 use crate::cache::{Eviction, EvictionRule, TokenSet, UNPOOLED, share};
-use crate::policy::{Keep, LayerPlan, Propagate, SINKS, Saliency, random_positions};
+use crate::policy::{Keep, LayerPlan, Propagate, SINKS, Saliency};
 
 /// What a layer's rules led to.
 pub(super) struct Choice<B: Backend> {
@@ -33,7 +34,7 @@ impl<B: Backend> Run<'_, B> {
     /// Which rows stay and which go on, where not all do. Original positions of the rows are given where a rule
     /// goes by them.
     pub(super) fn choose(
-        &self,
+        &mut self,
         index: usize,
         rules: &LayerPlan,
         observer: &Observer<'_, B>,
@@ -71,8 +72,14 @@ impl<B: Backend> Run<'_, B> {
                 _ => Chosen::All,
             };
         }
-        if let Some(lists) = self.listed(index, &rules.keep, positions) {
-            choice.kept = Chosen::Listed(backend.indices(lists)?);
+        if let Some(named) = self.named[index].take() {
+            choice.kept = Chosen::Listed(named);
+        } else {
+            let steer = self.decoding.steer.as_ref();
+            let highlighted = steer.map_or_else(Vec::new, |steer| steer.rows(positions));
+            if let Some(lists) = named_rows(index, &rules.keep, self.rows, heads, &highlighted) {
+                choice.kept = Chosen::Listed(backend.indices(lists)?);
+            }
         }
         match (&rules.keep, observer.sums(Purpose::Attention), observer.sums(Purpose::Local)) {
             (&Keep::Heavy { count, window }, Some(sums), _) => {
@@ -221,35 +228,5 @@ impl<B: Backend> Run<'_, B> {
             sums = backend.gather_scores(&sums, kept)?;
         }
         Ok(Eviction { rule, sums })
-    }
-
-    /// Rows that a rule names without scores, for each kv head, and the highlighted ones beside them; `None`: all.
-    fn listed(&self, layer: usize, keep: &Keep, positions: &[u32]) -> Option<Vec<Vec<u32>>> {
-        let end = self.rows as u32;
-        let heads = 0..self.llama.config.kv_heads;
-        let mut lists: Vec<Vec<u32>> = match *keep {
-            Keep::Ends { sinks, recent } => {
-                let list: Vec<u32> = (0..sinks as u32).chain(end - recent as u32..end).collect();
-                heads.map(|_| list.clone()).collect()
-            }
-            Keep::Random { count, window, seed } => {
-                let choose = |head| {
-                    let mut list = random_positions(self.rows - window, count - window, seed, layer, head);
-                    list.extend(end - window as u32..end);
-                    list
-                };
-                heads.map(choose).collect()
-            }
-            _ => return None,
-        };
-        if let Some(steer) = &self.decoding.steer {
-            let highlighted = steer.rows(positions);
-            for list in &mut lists {
-                list.extend(&highlighted);
-                list.sort_unstable();
-                list.dedup();
-            }
-        }
-        Some(lists)
     }
 }

@@ -11,6 +11,7 @@ mod generate;
 mod left;
 mod llama;
 mod memory;
+mod named;
 mod observe;
 mod prefill;
 mod reading;

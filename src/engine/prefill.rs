@@ -10,6 +10,7 @@ use std::slice::from_mut;
 use super::check::check_plan;
 use super::left::{Left, count_all};
 use super::llama::{Layer, Llama, Part, Places};
+use super::named::before_reading;
 use super::reading::{Reading, attend_all, attend_selected, read_keys};
 use super::settling::Settling;
 use super::trace::{LayerTrace, Trace};
@@ -103,15 +104,14 @@ impl<B: Backend> Engine<B> {
         let meter = Meter { control, done: Cell::new(0), total: Cell::new(total) };
         let mut runs = Vec::with_capacity(prompts.len());
         for Prompt { ids, plan } in prompts {
-            let mut run = Run::start(backend, llama, ids, options, &meter, plan)?;
-            if let Some(restart) = &plan.restart {
-                run.start_anew(ids, restart)?;
-                let by_token = |layer: &LayerPlan| matches!(layer.keep, Keep::Recovered { .. });
-                if plan.steering.is_some() || options.trace || plan.layers.iter().any(by_token) {
-                    run.recall()?;
-                }
+            runs.push(Run::start(backend, llama, ids, options, &meter, plan)?);
+        }
+        for (run, Prompt { plan, .. }) in runs.iter_mut().zip(prompts) {
+            run.start_anew()?;
+            let by_token = |layer: &LayerPlan| matches!(layer.keep, Keep::Recovered { .. });
+            if plan.steering.is_some() || options.trace || plan.layers.iter().any(by_token) {
+                run.recall()?;
             }
-            runs.push(run);
         }
         for (index, layer) in llama.layers.iter().enumerate() {
             let rules = runs.iter().zip(prompts).map(|(run, prompt)| run.rules(prompt.plan, index));
@@ -162,9 +162,13 @@ pub(super) struct Run<'a, B: Backend> {
     pub(super) places: Places<B>,
     /// The positions of `places`, where the host knows them.
     positions: Option<Rc<[u32]>>,
-    /// By layer.
+    /// What the layers so far left.
     pub(super) left: Vec<Left<B>>,
+    /// By layer, rows that stay and were named before.
+    pub(super) named: Vec<Option<B::Indices>>,
     pub(super) decoding: Decoding<B>,
+    /// What is to come behind a first pass.
+    again: Option<Again<'a, B>>,
     /// Tokens of the prompt that are read anew, until [`recall`](Self::recall) tells the host which.
     chosen: Option<B::Indices>,
     restarted: Option<Vec<u32>>,
@@ -172,6 +176,15 @@ pub(super) struct Run<'a, B: Backend> {
     first_pass_bytes: usize,
     pub(super) trace: Option<Trace>,
     settling: Option<Settling<'a>>,
+}
+
+/// A restart.
+struct Again<'a, B: Backend> {
+    restart: &'a Restart,
+    /// All tokens, of which some are read again.
+    ids: B::Indices,
+    /// Their positions then.
+    positions: B::Indices,
 }
 
 /// One layer for all prompts.
@@ -238,17 +251,29 @@ impl<'a, B: Backend> Run<'a, B> {
             plan.steering.as_ref().map_or_else(Vec::new, |steering| steering.positions(ids.len()));
         let tokens = Tokens { classes: plan.classes.clone(), ids: ids.to_vec(), highlighted };
         let steer = plan.steering.as_ref().map(|steering| Steer::new(steering, plan.shape, ids.len()));
-        let positions = backend.indices(vec![(0..ids.len() as u32).collect()])?;
+        let up_to = |end: usize| backend.indices(vec![(0..end as u32).collect()]);
+        let list = backend.indices(vec![ids.to_vec()])?;
+        // What is long goes to the device before work is queued there.
+        let again = match &plan.restart {
+            Some(restart) => Some((restart, up_to(restart.count)?)),
+            None => None,
+        };
+        let named = before_reading(backend, plan, &tokens.highlighted)?;
+        let places = llama.places(backend, up_to(ids.len())?, ids.len())?;
+        let hidden = backend.embed_list(&llama.embedding, &list)?;
+        let again = again.map(|(restart, positions)| Again { restart, ids: list, positions });
         Ok(Self {
             backend,
             llama,
             options,
             meter,
             prompt_tokens: ids.len(),
-            hidden: backend.embed(&llama.embedding, ids)?,
+            hidden,
             rows: ids.len(),
-            places: llama.places(backend, positions, ids.len())?,
+            places,
             positions: Some((0..ids.len() as u32).collect()),
+            named,
+            again,
             left: Vec::with_capacity(plan.layers.len()),
             decoding: Decoding { steer, evictions: Vec::new(), tokens },
             chosen: None,
@@ -260,7 +285,8 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 
     /// The first pass of a restart: picks tokens, and begins again with these as the prompt.
-    fn start_anew(&mut self, ids: &[u32], restart: &Restart) -> Result<(), EngineError> {
+    fn start_anew(&mut self) -> Result<(), EngineError> {
+        let Some(Again { restart, ids, positions }) = self.again.take() else { return Ok(()) };
         let (backend, llama) = (self.backend, self.llama);
         let shape = llama.shape();
         let rules = LayerPlan::full(self.rows);
@@ -290,13 +316,11 @@ impl<'a, B: Backend> Run<'a, B> {
         }
         let chosen = backend.select(&ranked, Select { count: restart.count, tail: 0 })?;
 
-        let ids = backend.gather_indices(&backend.indices(vec![ids.to_vec()])?, &chosen)?;
-        self.hidden = backend.embed_list(&llama.embedding, &ids)?;
-        self.rows = backend.rows(&self.hidden);
-        let positions: Vec<u32> = (0..self.rows as u32).collect();
-        self.places = llama.places(backend, backend.indices(vec![positions.clone()])?, self.rows)?;
-        self.positions = Some(positions.into());
+        self.rows = restart.count;
         self.prompt_tokens = self.rows;
+        self.hidden = backend.embed_list(&llama.embedding, &backend.gather_indices(&ids, &chosen)?)?;
+        self.places = llama.places(backend, positions, self.rows)?;
+        self.positions = Some((0..self.rows as u32).collect());
         self.chosen = Some(chosen);
         Ok(())
     }

@@ -142,7 +142,7 @@ impl<'r, 'a, B: Backend> Reading<'r, 'a, B> {
         let observer = Observer::new(backend, rules, bias, trace);
         let by_position = match rules.keep {
             Keep::Recovered { .. } => true,
-            Keep::Ends { .. } | Keep::Random { .. } => trace || steer.is_some(),
+            Keep::Ends { .. } | Keep::Random { .. } if run.named[index].is_none() => trace || steer.is_some(),
             _ => trace,
         };
         let positions = if by_position { run.positions()? } else { Rc::default() };
