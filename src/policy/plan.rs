@@ -30,7 +30,7 @@ pub struct Plan {
     /// Tokens that [`Keep::Recovered`] tells apart.
     #[serde(default, skip_serializing_if = "TokenClasses::is_empty")]
     pub classes: TokenClasses,
-    /// Tokens that heads are steered to, and that every rule keeps beside its own.
+    /// Tokens that heads are steered to, which every rule keeps first. Budgets count them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steering: Option<Steering>,
 }

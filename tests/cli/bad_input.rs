@@ -251,6 +251,9 @@ fn steering_at_what_is_not_there() {
     policy_refused(&with(&["--steer-tokens", "5..9", "--alpha", "0"]), &["alpha is 0"]);
     policy_refused(&["--steer-tokens", "5..9", "--steer-heads", "0-99"], &["0-99", "2 layers"]);
     policy_refused(&heads, &["at least one span"]);
+    let neither = ["--steer-tokens", "5..9", "--steer-heads", "0-0,bogus"];
+    let parts = ["0-0,bogus", "3-12,4-1", "No such file"];
+    inspect_refused(&fixture("bf16-gqa4"), &ids(), &neither, 1, &parts);
 }
 
 #[test]

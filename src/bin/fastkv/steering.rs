@@ -55,7 +55,8 @@ impl SteeringOptions {
             return Ok(heads);
         }
         let context = || format!("--steer-heads {list}");
-        let text = std::fs::read(list).with_context(context)?;
+        let text = std::fs::read(list)
+            .with_context(|| format!("{} is no list of heads such as 3-12,4-1, and no file", context()))?;
         if let Ok(layers) = serde_json::from_slice::<BTreeMap<usize, Vec<usize>>>(&text) {
             let of_layer =
                 |(layer, heads): (usize, Vec<usize>)| heads.into_iter().map(move |head| (layer, head));
