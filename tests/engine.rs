@@ -654,6 +654,45 @@ fn every_tsp_layer_hands_on() {
     assert!(seen >= 28, "{seen} of 30");
 }
 
+/// A rule that goes by what tokens are goes by those that are read anew, in decoding too.
+#[test]
+fn sets_of_tokens_are_of_the_tokens_read_anew() {
+    let tiny = Tiny { layers: 4, ..Tiny::default() };
+    let rig = rig(&tiny);
+    let n = 90;
+    let policy = Policy::GemFilter(GemFilter { retention: Budget::Tokens(40), ..GemFilter::default() });
+    let (recovery, local, frequent) = (0.3, 0.1, 0.2);
+    let mut seen = 0;
+    for seed in 0..6 {
+        let ids = Rng::new(seed).ids(n, tiny.vocabulary);
+        // Some of the vocabulary, so that sets differ by which tokens were picked.
+        let special: Vec<u32> = (0..tiny.vocabulary as u32).step_by(7).collect();
+        let mut plan = rig.plan(&policy, n);
+        plan.classes.special = special.iter().copied().collect();
+        for layer in &mut plan.layers {
+            layer.keep = Keep::Recovered { recovery, local, frequent };
+        }
+        let mut orders = orders(&rig.oracle, 4, n, &policy, &[]);
+        orders.classes = Classes { special, punctuation: Vec::new() };
+        for rules in &mut orders.rules {
+            rules.keep = rules::Keep::Recovered(recovery, local, frequent);
+        }
+        let control = Control::default();
+        let options = PrefillOptions { trace: seed % 2 == 0, ..TRACED };
+        let mut prefill = rig.engine.prefill(&ids, &plan, &options, &control).expect("a prefill");
+        let mut expected = rig.oracle.run(&ids, &orders);
+        for part in [&[1_u32][..], &[5, 3, 4]] {
+            rig.append(&mut prefill, part);
+            expected.append(part);
+        }
+        if expected.margin() >= NEAR_TIE {
+            assert_eq!(rig.positions(&prefill), expected.positions(), "seed {seed}");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 4, "{seen} of 6");
+}
+
 #[test]
 fn kept_and_handed_on_tokens_may_be_pooled_differently() {
     let tiny = Tiny::default();

@@ -45,7 +45,7 @@ pub(crate) const UNPOOLED: Pooling = Pooling { kind: PoolingKind::Max, kernel: 1
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Tokens {
     pub(crate) classes: TokenClasses,
-    /// Tokens of the sequence, by position.
+    /// Tokens of the sequence, by position, where a rule goes by them.
     pub(crate) ids: Vec<u32>,
     /// Highlighted tokens of the prompt, which stay in any case.
     pub(crate) highlighted: Vec<u32>,

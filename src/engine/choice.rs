@@ -1,7 +1,7 @@
 //! What a layer's scores choose, and what is left in the cache by it.
 
 use super::EngineError;
-use super::left::{Entries, Left};
+use super::layer_cache::{Entries, LayerCache};
 use super::named::named_rows;
 use super::observe::{Observer, Purpose};
 use super::prefill::Run;
@@ -208,7 +208,7 @@ impl<B: Backend> Run<'_, B> {
             };
             self.note(LayerTrace { rows, kept, mass, propagated, sets: choice.sets });
         }
-        self.left.push(Left { kv, full_bytes });
+        self.caches.push(LayerCache { kv, full_bytes });
         self.decoding.evictions.push(choice.eviction);
         Ok(())
     }

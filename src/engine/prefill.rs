@@ -5,19 +5,19 @@ use std::borrow::Cow;
 use std::cell::Cell;
 use std::mem;
 use std::rc::Rc;
-use std::slice::from_mut;
 
 use super::check::check_plan;
-use super::left::{Left, count_all};
-use super::llama::{Layer, Llama, Part, Places};
+use super::layer_cache::{LayerCache, count_entries};
+use super::llama::{Layer, Llama, Places};
 use super::named::before_reading;
 use super::reading::{Reading, attend_all, attend_selected, read_keys};
+use super::restart::Restarting;
 use super::settling::Settling;
 use super::trace::{LayerTrace, Trace};
 use super::{Control, Engine, EngineError, MemoryEstimate, MemoryOptions, check_tokens};
-use crate::backend::{Backend, Select};
+use crate::backend::Backend;
 use crate::cache::{Cache, Decoding, Steer, Tokens};
-use crate::policy::{Keep, LayerPlan, Plan, Restart};
+use crate::policy::{LayerPlan, Plan};
 
 /// How a prefill runs.
 #[derive(Clone, Copy, Debug)]
@@ -106,12 +106,8 @@ impl<B: Backend> Engine<B> {
         for Prompt { ids, plan } in prompts {
             runs.push(Run::start(backend, llama, ids, options, &meter, plan)?);
         }
-        for (run, Prompt { plan, .. }) in runs.iter_mut().zip(prompts) {
-            run.start_anew()?;
-            let by_token = |layer: &LayerPlan| matches!(layer.keep, Keep::Recovered { .. });
-            if plan.steering.is_some() || options.trace || plan.layers.iter().any(by_token) {
-                run.recall()?;
-            }
+        for (run, prompt) in runs.iter_mut().zip(prompts) {
+            run.start_anew(prompt.plan)?;
         }
         for (index, layer) in llama.layers.iter().enumerate() {
             let rules = runs.iter().zip(prompts).map(|(run, prompt)| run.rules(prompt.plan, index));
@@ -161,30 +157,20 @@ pub(super) struct Run<'a, B: Backend> {
     pub(super) rows: usize,
     pub(super) places: Places<B>,
     /// The positions of `places`, where the host knows them.
-    positions: Option<Rc<[u32]>>,
-    /// What the layers so far left.
-    pub(super) left: Vec<Left<B>>,
+    pub(super) positions: Option<Rc<[u32]>>,
+    /// Of the layers so far.
+    pub(super) caches: Vec<LayerCache<B>>,
     /// By layer, rows that stay and were named before.
     pub(super) named: Vec<Option<B::Indices>>,
     pub(super) decoding: Decoding<B>,
-    /// What is to come behind a first pass.
-    again: Option<Again<'a, B>>,
-    /// Tokens of the prompt that are read anew, until [`recall`](Self::recall) tells the host which.
-    chosen: Option<B::Indices>,
-    restarted: Option<Vec<u32>>,
-    /// The most bytes of keys and values in the first pass of a restart.
-    first_pass_bytes: usize,
+    /// Set until the first pass of a restart is done.
+    pub(super) restart: Option<Restarting<'a, B>>,
+    /// Positions of the prompt that are read anew, where the host knows them.
+    pub(super) restarted: Option<Vec<u32>>,
+    /// The most bytes of keys and values in a first pass.
+    pub(super) first_pass_bytes: usize,
     pub(super) trace: Option<Trace>,
     settling: Option<Settling<'a>>,
-}
-
-/// A restart.
-struct Again<'a, B: Backend> {
-    restart: &'a Restart,
-    /// All tokens, of which some are read again.
-    ids: B::Indices,
-    /// Their positions then.
-    positions: B::Indices,
 }
 
 /// One layer for all prompts.
@@ -254,14 +240,14 @@ impl<'a, B: Backend> Run<'a, B> {
         let up_to = |end: usize| backend.indices(vec![(0..end as u32).collect()]);
         let list = backend.indices(vec![ids.to_vec()])?;
         // What is long goes to the device before work is queued there.
-        let again = match &plan.restart {
-            Some(restart) => Some((restart, up_to(restart.count)?)),
+        let restart = match &plan.restart {
+            Some(rule) => Some((rule, up_to(rule.count)?)),
             None => None,
         };
         let named = before_reading(backend, plan, &tokens.highlighted)?;
         let places = llama.places(backend, up_to(ids.len())?, ids.len())?;
         let hidden = backend.embed_list(&llama.embedding, &list)?;
-        let again = again.map(|(restart, positions)| Again { restart, ids: list, positions });
+        let restart = restart.map(|(rule, positions)| Restarting { rule, ids: list, positions });
         Ok(Self {
             backend,
             llama,
@@ -273,68 +259,14 @@ impl<'a, B: Backend> Run<'a, B> {
             places,
             positions: Some((0..ids.len() as u32).collect()),
             named,
-            again,
-            left: Vec::with_capacity(plan.layers.len()),
+            restart,
+            caches: Vec::with_capacity(plan.layers.len()),
             decoding: Decoding { steer, evictions: Vec::new(), tokens },
-            chosen: None,
             restarted: None,
             first_pass_bytes: 0,
             trace: options.trace.then(Trace::default),
             settling: plan.candidates.as_ref().map(Settling::new),
         })
-    }
-
-    /// The first pass of a restart: picks tokens, and begins again with these as the prompt.
-    fn start_anew(&mut self) -> Result<(), EngineError> {
-        let Some(Again { restart, ids, positions }) = self.again.take() else { return Ok(()) };
-        let (backend, llama) = (self.backend, self.llama);
-        let shape = llama.shape();
-        let rules = LayerPlan::full(self.rows);
-        let steer = self.decoding.steer.clone();
-        for (index, layer) in llama.layers[..restart.layer].iter().enumerate() {
-            let mut reading = Reading::begin(self, index, &rules, steer.as_ref(), false)?;
-            attend_all(layer, from_mut(&mut reading))?;
-            self.first_pass_bytes = reading.kv_bytes();
-        }
-        let layer = &llama.layers[restart.layer];
-        let mut reading = Reading::begin(self, restart.layer, &rules, None, false)?;
-        read_keys(layer, from_mut(&mut reading))?;
-        let (full_bytes, kv) = (reading.kv_bytes(), reading.kv);
-        self.first_pass_bytes = full_bytes;
-
-        let last = self.rows - 1;
-        let span = self.places.span(last..self.rows);
-        let part = Part { hidden: &mut self.hidden, span: span.clone() };
-        let normed = layer.attention_input(backend, &llama.config, &[part])?;
-        let query = layer.queries(backend, &normed, &[span])?.remove(0);
-        let products = backend.query_key_products(&query, &kv)?;
-        drop(kv);
-        let pooled = backend.pool_groups(&products, shape.kv_heads, self.rows, restart.pooling)?;
-        let mut ranked = backend.sum_heads(&pooled)?;
-        if let Some(steer) = &steer {
-            backend.raise_scores(&mut ranked, &self.places.positions, steer.highlighted())?;
-        }
-        let chosen = backend.select(&ranked, Select { count: restart.count, tail: 0 })?;
-
-        self.rows = restart.count;
-        self.prompt_tokens = self.rows;
-        self.hidden = backend.embed_list(&llama.embedding, &backend.gather_indices(&ids, &chosen)?)?;
-        self.places = llama.places(backend, positions, self.rows)?;
-        self.positions = Some((0..self.rows as u32).collect());
-        self.chosen = Some(chosen);
-        Ok(())
-    }
-
-    /// Has the host know which tokens are read anew. Waits for the device where it does not yet.
-    fn recall(&mut self) -> Result<(), EngineError> {
-        let Some(chosen) = self.chosen.take() else { return Ok(()) };
-        let chosen = self.backend.read_indices(&chosen)?.concat();
-        let Decoding { steer, tokens, .. } = &mut self.decoding;
-        tokens.ids = chosen.iter().map(|position| tokens.ids[*position as usize]).collect();
-        tokens.highlighted = steer.as_ref().map_or_else(Vec::new, |steer| steer.rows(&chosen));
-        *steer = steer.as_ref().map(|steer| steer.of_tokens(&chosen));
-        self.restarted = Some(chosen);
-        Ok(())
     }
 
     /// Adds a layer to the trace.
@@ -386,9 +318,8 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 
     fn finish(mut self, logits: Vec<f32>) -> Result<Prefill<B>, EngineError> {
-        self.recall()?;
-        let left = mem::take(&mut self.left);
-        let (layers, peak_kv_bytes) = count_all(self.backend, left, |kv| self.kv_bytes(kv))?;
+        let caches = mem::take(&mut self.caches);
+        let (layers, peak_kv_bytes) = count_entries(self.backend, caches, |kv| self.kv_bytes(kv))?;
         let peak_kv_bytes = peak_kv_bytes.max(self.first_pass_bytes);
         let Self { backend, hidden, prompt_tokens, mut trace, .. } = self;
         if let Some(trace) = &mut trace {

@@ -1,9 +1,8 @@
-//! What a layer leaves in the cache, whose lengths may still be the device's secret.
+//! What a layer leaves in the cache, in numbers that the host may not know yet.
 
 use crate::backend::{Backend, BackendError};
 
-/// A layer's entries.
-pub(super) struct Left<B: Backend> {
+pub(super) struct LayerCache<B: Backend> {
     pub(super) kv: Entries<B>,
     /// Bytes that held all of the layer's entries while some were copied.
     pub(super) full_bytes: usize,
@@ -24,16 +23,16 @@ impl<B: Backend> Entries<B> {
     }
 }
 
-/// What all layers left, and the most bytes that were alive at once: those of the layers before, of the one at work,
+/// The entries of all layers, and the most bytes that were alive at once: those of the layers before, of the one at work,
 /// and of its copy. Waits for the device where a layer is not counted.
-pub(super) fn count_all<B: Backend>(
+pub(super) fn count_entries<B: Backend>(
     backend: &B,
-    left: Vec<Left<B>>,
+    caches: Vec<LayerCache<B>>,
     bytes: impl Fn(&B::Kv) -> usize,
 ) -> Result<(Vec<B::Kv>, usize), BackendError> {
     let (mut kept, mut peak) = (0, 0);
-    let mut layers = Vec::with_capacity(left.len());
-    for Left { kv, full_bytes } in left {
+    let mut layers = Vec::with_capacity(caches.len());
+    for LayerCache { kv, full_bytes } in caches {
         let kv = kv.counted(backend)?;
         let own = bytes(&kv);
         peak = peak.max(kept + full_bytes + own);
