@@ -552,15 +552,21 @@ pub(super) fn model(stored: Stored) -> Tiny {
 /// A policy, and whether heads are steered.
 type Reading = (Policy, bool);
 
+/// Scores of heads that differ.
+pub(super) fn head_scores(shape: ModelShape) -> HeadScores {
+    let mut scores = HeadScores::default();
+    for layer in 0..shape.layers {
+        for head in 0..shape.query_heads {
+            scores.add(layer, head, (1 + layer + 2 * head) as f64);
+        }
+    }
+    scores
+}
+
 /// Every policy, every composition, and some of them steered.
 fn readings(shape: ModelShape) -> Vec<Reading> {
     let (keep, half) = (Budget::Rate(0.25), Budget::Rate(0.5));
-    let mut heads = HeadScores::default();
-    for (layer, head) in
-        (0..shape.layers).flat_map(|layer| (0..shape.query_heads).map(move |head| (layer, head)))
-    {
-        heads.add(layer, head, (1 + layer + 2 * head) as f64);
-    }
+    let heads = head_scores(shape);
     let classes = TokenClasses { special: [0, 1].into(), punctuation: (2..9).collect() };
     let caches = [
         Policy::SnapKv(SnapKv { retention: half, ..SnapKv::default() }),

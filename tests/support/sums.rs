@@ -122,13 +122,7 @@ fn gather<D: Device>(device: &D, (heads, [keys, listed], seed): Sizes) -> Result
 fn raise<D: Device>(device: &D, (heads, [keys, positions], seed): Sizes) -> Result<(), String> {
     let (mut memory, mut random) = (Memory::new(device), Random(seed));
     let mut scores = Table::random(&mut memory, &mut random, heads, keys);
-    let of_keys: Vec<i32> = (0..keys)
-        .map(|_| match random.below(8) {
-            0 => random.of(&[-1, i32::MAX, i32::MIN, positions as i32]),
-            _ => random.below(positions.max(1)) as i32,
-        })
-        .collect();
-    let marked: Vec<u32> = (0..positions.div_ceil(32)).map(|_| random.next() as u32).collect();
+    let (of_keys, marked) = (some_positions(&mut random, keys, positions), bits(&mut random, positions));
     let work = RaiseScores {
         scores: scores.table,
         positions: memory.put(bytemuck::cast_slice(&of_keys)),
@@ -146,6 +140,20 @@ fn raise<D: Device>(device: &D, (heads, [keys, positions], seed): Sizes) -> Resu
         }
     }
     expect(&memory, scores.table, &scores.numbers)
+}
+
+/// So many positions, some of them where there is none.
+fn some_positions(random: &mut Random, count: usize, positions: usize) -> Vec<i32> {
+    let position = |_| match random.below(8) {
+        0 => random.of(&[-1, i32::MAX, i32::MIN, positions as i32]),
+        _ => random.below(positions.max(1)) as i32,
+    };
+    (0..count).map(position).collect()
+}
+
+/// Words with a bit for each position.
+fn bits(random: &mut Random, positions: usize) -> Vec<u32> {
+    (0..positions.div_ceil(32)).map(|_| random.next() as u32).collect()
 }
 
 /// The bit of a position, where it has one.
@@ -168,13 +176,7 @@ fn mark<D: Device>(device: &D, (lists, [longest, positions], seed): Sizes) -> Re
     let lengths: Vec<i32> = (0..lists)
         .map(|_| random.of(&[longest as i32, longest as i32 / 2, 0, -5, 32 * words as i32]))
         .collect();
-    let of_rows: Vec<i32> = (0..rows)
-        .map(|_| match random.below(8) {
-            0 => random.of(&[-1, i32::MAX, i32::MIN, positions as i32]),
-            _ => random.below(positions.max(1)) as i32,
-        })
-        .collect();
-    let marked: Vec<u32> = (0..positions.div_ceil(32)).map(|_| random.next() as u32).collect();
+    let (of_rows, marked) = (some_positions(&mut random, rows, positions), bits(&mut random, positions));
     let out = memory.untouched(4 * (lists * words + 1));
     let work = MarkKeys {
         positions: memory.put(bytemuck::cast_slice(&of_rows)),

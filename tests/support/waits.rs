@@ -11,14 +11,14 @@ use fastkv::{
     kernels::{DType, Device, Error, Launch, Launcher, Matmul, MatrixProduct, TensorMap},
     model::ModelDir,
     policy::{
-        AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, Policy, PyramidInfer, PyramidKv, Random, Saliency,
-        SnapKv, Steering, StreamingLlm,
+        AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, Policy, PyramidInfer, PyramidKv, Random,
+        Saliency, SnapKv, Steering, StreamingLlm,
     },
 };
 
 use super::{
     Check,
-    backend::{cuda, model},
+    backend::{cuda, head_scores, model},
     forward::forward,
     tiny::{Rng, Stored, Tiny},
 };
@@ -98,6 +98,8 @@ fn prefill<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
     let ids = Rng::new(seed).ids(TOKENS, 72);
     let saliency = Saliency { window: 4, ..SnapKv::default().saliency };
     let retention = Budget::Rate(0.3);
+    let tokens = Budget::Tokens;
+    let heads = head_scores(engine.shape());
     let cases = [
         (Policy::Full, 0),
         (
@@ -109,7 +111,9 @@ fn prefill<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
             }),
             0,
         ),
+        (Policy::FastKv(FastKv { retention: tokens(20), propagation: tokens(50), ..FastKv::constant() }), 0),
         (Policy::SnapKv(SnapKv { saliency, retention }), 0),
+        (Policy::HeadKv(HeadKv { saliency, retention, heads, ..HeadKv::default() }), 0),
         (Policy::PyramidKv(PyramidKv { saliency, retention, ..PyramidKv::default() }), 0),
         (Policy::H2o(H2o { window: 4, retention }), 0),
         (Policy::PyramidInfer(PyramidInfer::default()), 0),
