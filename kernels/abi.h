@@ -369,7 +369,8 @@ typedef struct fastkv_decode_params {
     uint64_t partials;
     /** f32 `[lists, query tiles, chunks, queries, 2]`: maximum and sum of each row of a chunk. */
     uint64_t statistics;
-    /** i32 zeros: finished chunks of each (list, query tile), then finished blocks of the grid. */
+    /** i32 zeros, and zeros again afterwards: finished chunks of each (list, query tile), then finished blocks of the
+        grid. */
     uint64_t finished;
     /** Factor of the products of queries and keys. */
     float scale;
@@ -825,7 +826,8 @@ typedef struct fastkv_raise_scores_params {
 /**
  * Parameters of `fastkv_share_keys`: how many keys each head keeps where all share a number of them, and where its
  * list begins in a store of all lists, one behind the other. A head with `picks` of the best keys keeps
- * `min(round(picks * share + every), keys) + tail`, rounded in f64, half to even.
+ * `min(sure + round((picks - sure) * share + every), keys) + tail`, where `sure` is `min(assured, picks)`, rounded in
+ * f64, half to even.
  */
 typedef struct fastkv_share_keys_params {
     /** i32 `[count]`, ascending: the best keys of all heads together, `head * keys + key`. */
@@ -842,12 +844,16 @@ typedef struct fastkv_share_keys_params {
     int32_t heads;
     /** Keys of each head. */
     int32_t keys;
+    /** Picks that a head keeps beside its share. */
+    int32_t assured;
     /** Keys that every head gets without a pick. */
     int32_t every;
     /** Keys behind those, which every head keeps. */
     int32_t tail;
     /** Rows between a list and the next. */
     int32_t slack;
+    /** Zero. */
+    int32_t reserved;
 } fastkv_share_keys_params;
 
 /**

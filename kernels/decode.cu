@@ -435,12 +435,15 @@ __device__ __forceinline__ void merge_chunks(const fastkv_decode_params& p, cons
 }
 
 // Whether a block is the last of `count` that come here with a counter; what the others did before can be
-// seen then. For a whole block.
+// seen then. The last one leaves the counter as it was, at 0, for the next launch. For a whole block.
 __device__ __forceinline__ bool is_last(uint64_t counter, int32_t count) {
     __shared__ int32_t before;
     __syncthreads();
     if (threadIdx.x == 0) {
         before = add_acquire_release(counter, 1);
+        if (before == count - 1) {
+            *reinterpret_cast<int32_t*>(counter) = 0;
+        }
     }
     __syncthreads();
     return before == count - 1;

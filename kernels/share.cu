@@ -1,11 +1,11 @@
 // How many keys each head keeps where all heads share a number of them: AdaKV's budgets (arXiv 2407.11550), told by
 // the best keys of all heads together, so that no host has to look at these before the keys are gathered.
 //
-// A launch and nothing beside it: one warp, a head a lane, two searches of the list each.
+// A launch and nothing beside it: one warp, a head a lane, a search of the list each.
 
 #include "abi.h"
 
-static_assert(sizeof(fastkv_share_keys_params) == 56, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_share_keys_params) == 64, "src/abi.rs was generated for another layout");
 
 namespace {
 
@@ -14,6 +14,9 @@ constexpr int32_t LANES = 32;
 
 // How many of the best keys belong to earlier heads.
 __device__ __forceinline__ int32_t picks_before(const fastkv_share_keys_params& p, int32_t head) {
+    if (head >= p.heads) {
+        return p.count;
+    }
     const int32_t* best = reinterpret_cast<const int32_t*>(p.best);
     const int64_t first = int64_t(head) * p.keys;
     int32_t low = 0;
@@ -29,11 +32,11 @@ __device__ __forceinline__ int32_t picks_before(const fastkv_share_keys_params& 
     return low;
 }
 
-__device__ __forceinline__ int32_t kept_of(const fastkv_share_keys_params& p, int32_t head) {
-    const int32_t picks = picks_before(p, head + 1) - picks_before(p, head);
+__device__ __forceinline__ int32_t kept_of(const fastkv_share_keys_params& p, int32_t picks) {
+    const int32_t sure = min(p.assured, picks);
     // Rounded after each step, as a host does: not fused.
-    const double shared = __dadd_rn(__dmul_rn(picks, p.share), p.every);
-    return min(__double2int_rn(shared), p.keys) + p.tail;
+    const double shared = __dadd_rn(__dmul_rn(picks - sure, p.share), p.every);
+    return sure + min(__double2int_rn(shared), p.keys - sure) + p.tail;
 }
 
 } // namespace
@@ -44,7 +47,10 @@ extern "C" __global__ void __launch_bounds__(LANES)
     int64_t before = 0; // rows of the heads of earlier rounds
     for (int32_t first = 0; first < p.heads; first += LANES) {
         const int32_t head = first + lane;
-        const int32_t kept = head < p.heads ? kept_of(p, head) : 0;
+        const int32_t earlier = picks_before(p, head);
+        const int32_t next = __shfl_down_sync(FULL_WARP, earlier, 1);
+        const int32_t upto = lane < LANES - 1 ? next : picks_before(p, head + 1);
+        const int32_t kept = head < p.heads ? kept_of(p, upto - earlier) : 0;
         const int64_t rows = int64_t(kept) + p.slack;
         int64_t end = rows;
         for (int32_t reach = 1; reach < LANES; reach *= 2) {

@@ -645,7 +645,8 @@ pub struct DecodeParams {
     pub partials: u64,
     /// f32 `[lists, query tiles, chunks, queries, 2]`: maximum and sum of each row of a chunk.
     pub statistics: u64,
-    /// i32 zeros: finished chunks of each (list, query tile), then finished blocks of the grid.
+    /** i32 zeros, and zeros again afterwards: finished chunks of each (list, query tile), then finished blocks of the
+grid.*/
     pub finished: u64,
     /// Factor of the products of queries and keys.
     pub scale: f32,
@@ -1817,7 +1818,8 @@ const _: () = {
 };
 /** Parameters of `fastkv_share_keys`: how many keys each head keeps where all share a number of them, and where its
  list begins in a store of all lists, one behind the other. A head with `picks` of the best keys keeps
- `min(round(picks * share + every), keys) + tail`, rounded in f64, half to even.*/
+ `min(sure + round((picks - sure) * share + every), keys) + tail`, where `sure` is `min(assured, picks)`, rounded in
+ f64, half to even.*/
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct ShareKeysParams {
@@ -1835,16 +1837,20 @@ pub struct ShareKeysParams {
     pub heads: i32,
     /// Keys of each head.
     pub keys: i32,
+    /// Picks that a head keeps beside its share.
+    pub assured: i32,
     /// Keys that every head gets without a pick.
     pub every: i32,
     /// Keys behind those, which every head keeps.
     pub tail: i32,
     /// Rows between a list and the next.
     pub slack: i32,
+    /// Zero.
+    pub reserved: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ShareKeysParams"][::core::mem::size_of::<ShareKeysParams>() - 56usize];
+    ["Size of ShareKeysParams"][::core::mem::size_of::<ShareKeysParams>() - 64usize];
     [
         "Alignment of ShareKeysParams",
     ][::core::mem::align_of::<ShareKeysParams>() - 8usize];
@@ -1870,14 +1876,20 @@ const _: () = {
         "Offset of field: ShareKeysParams::keys",
     ][::core::mem::offset_of!(ShareKeysParams, keys) - 40usize];
     [
+        "Offset of field: ShareKeysParams::assured",
+    ][::core::mem::offset_of!(ShareKeysParams, assured) - 44usize];
+    [
         "Offset of field: ShareKeysParams::every",
-    ][::core::mem::offset_of!(ShareKeysParams, every) - 44usize];
+    ][::core::mem::offset_of!(ShareKeysParams, every) - 48usize];
     [
         "Offset of field: ShareKeysParams::tail",
-    ][::core::mem::offset_of!(ShareKeysParams, tail) - 48usize];
+    ][::core::mem::offset_of!(ShareKeysParams, tail) - 52usize];
     [
         "Offset of field: ShareKeysParams::slack",
-    ][::core::mem::offset_of!(ShareKeysParams, slack) - 52usize];
+    ][::core::mem::offset_of!(ShareKeysParams, slack) - 56usize];
+    [
+        "Offset of field: ShareKeysParams::reserved",
+    ][::core::mem::offset_of!(ShareKeysParams, reserved) - 60usize];
 };
 /** Parameters of `fastkv_mark_keys`: a bit for each entry of the lists of a ragged cache, set where the bit of
  its position is.*/

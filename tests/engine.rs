@@ -593,6 +593,41 @@ fn steered_heads_are_the_oracles_and_highlighted_tokens_stay() {
     assert!(seen * 20 >= samples * 18, "{seen} of {samples}");
 }
 
+/// However small the budgets are, and however many are highlighted.
+#[test]
+fn highlighted_tokens_stay_where_budgets_are_small() {
+    let tiny = Tiny { layers: 6, ..Tiny::default() };
+    let rig = rig(&tiny);
+    let ids = Rng::new(3).ids(200, tiny.vocabulary);
+    let adakv = AdaKv { retention: Budget::Tokens(33), ..AdaKv::default() };
+    let policies = [
+        // One token before the window, for which all heads vie, and a floor of 0.2 of it.
+        Policy::AdaKv(adakv.clone()),
+        Policy::AdaKv(AdaKv { retention: Budget::Tokens(33), floor: 0.01, ..adakv }),
+        Policy::PyramidInfer(PyramidInfer::default()),
+    ];
+    for policy in &policies {
+        for span in [20..23, 50..150, 20..150, 0..6, 20..75, 180..200] {
+            let heads = vec![(0, 0), (1, 1)];
+            let steering = Steering { spans: vec![span.clone()], heads, alpha: 0.01 };
+            let plan = rig.plan(policy, ids.len()).steer(steering).expect("a plan");
+            let prefill = rig.engine.prefill(&ids, &plan, &TRACED, &Control::default()).expect("a prefill");
+            assert!(prefill.cache.bytes(rig.engine.backend()) <= plan.kept_kv_bytes(4), "{span:?}");
+            for (layer, heads) in rig.positions(&prefill).iter().enumerate() {
+                for (head, kept) in heads.iter().enumerate() {
+                    let missing: Vec<_> =
+                        span.clone().filter(|token| !kept.contains(&(*token as u32))).collect();
+                    let what = policy.name();
+                    assert!(
+                        missing.is_empty(),
+                        "{what}, layer {layer}, head {head}: {missing:?} of {span:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn steering_moves_attention_to_what_is_highlighted() {
     let tiny = Tiny::default();

@@ -784,6 +784,8 @@ fn steered_budgets_grow_by_what_is_highlighted() {
     assert_eq!(keeps(shared), vec![Keep::Shared { count: 30, floor: 0.2, saliency }; 4]);
     let heavy = Policy::H2o(H2o { window: 8, retention });
     assert_eq!(keeps(heavy), vec![Keep::Heavy { count: 30, window: 8 }; 4]);
+    let endless = Policy::H2o(H2o { window: 8, retention: Budget::Tokens(usize::MAX) });
+    assert_eq!(keeps(endless), vec![Keep::Heavy { count: usize::MAX, window: 8 }; 4]);
     let ends = steered(Policy::StreamingLlm(StreamingLlm { retention, ..StreamingLlm::default() }));
     assert_eq!(ends.layers[0].keep, Keep::Ends { sinks: 4, recent: 16 });
     // Entries of 2 heads in 4 layers, K and V of 8 elements of 2 bytes.
@@ -799,6 +801,13 @@ fn steered_budgets_grow_by_what_is_highlighted() {
     assert_eq!(behind(50), (Some(50), 50, Keep::Top { count: 30, saliency }));
     assert_eq!(behind(25), (Some(25), 25, Keep::Top { count: 25, saliency }));
     assert_eq!(behind(12), (Some(18), 18, Keep::All), "the window and the highlighted");
+    // The newest 11 of 100 and the first 4 are as sure as the 70 that are highlighted.
+    let pyramid = Policy::PyramidInfer(PyramidInfer { recent: 0.1, ..PyramidInfer::default() });
+    let many = Steering { spans: vec![10..80], ..steering.clone() };
+    let plan = pyramid.plan(shape, 100).expect("a plan").steer(many).expect("a span");
+    let going_on: Vec<_> =
+        plan.layers.iter().filter_map(|layer| layer.propagate.as_ref().map(Propagate::count)).collect();
+    assert_eq!(going_on.last(), Some(&85), "{going_on:?}");
     let gemfilter = steered(Policy::GemFilter(GemFilter {
         filter_layer: Some(1),
         retention: Budget::Tokens(5),

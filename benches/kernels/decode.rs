@@ -57,9 +57,11 @@ fn step<'a, D: Device>(
         tokens,
         head_dim,
         dtype: DType::BF16,
+        counters: 0,
         workspace: 0,
         workspace_bytes: 0,
     };
+    work.counters = memory.filled(4 * decode::decode_counters(&work)?, 0)?;
     work.workspace_bytes = decode::decode_workspace(&work)?;
     work.workspace = memory.filled(work.workspace_bytes, 0)?;
     let new = if tokens > 1 { format!(", {tokens} tokens") } else { String::new() };

@@ -395,11 +395,14 @@ pub struct Select {
 
 /// Keys that heads share: the scores of all heads are ranked together (ties go to the lower head, then
 /// the lower key; NaN ranks last), and a head with `picks` of the best `heads · mean` gets
-/// `round(picks · (1 − floor) + int(mean · floor))` keys, half to even.
+/// `sure + round((picks − sure) · (1 − floor) + int((mean − assured) · floor))` keys, half to even, where `sure` is
+/// `min(assured, picks)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Share {
     /// Keys of a head on average.
     pub mean: usize,
+    /// Keys among those that each head keeps beside its share, as they are its best: what steering highlights.
+    pub assured: usize,
     /// The share of the mean that every head gets.
     pub floor: f64,
     /// Keys behind the scored ones that are kept in any case: the window.

@@ -94,10 +94,12 @@ impl<B: Backend> Cache<B> {
         self.layers.len() != self.shape.layers
     }
 
-    /// Forgets the entries behind these lengths, by layer and kv head.
-    pub(crate) fn truncate(&mut self, backend: &B, lengths: &[Vec<usize>]) -> Result<(), BackendError> {
-        let layers = self.layers.iter_mut().zip(lengths);
-        layers.into_iter().try_for_each(|(layer, lengths)| backend.truncate_kv(layer, lengths))
+    /// Forgets the entries behind these lengths, by layer and kv head. Where the backend fails at it, the cache is lost.
+    pub(crate) fn truncate(&mut self, backend: &B, lengths: &[Vec<usize>]) {
+        let mut layers = self.layers.iter_mut().zip(lengths);
+        if layers.any(|(layer, lengths)| backend.truncate_kv(layer, lengths).is_err()) {
+            self.layers.clear();
+        }
     }
 
     pub(crate) fn advance(&mut self, tokens: usize) {

@@ -33,6 +33,10 @@ impl Steer {
         &self.highlighted
     }
 
+    pub(crate) fn highlighted_tokens(&self) -> usize {
+        self.highlighted.iter().filter(|highlighted| **highlighted).count()
+    }
+
     /// The rows at these positions that are highlighted.
     pub(crate) fn rows(&self, positions: &[u32]) -> Vec<u32> {
         let is_highlighted = |position: u32| self.highlighted.get(position as usize) == Some(&true);

@@ -7,7 +7,7 @@ use super::observe::{Observer, Purpose};
 use super::prefill::Run;
 use super::trace::{HeadSet, LayerTrace, retained_mass};
 use crate::backend::{Backend, BackendError, Select, Share};
-use crate::cache::{Eviction, EvictionRule, TokenSet, UNPOOLED, share};
+use crate::cache::{Eviction, EvictionRule, Steer, TokenSet, UNPOOLED, share};
 use crate::policy::{Keep, LayerPlan, Propagate, SINKS, Saliency};
 
 /// What a layer's rules led to.
@@ -67,7 +67,11 @@ impl<B: Backend> Run<'_, B> {
                     Chosen::Listed(backend.select_each(&groups, &counts, window)?)
                 }
                 Keep::Shared { count, floor, .. } => {
-                    Chosen::Shared(groups, Share { mean: count - window, floor: *floor, tail: window })
+                    let assured = self.decoding.steer.as_ref().map_or(0, Steer::highlighted_tokens);
+                    Chosen::Shared(
+                        groups,
+                        Share { mean: count - window, assured, floor: *floor, tail: window },
+                    )
                 }
                 _ => Chosen::All,
             };

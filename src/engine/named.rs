@@ -42,15 +42,16 @@ pub(super) fn named_rows(
 pub(super) fn before_reading<B: Backend>(
     backend: &B,
     plan: &Plan,
-    highlighted: &[u32],
 ) -> Result<Vec<Option<B::Indices>>, BackendError> {
+    let highlighted =
+        plan.steering.as_ref().map_or_else(Vec::new, |steering| steering.positions(plan.prompt_tokens));
     let named = plan.layers.iter().enumerate().map(|(index, layer)| {
         // Where the highlighted tokens lie among fewer is data, and so are the rows behind a candidate.
         let moved = plan.steering.is_some() && (layer.rows < plan.prompt_tokens || plan.restart.is_some());
         if moved || plan.candidates.is_some() {
             return Ok(None);
         }
-        let lists = named_rows(index, &layer.keep, layer.rows, plan.shape.kv_heads, highlighted);
+        let lists = named_rows(index, &layer.keep, layer.rows, plan.shape.kv_heads, &highlighted);
         lists.map(|lists| backend.indices(lists)).transpose()
     });
     named.collect()

@@ -15,7 +15,7 @@ use super::restart::Restarting;
 use super::settling::Settling;
 use super::trace::{LayerTrace, Trace};
 use super::{Control, Engine, EngineError, MemoryEstimate, MemoryOptions, check_tokens};
-use crate::backend::Backend;
+use crate::backend::{Backend, BackendError};
 use crate::cache::{Cache, Decoding, Steer, Tokens};
 use crate::policy::{LayerPlan, Plan};
 
@@ -102,9 +102,11 @@ impl<B: Backend> Engine<B> {
         backend.reserve(MemoryEstimate::together(&llama.config, &plans, &memory).total());
         let total = prompts.iter().map(rows_read).sum();
         let meter = Meter { control, done: Cell::new(0), total: Cell::new(total) };
+        let lists = prompts.iter().map(|prompt| Lists::upload(backend, prompt));
+        let lists = lists.collect::<Result<Vec<_>, BackendError>>()?;
         let mut runs = Vec::with_capacity(prompts.len());
-        for Prompt { ids, plan } in prompts {
-            runs.push(Run::start(backend, llama, ids, options, &meter, plan)?);
+        for (prompt, lists) in prompts.iter().zip(lists) {
+            runs.push(Run::start(backend, llama, prompt, lists, options, &meter)?);
         }
         for (run, prompt) in runs.iter_mut().zip(prompts) {
             run.start_anew(prompt.plan)?;
@@ -143,6 +145,29 @@ impl Meter<'_> {
 fn rows_read(prompt: &Prompt<'_>) -> usize {
     let first_pass = prompt.plan.restart.map_or(0, |restart| (restart.layer + 1) * prompt.ids.len());
     prompt.plan.layers.iter().fold(first_pass, |total, layer| total + layer.rows)
+}
+
+/// What is long of a prompt. It goes to the device before any work is queued there, for which a device may let the host
+/// wait.
+struct Lists<B: Backend> {
+    ids: B::Indices,
+    positions: B::Indices,
+    /// Positions behind a restart.
+    restart: Option<B::Indices>,
+    /// By layer, rows that stay and are named by their place.
+    named: Vec<Option<B::Indices>>,
+}
+
+impl<B: Backend> Lists<B> {
+    fn upload(backend: &B, &Prompt { ids, plan }: &Prompt<'_>) -> Result<Self, BackendError> {
+        let up_to = |end: usize| backend.indices(vec![(0..end as u32).collect()]);
+        Ok(Self {
+            ids: backend.indices(vec![ids.to_vec()])?,
+            positions: up_to(ids.len())?,
+            restart: plan.restart.map(|rule| up_to(rule.count)).transpose()?,
+            named: before_reading(backend, plan)?,
+        })
+    }
 }
 
 /// A prefill under way.
@@ -228,26 +253,19 @@ impl<'a, B: Backend> Run<'a, B> {
     fn start(
         backend: &'a B,
         llama: &'a Llama<B>,
-        ids: &[u32],
+        &Prompt { ids, plan }: &Prompt<'a>,
+        lists: Lists<B>,
         options: &'a PrefillOptions,
         meter: &'a Meter<'a>,
-        plan: &'a Plan,
     ) -> Result<Self, EngineError> {
         let highlighted =
             plan.steering.as_ref().map_or_else(Vec::new, |steering| steering.positions(ids.len()));
         let tokens = Tokens { classes: plan.classes.clone(), ids: ids.to_vec(), highlighted };
         let steer = plan.steering.as_ref().map(|steering| Steer::new(steering, plan.shape, ids.len()));
-        let up_to = |end: usize| backend.indices(vec![(0..end as u32).collect()]);
-        let list = backend.indices(vec![ids.to_vec()])?;
-        // What is long goes to the device before work is queued there.
-        let restart = match &plan.restart {
-            Some(rule) => Some((rule, up_to(rule.count)?)),
-            None => None,
-        };
-        let named = before_reading(backend, plan, &tokens.highlighted)?;
-        let places = llama.places(backend, up_to(ids.len())?, ids.len())?;
-        let hidden = backend.embed_list(&llama.embedding, &list)?;
-        let restart = restart.map(|(rule, positions)| Restarting { rule, ids: list, positions });
+        let places = llama.places(backend, lists.positions, ids.len())?;
+        let hidden = backend.embed_list(&llama.embedding, &lists.ids)?;
+        let restart = plan.restart.as_ref().zip(lists.restart);
+        let restart = restart.map(|(rule, positions)| Restarting { rule, ids: lists.ids, positions });
         Ok(Self {
             backend,
             llama,
@@ -258,7 +276,7 @@ impl<'a, B: Backend> Run<'a, B> {
             rows: ids.len(),
             places,
             positions: Some((0..ids.len() as u32).collect()),
-            named,
+            named: lists.named,
             restart,
             caches: Vec::with_capacity(plan.layers.len()),
             decoding: Decoding { steer, evictions: Vec::new(), tokens },

@@ -64,6 +64,10 @@ pub struct Decode {
     pub head_dim: u32,
     /// Element type of the tensors: f16 or bf16.
     pub dtype: DType,
+    /// Address of u32 [`decode_counters`], zeros before the first launch that uses them; a launch leaves them zeros.
+    /// Launches with the same counters follow one another. 0: they lie in the workspace, and every launch begins with
+    /// a memset, some microseconds in a step of every layer.
+    pub counters: u64,
     /// Address of scratch memory, a multiple of 256. What it holds does not matter.
     pub workspace: u64,
     /// Its size, at least [`decode_workspace`].
@@ -77,6 +81,14 @@ pub struct Decode {
 /// [`Error::Argument`] for sizes that cannot be right.
 pub fn decode_workspace(work: &Decode) -> Result<usize, Error> {
     Ok(Split::of(work)?.workspace().bytes)
+}
+
+/// Counters that a launch of [`decode`] needs, 4 bytes each: one for every list and 16 of its query rows, and one more.
+///
+/// # Errors
+/// [`Error::Argument`] for sizes that cannot be right.
+pub fn decode_counters(work: &Decode) -> Result<usize, Error> {
+    Ok(Split::of(work)?.counters() as usize)
 }
 
 /// Queues one step.
@@ -97,6 +109,7 @@ pub unsafe fn decode<D: Launcher + ?Sized>(device: &D, work: &Decode) -> Result<
     }
     check_tensors(work, &split)?;
     let Workspace { statistics, partials, bytes } = split.workspace();
+    range("counters", work.counters, split.counters().into(), 4, Presence::Optional)?;
     check_workspace(work, bytes)?;
 
     let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
@@ -114,7 +127,7 @@ pub unsafe fn decode<D: Launcher + ?Sized>(device: &D, work: &Decode) -> Result<
         bias_key_stride: bias.key_stride,
         partials: work.workspace + partials,
         statistics: work.workspace + statistics,
-        finished: work.workspace,
+        finished: if work.counters == 0 { work.workspace } else { work.counters },
         scale: work.scale,
         bias: bias.value,
         bias_positions: work.bias_positions as i32,
@@ -127,10 +140,11 @@ pub unsafe fn decode<D: Launcher + ?Sized>(device: &D, work: &Decode) -> Result<
     let shape = BlockShape::of(work.head_dim, split.queries);
     let blocks = BLOCKS.min(shared_bytes_of_sm(device.compute_capability()) / (shape.shared_bytes + 1024));
     let blocks = device.multiprocessors().saturating_mul(blocks.max(1));
-    // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it. The counters lie
-    // in the workspace.
+    // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
     unsafe {
-        device.fill(params.finished, 0, split.counter_bytes() as usize)?;
+        if work.counters == 0 {
+            device.fill(params.finished, 0, 4 * split.counters() as usize)?;
+        }
         device.launch(&Launch {
             kernel: kernel(work.dtype, work.head_dim, split.queries),
             grid: [blocks.min(split.items()), 1, 1],
@@ -195,14 +209,14 @@ impl Split {
         self.lists * self.query_tiles * self.chunks
     }
 
-    fn counter_bytes(&self) -> u64 {
-        4 * (u64::from(self.lists) * u64::from(self.query_tiles) + 1)
+    fn counters(&self) -> u64 {
+        u64::from(self.lists) * u64::from(self.query_tiles) + 1
     }
 
     fn workspace(&self) -> Workspace {
         // A list of one chunk is written out at once.
         let rows = if self.chunks > 1 { u64::from(self.items()) * u64::from(self.queries) } else { 0 };
-        let statistics = self.counter_bytes().next_multiple_of(ALIGNMENT);
+        let statistics = (4 * self.counters()).next_multiple_of(ALIGNMENT);
         let partials = statistics + (8 * rows).next_multiple_of(ALIGNMENT);
         let bytes = partials + (4 * rows * u64::from(self.head_dim)).next_multiple_of(ALIGNMENT);
         Workspace { statistics, partials, bytes: bytes as usize }

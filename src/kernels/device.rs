@@ -43,8 +43,9 @@ pub trait Launcher {
     fn multiprocessors(&self) -> u32;
 }
 
-/// A [`Launcher`] that also has memory and can be waited for: what the CUDA backend and tests work on. Only
-/// [`download`](Self::download) and [`synchronize`](Self::synchronize) wait.
+/// A [`Launcher`] that also has memory and can be waited for: what the CUDA backend and tests work on.
+/// [`download`](Self::download), [`synchronize`](Self::synchronize) and [`elapsed_ms`](Self::elapsed_ms) wait;
+/// [`reserve`](Self::reserve) and [`upload`](Self::upload) may.
 ///
 /// Memory is a plain address: whoever allocates keeps the books. Safe code that calls a driver relies
 /// on its caller's promise about those addresses, which is why every method that takes one is unsafe.

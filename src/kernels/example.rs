@@ -69,6 +69,8 @@ pub struct Step {
     pub out: u64,
     /// i32, 0: becomes 1 where a head has no page for the new token.
     pub full: u64,
+    /// u32 `[sequences * kv_heads + 1]`, zeros: every step leaves them so.
+    pub counters: u64,
 }
 
 /// Scratch memory, aligned to 256 bytes. Calls on one stream may share it.
@@ -327,6 +329,7 @@ impl Layer {
             tokens: 1,
             head_dim: self.head_dim,
             dtype: DTYPE,
+            counters: step.counters,
             workspace: workspace.address,
             workspace_bytes: workspace.bytes,
         }

@@ -7,7 +7,8 @@ use super::{
 use crate::abi::ShareKeysParams;
 
 /// A head with `picks` of the best keys of all heads keeps
-/// `min(round(picks · (1 − floor) + int(mean · floor)), keys) + tail`, computed in f64 and rounded half to even.
+/// `min(sure + round((picks − sure) · (1 − floor) + int((mean − assured) · floor)), keys) + tail`, where `sure` is
+/// `min(assured, picks)`, computed in f64 and rounded half to even.
 ///
 /// The best keys are what [`select_topk`](super::select::select_topk) leaves of the scores of all heads as one row,
 /// with a count of `mean · heads`. What comes out are the counts of a second selection, head by head, and the lengths
@@ -24,6 +25,8 @@ pub struct ShareKeys {
     pub keys: u32,
     /// Keys of a head on average.
     pub mean: u32,
+    /// Keys among those that every head keeps beside its share: its best, such as what a caller raised above all others.
+    pub assured: u32,
     /// The share of the mean that every head gets, from 0 to 1.
     pub floor: f64,
     /// Keys behind those, which every head keeps.
@@ -39,15 +42,16 @@ pub struct ShareKeys {
 impl ShareKeys {
     /// What a pick is worth, and what a head gets without one.
     fn shares(&self) -> (f64, u32) {
-        (1.0 - self.floor, (f64::from(self.mean) * self.floor).floor() as u32)
+        (1.0 - self.floor, (f64::from(self.mean.saturating_sub(self.assured)) * self.floor).floor() as u32)
     }
 
     /// The most that one head can keep.
     pub fn most_of_head(&self) -> u64 {
         let (share, every) = self.shares();
-        let picks = f64::from(self.count.min(self.keys));
-        let most = (picks * share + f64::from(every)).round_ties_even() as u64;
-        most.min(self.keys.into()) + u64::from(self.tail)
+        let picks = self.count.min(self.keys);
+        let sure = picks.min(self.assured);
+        let shared = (f64::from(picks - sure) * share + f64::from(every)).round_ties_even() as u64;
+        (shared + u64::from(sure)).min(self.keys.into()) + u64::from(self.tail)
     }
 
     /// The most rows that all lists can take, each with its slack: every head's share is rounded, by a half at most.
@@ -97,10 +101,12 @@ pub unsafe fn share_keys<D: Launcher + ?Sized>(device: &D, work: &ShareKeys) -> 
         count: count("count", work.count)?,
         heads: count("heads", heads)?,
         keys: count("keys", keys)?,
-        // A head has no more keys than that.
+        // A head has no more keys than that, here and below.
+        assured: count("assured", work.assured.min(keys))?,
         every: count("every", every.min(keys))?,
         tail: count("tail", tail)?,
         slack: count("slack", slack)?,
+        reserved: 0,
     };
     if work.most_of_head() > i32::MAX as u64 {
         return Err(Error::argument(

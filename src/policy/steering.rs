@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Keep, LayerPlan, Plan, Propagate};
+use super::plan::{Keep, LayerPlan, Plan, Propagate, SINKS};
 use super::{PolicyError, check_share};
 
 /// Chosen heads look less at tokens of the prompt outside the highlighted spans: `log α` is added to
@@ -54,7 +54,9 @@ impl Plan {
             rows = restart.count;
         }
         let make_room = |propagate: &mut Propagate, rows: usize| {
-            let least = (propagate.reserved() + highlighted).min(rows);
+            // The first tokens are as sure as what is highlighted there, and the earlier of the two win.
+            let sinks = if matches!(propagate, Propagate::Recent { .. }) { SINKS } else { 0 };
+            let least = (propagate.reserved() + sinks + highlighted).min(rows);
             *propagate.count_mut() = propagate.count().max(least);
             propagate.count()
         };
@@ -66,7 +68,7 @@ impl Plan {
                     Keep::Top { count, .. } | Keep::Shared { count, .. } => grow(count),
                     Keep::Each { counts, .. } => counts.iter_mut().for_each(grow),
                     // Tokens to come count too.
-                    Keep::Heavy { count, .. } => *count += highlighted,
+                    Keep::Heavy { count, .. } => *count = count.saturating_add(highlighted),
                     // What is named by place or by class has no budget to grow.
                     Keep::All | Keep::Ends { .. } | Keep::Random { .. } | Keep::Recovered { .. } => {}
                 }

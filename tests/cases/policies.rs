@@ -197,8 +197,8 @@ pub(crate) fn counts_of_each_head<B: Backend>(bench: &Bench<B>) {
 
 pub(crate) fn shared_counts<B: Backend>(bench: &Bench<B>) {
     let backend = &bench.backend;
-    let strategy = (1_usize..5, 1_usize..60, 0_usize..70, 0_usize..11, any::<u64>());
-    random_shapes(40, strategy, |(heads, scored, mean, tenths, seed)| {
+    let strategy = (1_usize..5, 1_usize..60, 0_usize..70, 0_usize..30, 0_usize..11, any::<u64>());
+    random_shapes(40, strategy, |(heads, scored, mean, assured, tenths, seed)| {
         let (_, queries, kv) = Scene::new(bench, (1, heads, 2), (3, scored + 3), 2.0, seed);
         let scores = ok(backend.window_scores(&queries, &kv));
         let pooling = Pooling { kind: PoolingKind::Max, kernel: 1 };
@@ -206,8 +206,8 @@ pub(crate) fn shared_counts<B: Backend>(bench: &Bench<B>) {
         let numbers: Vec<Vec<f64>> =
             ok(backend.read_scores(&pooled)).iter().map(|numbers| oracle::wide(numbers)).collect();
         let floor = tenths as f64 / 10.0;
-        let counts = policies::shared_counts(&numbers, mean, floor);
-        let share = Share { mean, floor, tail: 3 };
+        let counts = policies::shared_counts(&numbers, mean, assured, floor);
+        let share = Share { mean, assured, floor, tail: 3 };
         let kept = ok(backend.count_kv(ok(backend.gather_kv_shared(&kv, &pooled, share, 2))));
         let mut lists = Vec::new();
         for (numbers, count) in numbers.iter().zip(counts) {
@@ -230,10 +230,11 @@ pub(crate) fn shared_ties<B: Backend>(bench: &Bench<B>) {
     let backend = &bench.backend;
     let (_, queries, kv) = Scene::of(bench, (1, 3, 2), vec![0.0; 6], &[1.0; 60], &[1.0; 60]);
     let scores = ok(backend.window_scores(&queries, &kv));
-    let select = |mean, floor| {
-        let share = Share { mean, floor, tail: 0 };
+    let select_beside = |mean, assured, floor| {
+        let share = Share { mean, assured, floor, tail: 0 };
         backend.kv_lengths(&ok(backend.count_kv(ok(backend.gather_kv_shared(&kv, &scores, share, 0)))))
     };
+    let select = |mean, floor| select_beside(mean, 0, floor);
     assert_eq!(select(4, 0.0), [10, 2, 0]);
     // 10 · 0.5 + 2, 2 · 0.5 + 2 and 2.
     assert_eq!(select(4, 0.5), [7, 3, 2]);
@@ -241,6 +242,9 @@ pub(crate) fn shared_ties<B: Backend>(bench: &Bench<B>) {
     // Halves go to the even number: 10 · 0.75 + 0 and 2 · 0.75, 1.5, to 8 and 2.
     assert_eq!(select(4, 0.25), [8, 2, 1]);
     assert_eq!(select(100, 0.0), [10, 10, 10]);
+    // 3 + 7 · 0.5 + int(1 · 0.5), 2 + 0 and 0.
+    assert_eq!(select_beside(4, 3, 0.5), [7, 2, 0]);
+    assert_eq!(select_beside(4, 9, 1.0), [9, 2, 0]);
 }
 
 pub(crate) fn sums_gathers_and_raises<B: Backend>(bench: &Bench<B>) {
@@ -328,11 +332,11 @@ pub(crate) fn bad_operands_of_policies_are_errors<B: Backend>(bench: &Bench<B>) 
     refused(backend.raise_scores(&mut raised, &bench.list([0; 4]), &[true]));
     refused(backend.select_each(&scores, &[1], 0));
     for floor in [-0.1, 1.1, f64::NAN] {
-        let error = backend.gather_kv_shared(&kv, &scores, Share { mean: 1, floor, tail: 0 }, 0);
+        let error = backend.gather_kv_shared(&kv, &scores, Share { mean: 1, assured: 0, floor, tail: 0 }, 0);
         assert!(error.expect_err("no share").to_string().contains("floor"));
     }
     for (scores, tail) in [(&three, 0), (&scores, 1)] {
-        refused(backend.gather_kv_shared(&kv, scores, Share { mean: 1, floor: 0.5, tail }, 0));
+        refused(backend.gather_kv_shared(&kv, scores, Share { mean: 1, assured: 0, floor: 0.5, tail }, 0));
     }
     for lists in [vec![vec![0]], vec![vec![0], vec![5]], vec![vec![1, 0], vec![0]], vec![vec![1, 1], vec![0]]]
     {

@@ -10,7 +10,7 @@ use fastkv::{
     kernels::{
         DType, Kernel,
         batch::Bias,
-        decode::{Decode, decode, decode_workspace},
+        decode::{Decode, decode, decode_counters, decode_workspace},
         images,
     },
 };
@@ -71,6 +71,21 @@ fn fills_its_params() {
         ..DecodeParams::default()
     };
     assert_eq!(params, expected);
+}
+
+/// A launch with counters of its own is nothing but the kernel: no memset before it.
+#[test]
+fn counters_of_the_caller_are_not_cleared() {
+    let fills = |counters| {
+        let recorder = Recorder::default();
+        // SAFETY: the recorder touches no memory.
+        unsafe { decode(&recorder, &Decode { counters, ..step() }) }.unwrap();
+        let params: DecodeParams = bytemuck::pod_read_unaligned(&recorder.last().params);
+        (recorder.fills(), params.finished)
+    };
+    assert_eq!(fills(0), (vec![(1 << 55, 4 * 17)], 1 << 55));
+    assert_eq!(fills(4096), (vec![], 4096));
+    assert_eq!(decode_counters(&step()).unwrap(), 17);
 }
 
 #[test]
@@ -181,6 +196,7 @@ fn refuses() {
         |w| w.out.base = w.q.base,
         "out is 0x1000000000000..0x1000000004000; it must be apart from q, 0x1000000000000..0x1000000004000",
     );
+    refuses(|w| w.counters = 6, "counters is 0x6; it must be a device address, a multiple of 4");
     refuses(|w| w.workspace = 128, "workspace is 0x80; it must be a device address, a multiple of 256");
     refuses(|w| w.workspace_bytes = 4, "workspace_bytes is 4; it must be 4260096 or more");
     refuses(
@@ -303,6 +319,7 @@ fn step() -> Decode {
         tokens: 1,
         head_dim: 128,
         dtype: DType::BF16,
+        counters: 0,
         workspace: 1 << 55,
         workspace_bytes: 1 << 40,
     }

@@ -16,6 +16,7 @@ fn share() -> ShareKeys {
         heads: 8,
         keys: 1000,
         mean: 100,
+        assured: 0,
         floor: 0.255,
         tail: 8,
         slack: 5,
@@ -33,8 +34,21 @@ fn one_warp_gets_the_shares() {
     let [launch] = &launches[..] else { panic!("{launches:?}") };
     assert_eq!((launch.kernel, launch.grid, launch.block), (Kernel::ShareKeys, [1, 1, 1], [32, 1, 1]));
     let params: ShareKeysParams = bytemuck::pod_read_unaligned(&launch.params);
-    assert_eq!((params.share, params.every), (0.745, 25));
+    assert_eq!((params.share, params.every, params.assured), (0.745, 25, 0));
     assert_eq!((params.count, params.heads, params.keys, params.tail, params.slack), (800, 8, 1000, 8, 5));
+}
+
+#[test]
+fn what_is_assured_is_no_part_of_the_shares() {
+    let recorder = Recorder::default();
+    let params = |assured| {
+        // SAFETY: as above.
+        unsafe { share_keys(&recorder, &ShareKeys { assured, ..share() }) }.unwrap();
+        let params: ShareKeysParams = bytemuck::pod_read_unaligned(&recorder.last().params);
+        (params.assured, params.every)
+    };
+    assert_eq!(params(40), (40, 15), "60 · 0.255");
+    assert_eq!(params(u32::MAX), (1000, 0), "no more than a head has");
 }
 
 #[test]
@@ -51,6 +65,9 @@ fn what_there_can_be_at_most() {
     assert_eq!(share().most_of_head(), 621 + 8);
     assert_eq!(ShareKeys { keys: 300, ..share() }.most_of_head(), 248 + 8, "300 picks at most: 248.5");
     assert_eq!(ShareKeys { keys: 20, ..share() }.most_of_head(), 20 + 8);
+    // 40 + 760 · 0.745 + 15 = 621.2.
+    assert_eq!(ShareKeys { assured: 40, ..share() }.most_of_head(), 621 + 8);
+    assert_eq!(ShareKeys { assured: 2000, ..share() }.most_of_head(), 800 + 8);
     assert_eq!(share().most_rows(), 8 * (100 + 8 + 5) + 4);
     assert_eq!(ShareKeys { keys: 20, ..share() }.most_rows(), 8 * (20 + 8 + 5));
     let huge = u32::MAX;

@@ -120,6 +120,7 @@ fn workspaces(launcher: &Recorder, bounds: Bounds, group: u32, window: u32, page
         tokens,
         head_dim: 128,
         dtype: DType::F16,
+        counters: 0,
         workspace: 0,
         workspace_bytes: 0,
     };

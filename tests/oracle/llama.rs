@@ -146,7 +146,9 @@ impl Orders {
             if let Some(count) = &mut rules.hands_on {
                 let newest =
                     rules.recent.unwrap_or(self.hands_on_by.map_or(0, |observation| observation.window));
-                *count = (*count).max((newest + highlighted).min(rows));
+                // PyramidInfer's sinks come before what is highlighted.
+                let sinks = if rules.recent.is_some() { 4 } else { 0 };
+                *count = (*count).max((newest + sinks + highlighted).min(rows));
                 rows = *count;
             }
         }
@@ -435,7 +437,10 @@ impl Model {
                 (Keep::Shared(count, alpha), Some(scores)) => {
                     let together: Vec<f64> = scores.iter().flatten().copied().collect();
                     nearest = nearest.min(margin(&together, (count - window) * self.kv_heads));
-                    policies::shared_counts(scores, count - window, *alpha)
+                    let highlighted = orders.steering.as_ref().map_or(0, |steering| {
+                        steering.highlighted.iter().filter(|highlighted| **highlighted).count()
+                    });
+                    policies::shared_counts(scores, count - window, highlighted, *alpha)
                 }
                 _ => Vec::new(),
             };

@@ -4,7 +4,9 @@ use super::ranking;
 
 /// AdaKV: all heads' scores sorted together, the picks of each head counted among the best heads · C',
 /// then `round(picks · (1 − α) + floor(C' · α))`, half to even.
-pub(crate) fn shared_counts(scores: &[Vec<f64>], mean: usize, alpha: f64) -> Vec<usize> {
+///
+/// Every head keeps its `assured` best keys beside that, which are among the ones that all share.
+pub(crate) fn shared_counts(scores: &[Vec<f64>], mean: usize, assured: usize, alpha: f64) -> Vec<usize> {
     // One list, head after head: the rule for ties prefers the lower head, then the lower key.
     let together: Vec<f64> = scores.iter().flatten().copied().collect();
     let mut picks = vec![0; scores.len()];
@@ -12,10 +14,11 @@ pub(crate) fn shared_counts(scores: &[Vec<f64>], mean: usize, alpha: f64) -> Vec
         picks[place / scores[0].len()] += 1;
     }
     let count = |picks: usize| {
-        let share = picks as f64 * (1.0 - alpha) + (mean as f64 * alpha).floor();
+        let more = picks.saturating_sub(assured);
+        let share = more as f64 * (1.0 - alpha) + (mean.saturating_sub(assured) as f64 * alpha).floor();
         let whole = share.floor();
         let half = share - whole;
-        whole as usize + usize::from(half > 0.5 || half == 0.5 && whole as usize % 2 == 1)
+        picks - more + whole as usize + usize::from(half > 0.5 || half == 0.5 && whole as usize % 2 == 1)
     };
     picks.into_iter().map(count).collect()
 }

@@ -416,7 +416,7 @@ impl Scene {
         let found = backend.read_indices(&backend.select_each(&groups, &counts, window)?)?;
         assert_eq!(found, expected(&counts, window), "{counts:?} of {numbers:?}");
 
-        let share = Share { mean: 6, floor: 0.2, tail: window };
+        let share = Share { mean: 6, assured: 2, floor: 0.2, tail: window };
         let kept = backend.count_kv(backend.gather_kv_shared(&store, &groups, share, 3)?)?;
         let all = best(&numbers.concat(), 6 * heads, 0);
         let of_head = |head: usize| {
@@ -522,7 +522,7 @@ fn bad_operands<D: MatrixProduct + Clone + Debug>(device: &D, _: u64) -> Result<
     refused("gather_scores", backend.gather_scores(&scores, &rows))?;
     refused("raise_scores", backend.raise_scores(&mut scores, &lists(vec![vec![0; 20]; 2])?, &[true]))?;
     refused("raise_scores", backend.raise_scores(&mut scores, &lists(vec![vec![0; 2]])?, &[true]))?;
-    let share = Share { mean: 1, floor: 0.5, tail: 3 };
+    let share = Share { mean: 1, assured: 0, floor: 0.5, tail: 3 };
     refused("gather_kv_shared", backend.gather_kv_shared(&kv, &scores, share, 0))?;
     refused("gather_kv_shared", backend.gather_kv_shared(&kv, &scores, Share { floor: 1.5, ..share }, 0))?;
     let pooling = Pooling { kind: PoolingKind::Max, kernel: 7 };

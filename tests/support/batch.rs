@@ -1,24 +1,29 @@
 //! Sequences that decode together on the CUDA backend: steps that are captured and queued again, against the CPU
 //! backend and against steps that are not.
 
+use std::cell::Cell;
 use std::fmt::Debug;
+use std::rc::Rc;
 
+use fastkv::abi;
 use fastkv::backend::{Backend, BackendError, Visible};
 use fastkv::cache::Cache;
 use fastkv::engine::{
     Control, Engine, EngineError, GenerationOptions, Prefill, PrefillOptions, Prompt, Turn,
 };
-use fastkv::kernels::MatrixProduct;
+use fastkv::kernels::{Device, Error, Launch, Launcher, Matmul, MatrixProduct, TensorMap};
 use fastkv::model::ModelDir;
 use fastkv::policy::{AdaKv, Budget, FastKv, Plan, Policy, SnapKv};
 
 use super::Check;
 use super::backend::{Output, Scene, Sizes, TYPES, compare, cpu, cuda, flat, model, near};
+use super::forward::forward;
 use super::tiny::{Rng, Tiny};
 
 pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
     vec![
         Check::portable("batch_steps", steps),
+        Check::portable("batch_steps_clear_nothing", steps_clear_nothing),
         Check::hopper("batch_models", models),
         Check::portable("batch_bad_operands", bad_operands),
     ]
@@ -43,6 +48,54 @@ fn steps<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(), 
         found.iter().zip(&expected).try_for_each(|(found, expected)| compare(found, expected))?;
     }
     Ok(())
+}
+
+/// A device that counts the bytes it is told to set.
+#[derive(Clone, Debug)]
+struct Clearing<D> {
+    device: D,
+    fills: Rc<Cell<usize>>,
+}
+
+impl<D> Clearing<D> {
+    fn count(&self, _call: &'static str) -> Result<(), Error> {
+        self.fills.set(self.fills.get() + 1);
+        Ok(())
+    }
+}
+
+impl<D: Device> Launcher for Clearing<D> {
+    forward! { device after count: fill }
+    forward! { device: launch tensor_map compute_capability multiprocessors }
+}
+
+impl<D: Device> Device for Clearing<D> {
+    type Event = D::Event;
+
+    forward! { device: alloc free upload download copy synchronize record elapsed_ms free_memory }
+}
+
+impl<D: MatrixProduct> MatrixProduct for Clearing<D> {
+    forward! { device: matmul matmul_workspace }
+}
+
+/// What steps need is clear before the first: a memset would be a launch more in each layer. Groups as large as they
+/// can be.
+fn steps_clear_nothing<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(), String> {
+    let (dtype, stored, unit) = TYPES[seed as usize % 2];
+    let sizes = Sizes { group: 16, heads: 2, head_dim: 64, rows: 5, keys: 80 };
+    let scene = Scene { sizes, stored, unit, seed };
+    let clearing = Clearing { device: device.clone(), fills: Rc::default() };
+    let backend = cuda(&clearing, dtype)?;
+    let kept = [[70, 1], [0, 66]];
+    let (found, ..) = several_steps(&scene, &backend, &kept).map_err(|error| error.to_string())?;
+    let (expected, ..) = several_steps(&scene, &cpu()?, &kept).map_err(|error| error.to_string())?;
+    found.iter().zip(&expected).try_for_each(|(found, expected)| compare(found, expected))?;
+    match clearing.fills.get() {
+        // Before the first step, and for what is left, which is attended to by itself.
+        3 => Ok(()),
+        fills => Err(format!("{fills} fills in {STEPS} steps")),
+    }
 }
 
 const STEPS: usize = 5;

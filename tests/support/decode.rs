@@ -59,6 +59,8 @@ pub(crate) struct Case {
     /// Whether keys grow from tile to tile: maxima that a kernel has taken do not last.
     pub(crate) rising: bool,
     pub(crate) steps: usize,
+    /// Whether the launches have counters to themselves, which nobody clears between them.
+    pub(crate) counters: bool,
     /// What the contents of each sequence are drawn from.
     pub(crate) seeds: Vec<u64>,
 }
@@ -80,6 +82,7 @@ impl Case {
             bias: false,
             rising: false,
             steps: 1,
+            counters: false,
             seeds: (1..=lengths.len() as u64).collect(),
         }
     }
@@ -116,12 +119,18 @@ impl Case {
             bias: random.below(3) == 0,
             rising: random.below(3) == 0,
             steps: 1 + random.below(2),
+            counters: random.below(2) == 0,
             seeds: (0..sequences).map(|_| random.next()).collect(),
         }
     }
 
     fn lists(&self) -> usize {
         self.lengths.len() * self.heads
+    }
+
+    /// Counters as they are before each step, and after it: one of each list and 16 rows of queries, and one.
+    fn counter_bytes(&self) -> Vec<u8> {
+        vec![0; 4 * (self.lists() * (self.group * self.tokens).div_ceil(16) + 1)]
     }
 
     /// Elements from a row of K to the next, and of V, where no other lies between.
@@ -475,6 +484,8 @@ struct OnDevice {
     cache: Cache,
     tensors: [u64; 2],
     full: u64,
+    /// 0 where the workspace is to hold them.
+    counters: u64,
     bias: Option<Bias>,
 }
 
@@ -527,11 +538,16 @@ impl OnDevice {
             key_stride: BIASED_POSITIONS.div_ceil(32).into(),
             value: BIAS,
         });
-        Self { cache, tensors, full: put(bytemuck::bytes_of(&state.full), true), bias }
+        let full = put(bytemuck::bytes_of(&state.full), true);
+        let counters = put(&case.counter_bytes(), case.counters);
+        Self { cache, tensors, full, counters, bias }
     }
 
     /// Everything that a step may change, against what it should be.
-    fn expect<D: Device>(&self, state: &State, memory: &Memory<'_, D>) -> Result<(), String> {
+    fn expect<D: Device>(&self, case: &Case, state: &State, memory: &Memory<'_, D>) -> Result<(), String> {
+        if self.counters != 0 {
+            memory.expect("counters", self.counters, &case.counter_bytes())?;
+        }
         for (name, address, tensor) in
             [("k", self.tensors[0], &state.tensors[0]), ("v", self.tensors[1], &state.tensors[1])]
         {
@@ -580,9 +596,14 @@ fn run<D: Device>(
         tokens,
         head_dim: d,
         dtype: case.dtype,
+        counters: on.counters,
         workspace: 0,
         workspace_bytes: 0,
     };
+    let counters = decode::decode_counters(&work).map_err(|error| error.to_string())?;
+    if 4 * counters != case.counter_bytes().len() {
+        return Err(format!("{counters} counters"));
+    }
     work.workspace_bytes = decode::decode_workspace(&work).map_err(|error| error.to_string())?;
     work.workspace = memory.reserve(work.workspace_bytes);
     // SAFETY: every address is a block of `memory` of the size that its field states.
@@ -646,7 +667,7 @@ fn check_from<D: Device>(device: &D, case: &Case, mut state: State) -> Result<Ve
             if case.appends {
                 grow(case, &mut state, &step);
             }
-            on.expect(&state, &memory)?;
+            on.expect(case, &state, &memory)?;
             Ok(found)
         })
         .collect()
@@ -673,6 +694,8 @@ fn lengths() -> Vec<Case> {
     vec![
         unequal.clone(),
         Case { dtype: DType::F16, steps: 3, slack: 2, ..unequal.clone() },
+        Case { steps: 3, slack: 3, counters: true, ..unequal.clone() },
+        Case { tokens: 5, steps: 2, slack: 10, counters: true, ..unequal.clone() },
         Case { appends: false, ..unequal },
         // 64 blocks and the new key: chunks of four blocks, the last with one key; chunks of three, and of five.
         Case::new(64, 1, &[&[4096], &[4095]]),

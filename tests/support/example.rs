@@ -116,6 +116,7 @@ fn run<D: Device>(device: &D, seed: u64) -> Result<(), String> {
         v: memory.put(&new[2]),
         out: memory.untouched(sequences * QUERY_HEADS * HEAD_DIM * 2),
         full: memory.put(&[0; 4]),
+        counters: memory.put(&vec![0; 4 * (lists + 1)]),
     };
     let error = |error: fastkv::kernels::Error| error.to_string();
     let bytes = layer.workspace(device, &prompts, &choices[0], &step).map_err(error)?;

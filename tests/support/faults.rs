@@ -26,6 +26,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
         Check::portable("faults_of_memory", |device, seed| faults(device, seed, Fault::Memory)),
         Check::portable("faults_of_launches", |device, seed| faults(device, seed, Fault::Launch)),
         Check::portable("faults_of_lost_devices", |device, seed| faults(device, seed, Fault::Lost)),
+        Check::portable("faults_twice", |device, seed| faults(device, seed, Fault::Twice)),
         Check::portable("faults_while_loading", loading),
     ]
 }
@@ -38,6 +39,8 @@ enum Fault {
     Launch,
     /// From one call on, every call fails.
     Lost,
+    /// Two calls, one behind the other: a failure cannot be made up for at once.
+    Twice,
 }
 
 /// A device with a fault to come. Clones are the same device.
@@ -83,10 +86,16 @@ impl<D> Faulty<D> {
             Fault::Launch => call == "launch",
             // Nobody can be told that a block does not go back.
             Fault::Lost if call == "free" => return calls > at,
+            Fault::Twice => call != "free",
             Fault::Lost => true,
         };
         self.state.calls.set(calls + usize::from(concerned));
-        concerned && if fault == Fault::Lost { calls >= at } else { calls == at }
+        concerned
+            && match fault {
+                Fault::Lost => calls >= at,
+                Fault::Twice => calls >= at && calls - at < 2,
+                Fault::Memory | Fault::Launch => calls == at,
+            }
     }
 
     fn before(&self, operation: &'static str) -> Result<(), Error> {
@@ -94,6 +103,11 @@ impl<D> Faulty<D> {
             true => Err(Error::Driver { operation, code: ILLEGAL_ADDRESS }),
             false => Ok(()),
         }
+    }
+
+    /// Whether one call was not all that fails.
+    fn fails_more(&self) -> bool {
+        matches!(self.state.fault.get(), Some((Fault::Lost | Fault::Twice, _)))
     }
 
     fn is_lost(&self) -> bool {
@@ -190,6 +204,9 @@ fn faults<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64, fault: Fault)
                     &["launching fastkv_", "701 (LAUNCH_OUT_OF_RESOURCES)", "grid [", "Params {"]
                 }
                 Fault::Lost => &["700 (ILLEGAL_ADDRESS)"],
+                // Whatever it was, but not what came of it.
+                Fault::Twice if message != EngineError::LostCache.to_string() => &[],
+                Fault::Twice => &["what failed first"],
             };
             if let Some(word) = words.iter().find(|word| !message.contains(**word)) {
                 return Err(failed(format!("no \"{word}\" in \"{message}\"")));
@@ -265,7 +282,7 @@ fn plan<D: MatrixProduct + Clone + Debug>(engine: &Faulted<D>) -> Result<Plan, P
 }
 
 /// Logits of a prompt and of a step. A step that fails is tried again, and its failure told: its cache is as it was, or
-/// known to be lost where some of it was evicted.
+/// known to be lost where some of it was evicted, or where the device failed again before it was as it had been.
 fn read<D: MatrixProduct + Clone + Debug>(
     engine: &Faulted<D>,
     plan: &Plan,
@@ -276,7 +293,11 @@ fn read<D: MatrixProduct + Clone + Debug>(
     let mut failure = None;
     logits.extend(match engine.append(&mut prefill.cache, &[3], &control) {
         Err(error) => match engine.append(&mut prefill.cache, &[3], &control) {
-            Err(EngineError::LostCache) if error.to_string().contains("fastkv_compact") => return Err(error),
+            Err(EngineError::LostCache)
+                if error.to_string().contains("fastkv_compact") || engine.backend().device().fails_more() =>
+            {
+                return Err(error);
+            }
             again => {
                 failure = Some(error);
                 again?

@@ -12,6 +12,7 @@ pub(crate) struct Recorder {
     fails: bool,
     hopper: bool,
     launches: RefCell<Vec<Recorded>>,
+    fills: RefCell<Vec<(u64, usize)>>,
     resources: RefCell<Vec<Resources>>,
     maps: RefCell<Vec<TensorMap>>,
 }
@@ -46,6 +47,11 @@ impl Recorder {
     /// The launches so far.
     pub(crate) fn launches(&self) -> Vec<Recorded> {
         self.launches.borrow().clone()
+    }
+
+    /// Where bytes were set, and how many.
+    pub(crate) fn fills(&self) -> Vec<(u64, usize)> {
+        self.fills.borrow().clone()
     }
 
     /// What the launches so far asked for.
@@ -94,7 +100,8 @@ impl Launcher for Recorder {
         Ok(())
     }
 
-    unsafe fn fill(&self, _: u64, _: u8, _: usize) -> Result<(), Error> {
+    unsafe fn fill(&self, address: u64, _: u8, bytes: usize) -> Result<(), Error> {
+        self.fills.borrow_mut().push((address, bytes));
         Ok(())
     }
 

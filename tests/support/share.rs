@@ -17,6 +17,8 @@ struct Case {
     picks: Vec<usize>,
     keys: usize,
     mean: usize,
+    /// Picks that a head keeps beside its share.
+    assured: usize,
     floor: f64,
     tail: usize,
     slack: usize,
@@ -27,6 +29,7 @@ fn cases(seed: u64) -> Vec<Case> {
         picks: picks.to_vec(),
         keys,
         mean,
+        assured: 0,
         floor,
         tail: 8,
         slack: 0,
@@ -41,6 +44,10 @@ fn cases(seed: u64) -> Vec<Case> {
         case(&[0, 0, 12], 20, 4, 1.0),
         // More than it has.
         case(&[10, 10, 0], 10, 9, 0.9),
+        // Of 3, 2 and 1 picks 2 stay as they are: 2 + 0.5 + int(0.5), 2 + 0 and 1 + 0; all of them, and more.
+        Case { assured: 2, ..case(&[3, 2, 1], 20, 3, 0.5) },
+        Case { assured: 20, ..case(&[20, 20, 0], 20, 20, 0.9) },
+        Case { assured: 1 << 30, ..case(&[5, 4], 20, 1 << 30, 0.9) },
         Case { tail: 0, slack: 1 << 30, ..case(&[3; 40], 1 << 20, 3, 0.3) },
     ];
     let mut random = Random(seed);
@@ -58,13 +65,22 @@ fn cases(seed: u64) -> Vec<Case> {
         });
         let picks = picks.collect();
         let floor = random.of(&[0.0, 0.1, 0.2, 0.3, 0.5, 1.0 / 3.0, 0.7, 0.9, 1.0]);
-        cases.push(Case { picks, keys, mean, floor, tail: random.below(70), slack: random.below(5) });
+        let assured = random.of(&[0, 0, 1, 7, 50, 400]);
+        cases.push(Case {
+            picks,
+            keys,
+            mean,
+            assured,
+            floor,
+            tail: random.below(70),
+            slack: random.below(5),
+        });
     }
     cases
 }
 
 fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
-    let Case { picks, keys, mean, floor, tail, slack } = case;
+    let Case { picks, keys, mean, assured, floor, tail, slack } = case;
     let (heads, keys) = (picks.len(), *keys);
     let mut memory = Memory::new(device);
     let mut random = Random(7);
@@ -81,6 +97,7 @@ fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
         heads: heads as u32,
         keys: keys as u32,
         mean: *mean as u32,
+        assured: *assured as u32,
         floor: *floor,
         tail: *tail as u32,
         slack: *slack as u32,
@@ -89,10 +106,11 @@ fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
     };
     // SAFETY: blocks of `memory` of the sizes stated.
     unsafe { share_keys(device, &work) }.map_err(|error| error.to_string())?;
-    let every = (*mean as f64 * floor).floor();
+    let every = (mean.saturating_sub(*assured) as f64 * floor).floor();
     let count = |picks: &usize| {
-        let shared = (*picks as f64 * (1.0 - floor) + every).round_ties_even() as usize;
-        shared.min(keys) + tail
+        let sure = (*picks).min(*assured);
+        let shared = ((picks - sure) as f64 * (1.0 - floor) + every).round_ties_even() as usize;
+        (sure + shared).min(keys) + tail
     };
     let expected: Vec<usize> = picks.iter().map(count).collect();
     let start = |head: usize| expected[..head].iter().map(|count| (count + slack) as i64).sum::<i64>();

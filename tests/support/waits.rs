@@ -7,12 +7,12 @@ use std::rc::Rc;
 
 use fastkv::{
     abi,
-    engine::{Control, Engine, PrefillOptions},
+    engine::{Control, Engine, PrefillOptions, Prompt},
     kernels::{DType, Device, Error, Launch, Launcher, Matmul, MatrixProduct, TensorMap},
     model::ModelDir,
     policy::{
         AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, Policy, PyramidInfer, PyramidKv, Random,
-        Saliency, SnapKv, Steering, StreamingLlm,
+        Saliency, SnapKv, Steering, StreamingLlm, Tsp,
     },
 };
 
@@ -100,8 +100,11 @@ fn prefill<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
     let retention = Budget::Rate(0.3);
     let tokens = Budget::Tokens;
     let heads = head_scores(engine.shape());
+    const NONE: [usize; 2] = [0; 2];
+    let streaming = Policy::StreamingLlm(StreamingLlm { retention, ..StreamingLlm::default() });
+    // How often each waits, and how often when it is steered.
     let cases = [
-        (Policy::Full, 0),
+        (Policy::Full, NONE),
         (
             Policy::FastKv(FastKv {
                 saliency,
@@ -109,39 +112,50 @@ fn prefill<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
                 propagation: Budget::Rate(0.5),
                 ..FastKv::proportional()
             }),
-            0,
+            NONE,
         ),
-        (Policy::FastKv(FastKv { retention: tokens(20), propagation: tokens(50), ..FastKv::constant() }), 0),
-        (Policy::SnapKv(SnapKv { saliency, retention }), 0),
-        (Policy::HeadKv(HeadKv { saliency, retention, heads, ..HeadKv::default() }), 0),
-        (Policy::PyramidKv(PyramidKv { saliency, retention, ..PyramidKv::default() }), 0),
-        (Policy::H2o(H2o { window: 4, retention }), 0),
-        (Policy::PyramidInfer(PyramidInfer::default()), 0),
-        (Policy::StreamingLlm(StreamingLlm { retention, ..StreamingLlm::default() }), 0),
-        (Policy::Random(Random { retention, ..Random::default() }), 0),
-        (Policy::AdaKv(AdaKv { saliency, retention, ..AdaKv::default() }), 0),
-        (Policy::GemFilter(GemFilter { retention, ..GemFilter::default() }), 0),
+        (
+            Policy::FastKv(FastKv { retention: tokens(20), propagation: tokens(50), ..FastKv::constant() }),
+            NONE,
+        ),
+        (Policy::SnapKv(SnapKv { saliency, retention }), NONE),
+        (Policy::HeadKv(HeadKv { saliency, retention, heads, ..HeadKv::default() }), NONE),
+        (Policy::PyramidKv(PyramidKv { saliency, retention, ..PyramidKv::default() }), NONE),
+        (Policy::H2o(H2o { window: 4, retention }), NONE),
+        (Policy::PyramidInfer(PyramidInfer::default()), NONE),
+        (streaming.clone(), NONE),
+        (Policy::Random(Random { retention, ..Random::default() }), NONE),
+        (Policy::AdaKv(AdaKv { saliency, retention, ..AdaKv::default() }), NONE),
+        // The second pass has the highlighted tokens elsewhere.
+        (Policy::GemFilter(GemFilter { retention, ..GemFilter::default() }), [0, 1]),
+        // So have the two layers behind the TSP layer, and rows that are named by their place need them.
+        (
+            Policy::Tsp(Tsp {
+                tsp_layer: Some(1),
+                propagation: Budget::Rate(0.5),
+                ..Tsp::with(streaming.clone())
+            }),
+            [0, 1 + 2],
+        ),
         // What is let go of before the next layer is read: all scores and those from near by come, a list goes.
-        (Policy::FastGen(FastGen::default()), 3 * LAYERS),
+        (Policy::FastGen(FastGen::default()), [3 * LAYERS; 2]),
     ];
     let steering = Steering { spans: vec![2..4, 8..9], heads: vec![(0, 1)], alpha: 0.1 };
-    // GemFilter's second pass has the highlighted tokens elsewhere.
-    let steered = cases.iter().map(|(policy, early)| match policy {
-        Policy::GemFilter(_) => (policy, 1),
-        _ => (policy, *early),
-    });
     let plan = |policy: &Policy| policy.plan(engine.shape(), TOKENS).map_err(|error| error.to_string());
-    let plain = cases.iter().map(|(policy, early)| Ok((policy, plan(policy)?, *early)));
-    let steered = steered.map(|(policy, early)| {
+    let plain = cases.iter().map(|(policy, [early, _])| Ok((policy, plan(policy)?, *early)));
+    let steered = cases.iter().map(|(policy, [_, early])| {
         let plan = plan(policy)?.steer(steering.clone()).map_err(|error| error.to_string())?;
-        Ok((policy, plan, early))
+        Ok((policy, plan, *early))
     });
-    for case in plain.chain(steered) {
-        let (policy, plan, early) = case.map_err(|error: String| error)?;
-        let name = format!("{}, steered: {}", policy.name(), plan.steering.is_some());
+    let begin = || {
         waits.all.set(0);
         waits.early.set(0);
         waits.launched.set(false);
+    };
+    for case in plain.chain(steered) {
+        let (policy, plan, early) = case.map_err(|error: String| error)?;
+        let name = format!("{}, steered: {}", policy.name(), plan.steering.is_some());
+        begin();
         engine
             .prefill(&ids, &plan, &PrefillOptions::default(), &Control::default())
             .map_err(|error| format!("{name}: {error}"))?;
@@ -149,5 +163,15 @@ fn prefill<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
             return Err(format!("{name}: {waits:?} where {early} are to be early"));
         }
     }
-    Ok(())
+    // Prompts that are read together: the lists of the last are there before the first is looked at.
+    let plans = [plan(&streaming)?, plan(&cases[1].0)?];
+    let prompts = plans.each_ref().map(|plan| Prompt { ids: &ids, plan });
+    begin();
+    engine
+        .prefill_batch(&prompts, &PrefillOptions::default(), &Control::default())
+        .map_err(|error| format!("together: {error}"))?;
+    match waits.early.get() {
+        0 => Ok(()),
+        _ => Err(format!("together: {waits:?}")),
+    }
 }

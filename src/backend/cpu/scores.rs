@@ -208,7 +208,7 @@ pub(super) fn select(scores: &Scores, counts: &[usize], tail: usize) -> Result<I
 }
 
 /// How many keys each head gets of those that all share.
-pub(super) fn shared_counts(scores: &Scores, Share { mean, floor, .. }: Share) -> Vec<usize> {
+pub(super) fn shared_counts(scores: &Scores, Share { mean, assured, floor, .. }: Share) -> Vec<usize> {
     let heads = scores.heads().count();
     let mut ranked: Vec<(u32, usize)> = scores
         .heads()
@@ -222,8 +222,12 @@ pub(super) fn shared_counts(scores: &Scores, Share { mean, floor, .. }: Share) -
     }
     let mut picks = vec![0_usize; heads];
     ranked.into_iter().for_each(|(_, head)| picks[head] += 1);
-    let every = (mean as f64 * floor).floor();
-    picks.into_iter().map(|picks| (picks as f64 * (1.0 - floor) + every).round_ties_even() as usize).collect()
+    let every = (mean.saturating_sub(assured) as f64 * floor).floor();
+    let count = |picks: usize| {
+        let sure = picks.min(assured);
+        sure + ((picks - sure) as f64 * (1.0 - floor) + every).round_ties_even() as usize
+    };
+    picks.into_iter().map(count).collect()
 }
 
 /// Scores in an order of integers: larger is better, −0 equals +0, NaN is worst.

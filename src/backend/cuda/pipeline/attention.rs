@@ -224,6 +224,7 @@ fn newest<D: MatrixProduct + Debug>(
         tokens: queries.rows as u32,
         head_dim: kv.head_dim as u32,
         dtype: queries.dtype,
+        counters: 0,
         workspace: 0,
         workspace_bytes: 0,
     };

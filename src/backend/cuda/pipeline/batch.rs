@@ -25,6 +25,8 @@ pub struct KvBatch<D: Device> {
     shared: Vec<bool>,
     /// Raised by a step that finds no room.
     full: Block<D>,
+    /// Zeros between steps: one for each list, as the queries of its group fit one tile, and one.
+    counters: Block<D>,
 }
 
 /// A step that was done before: the memory it needs and, from its second time on, what it queued.
@@ -72,7 +74,9 @@ pub(super) fn join<D: MatrixProduct + Debug>(
     };
     let capacity = kv.lists.iter().map(|list| list.length).max().unwrap_or(0).saturating_add(room);
     let full = backend.machine.upload("a flag", &[0_i32])?;
-    Ok(KvBatch { kv, sequences, capacity, shared, full })
+    let counters = backend.machine.array("counters of decoding", kv.lists.len() + 1, 4)?;
+    counters.fill(0)?;
+    Ok(KvBatch { kv, sequences, capacity, shared, full, counters })
 }
 
 pub(super) fn split<D: MatrixProduct + Debug>(
@@ -106,7 +110,7 @@ pub(super) fn decode_attention<D: MatrixProduct + Debug>(
     positions: &Indices<D>,
     batch: &KvBatch<D>,
 ) -> Result<Tensor<D>, BackendError> {
-    let KvBatch { kv, sequences, capacity, full, .. } = batch;
+    let KvBatch { kv, sequences, capacity, full, counters, .. } = batch;
     let (rows, heads) = (*sequences, kv.lists.len() / sequences);
     let width = heads * kv.head_dim;
     let whole_groups = queries.width > 0 && queries.width.is_multiple_of(width);
@@ -147,6 +151,7 @@ pub(super) fn decode_attention<D: MatrixProduct + Debug>(
         tokens: 1,
         head_dim: kv.head_dim as u32,
         dtype: queries.dtype,
+        counters: counters.address(),
         workspace: 0,
         workspace_bytes: 0,
     };

@@ -108,7 +108,7 @@ pub(super) fn gather_kv_shared<D: MatrixProduct + Debug>(
     backend: &CudaBackend<D>,
     kv: &Kv<D>,
     scores: &Scores<D>,
-    Share { mean, floor, tail }: Share,
+    Share { mean, assured, floor, tail }: Share,
     slack: usize,
 ) -> Result<UncountedKv<D>, BackendError> {
     let Scores { heads, keys, .. } = *scores;
@@ -135,6 +135,7 @@ pub(super) fn gather_kv_shared<D: MatrixProduct + Debug>(
         heads: heads as u32,
         keys: keys as u32,
         mean: u32::try_from(mean).unwrap_or(u32::MAX),
+        assured: u32::try_from(assured).unwrap_or(u32::MAX),
         floor,
         tail: tail as u32,
         slack: u32::try_from(slack).unwrap_or(u32::MAX),

@@ -125,10 +125,11 @@ pub(super) fn raise_scores<D: MatrixProduct + Debug>(
     positions: &Indices<D>,
     highlighted: &[bool],
 ) -> Result<(), BackendError> {
+    let marks = backend.marks(highlighted)?;
     let work = RaiseScores {
         scores: scores.table(),
         positions: positions.from("raise_scores", 0, scores.keys)?,
-        marked: backend.marks(highlighted)?.address(),
+        marked: marks.address(),
         marked_positions: highlighted.len() as u32,
         heads: scores.heads as u32,
     };
@@ -137,7 +138,7 @@ pub(super) fn raise_scores<D: MatrixProduct + Debug>(
 }
 
 impl<D: MatrixProduct + Debug> CudaBackend<D> {
-    /// A bit for each token that is not highlighted. Every layer and step of a prompt asks for the same.
+    /// A bit for each token that is not highlighted. Most layers and steps of a prompt ask for the same as the last.
     fn marks(&self, highlighted: &[bool]) -> Result<Arc<Block<D>>, BackendError> {
         let mut last = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         match &*last {
