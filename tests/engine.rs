@@ -602,7 +602,7 @@ fn highlighted_tokens_stay_where_budgets_are_small() {
     let adakv = AdaKv { retention: Budget::Tokens(33), ..AdaKv::default() };
     let policies = [
         // One token before the window, for which all heads vie, and a floor of 0.2 of it.
-        Policy::AdaKv(adakv.clone()),
+        Policy::AdaKv(adakv),
         Policy::AdaKv(AdaKv { retention: Budget::Tokens(33), floor: 0.01, ..adakv }),
         Policy::PyramidInfer(PyramidInfer::default()),
     ];
