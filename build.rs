@@ -42,7 +42,7 @@ fn build() -> Result<()> {
         ["require", "auto", "off"].contains(&mode.as_str()),
         "FASTKV_CUDA is \"{mode}\"; it must be \"require\", \"auto\" or \"off\""
     );
-    if env::var_os("CARGO_FEATURE_CUDA").is_none() || env::var_os("DOCS_RS").is_some() || mode == "off" {
+    if env::var_os("CARGO_FEATURE_KERNELS").is_none() || env::var_os("DOCS_RS").is_some() || mode == "off" {
         return Ok(());
     }
     let Some(nvcc) = find_nvcc()? else {

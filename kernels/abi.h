@@ -125,7 +125,10 @@ typedef struct fastkv_kept {
      * packed. 0: a token's position is its index.
      */
     uint64_t positions;
-    /** i32 `[out_rows]`, or `[slots, heads]`: receives the position of every row taken. 0: not wanted. */
+    /**
+     * i32 `[out_rows]`, or `[slots, heads]`, or `[slots]` where a page belongs to one head: receives the position of
+     * every row taken. 0: not wanted.
+     */
     uint64_t positions_out;
     /** Rows that the destination holds. */
     int64_t out_rows;
@@ -259,7 +262,7 @@ typedef struct fastkv_tensor_map {
 /**
  * Parameters of `fastkv_sm90_attention_*`: what the portable form takes, and maps of the tensors that come
  * by the copy engine, as {64 elements, token, d / 64, head, sequence} in boxes of 128 tokens of a head.
- * Aligned to 64 bytes; there is no bias.
+ * Aligned to 64 bytes.
  */
 typedef struct fastkv_sm90_attention_params {
     /** Queries. */
@@ -312,7 +315,10 @@ typedef struct fastkv_cache {
     fastkv_rows v;
     /** i64 `[sequences, heads]`: row of a list's first entry. 0: lists stand `capacity` apart. */
     uint64_t starts;
-    /** i32 `[sequences, heads]`, paged `[sequences]`: entries in use. */
+    /**
+     * i32 `[sequences, heads]`, paged `[sequences]`: entries in use. Below 0: a place of the batch that is not in use; it
+     * has no entries, nothing is appended, and it is not full.
+     */
     uint64_t lengths;
     /** i32 `[sequences, heads]`: rows that belong to a list. 0: `capacity` for every list. */
     uint64_t capacities;
@@ -425,7 +431,7 @@ typedef struct fastkv_slots {
     uint64_t slots;
     /** Elements from one page to the next. */
     int64_t page_stride;
-    /** Elements from one head to the next. */
+    /** Elements from one head to the next; 0 where a page belongs to one head. */
     int64_t head_stride;
     /** Elements from one slot of a page to the next. */
     int64_t slot_stride;

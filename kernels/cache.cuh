@@ -36,14 +36,17 @@ __device__ __forceinline__ int32_t room_of(const fastkv_cache& cache, int32_t in
     return int32_t(max(int64_t(0), room));
 }
 
+// What the device array says of a list: below 0 where its place is not in use.
+__device__ __forceinline__ int32_t length_at(const fastkv_cache& cache, int32_t index) {
+    return reinterpret_cast<const int32_t*>(cache.lengths)[cache.pages.table ? index / cache.heads : index];
+}
+
 __device__ __forceinline__ List list_at(const fastkv_cache& cache, int32_t index) {
     List l;
     l.index = index;
     l.start = cache.starts ? reinterpret_cast<const int64_t*>(cache.starts)[index]
                            : int64_t(index) * cache.capacity;
-    const int32_t* lengths = reinterpret_cast<const int32_t*>(cache.lengths);
-    const int32_t length = lengths[cache.pages.table ? l.sequence(cache) : index];
-    l.length = max(0, min(length, room_of(cache, index, l.start)));
+    l.length = max(0, min(length_at(cache, index), room_of(cache, index, l.start)));
     return l;
 }
 

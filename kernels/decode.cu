@@ -511,7 +511,7 @@ __device__ __forceinline__ void advance_lengths(const fastkv_decode_params& p) {
         if (has_room<paged>(p, l)) {
             reinterpret_cast<int32_t*>(p.cache.lengths)[i] = l.length + p.tokens;
         } else {
-            full = true;
+            full |= length_at(p.cache, l.index) >= 0;
         }
     }
     if (__syncthreads_or(full) && threadIdx.x == 0) {

@@ -128,7 +128,7 @@ __device__ __forceinline__ Move move_of(const fastkv_gather_kv_params& p, const 
         const int64_t slot = __ldg(reinterpret_cast<const int64_t*>(p.slots.slots) + m.place);
         const uint32_t page = uint32_t(slot) / uint32_t(p.slots.page_size);
         m.to = destination.at(page, uint32_t(slot) % uint32_t(p.slots.page_size));
-        m.place = slot * p.kept.heads + head;
+        m.place = p.slots.head_stride == 0 ? slot : slot * p.kept.heads + head;
         m.index = slot >= 0 && slot < int64_t(p.slots.pages) * p.slots.page_size ? m.index : -1;
     } else {
         m.to = destination.at(0, m.place);

@@ -92,7 +92,8 @@ pub struct Kept {
     /** i32: position of every source token, `[sequences, tokens]`, or `[tokens]` where sequences are
  packed. 0: a token's position is its index.*/
     pub positions: u64,
-    /// i32 `[out_rows]`, or `[slots, heads]`: receives the position of every row taken. 0: not wanted.
+    /** i32 `[out_rows]`, or `[slots, heads]`, or `[slots]` where a page belongs to one head: receives the position of
+ every row taken. 0: not wanted.*/
     pub positions_out: u64,
     /// Rows that the destination holds.
     pub out_rows: i64,
@@ -452,7 +453,7 @@ const _: () = {
 };
 /** Parameters of `fastkv_sm90_attention_*`: what the portable form takes, and maps of the tensors that come
  by the copy engine, as {64 elements, token, d / 64, head, sequence} in boxes of 128 tokens of a head.
- Aligned to 64 bytes; there is no bias.*/
+ Aligned to 64 bytes.*/
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct Sm90AttentionParams {
@@ -562,7 +563,8 @@ pub struct Cache {
     pub v: Rows,
     /// i64 `[sequences, heads]`: row of a list's first entry. 0: lists stand `capacity` apart.
     pub starts: u64,
-    /// i32 `[sequences, heads]`, paged `[sequences]`: entries in use.
+    /** i32 `[sequences, heads]`, paged `[sequences]`: entries in use. Below 0: a place of the batch that is not in use; it
+ has no entries, nothing is appended, and it is not full.*/
     pub lengths: u64,
     /// i32 `[sequences, heads]`: rows that belong to a list. 0: `capacity` for every list.
     pub capacities: u64,
@@ -827,7 +829,7 @@ pub struct Slots {
     pub slots: u64,
     /// Elements from one page to the next.
     pub page_stride: i64,
-    /// Elements from one head to the next.
+    /// Elements from one head to the next; 0 where a page belongs to one head.
     pub head_stride: i64,
     /// Elements from one slot of a page to the next.
     pub slot_stride: i64,

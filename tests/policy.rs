@@ -803,7 +803,7 @@ fn steered_budgets_grow_by_what_is_highlighted() {
     assert_eq!(behind(12), (Some(18), 18, Keep::All), "the window and the highlighted");
     // The newest 11 of 100 and the first 4 are as sure as the 70 that are highlighted.
     let pyramid = Policy::PyramidInfer(PyramidInfer { recent: 0.1, ..PyramidInfer::default() });
-    let many = Steering { spans: [10..80].into(), ..steering.clone() };
+    let many = Steering { spans: vec![10..40, 40..80], ..steering.clone() };
     let plan = pyramid.plan(shape, 100).expect("a plan").steer(many).expect("a span");
     let going_on: Vec<_> =
         plan.layers.iter().filter_map(|layer| layer.propagate.as_ref().map(Propagate::count)).collect();

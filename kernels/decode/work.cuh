@@ -30,7 +30,7 @@ __device__ __forceinline__ int32_t chunks_of(const fastkv_decode_params& p, cons
 // Whether the new tokens of a list can be appended: all of them or none.
 template <bool paged>
 __device__ __forceinline__ bool has_room(const fastkv_decode_params& p, const List& l) {
-    if (p.tokens > room_of(p.cache, l.index, l.start) - l.length) {
+    if (length_at(p.cache, l.index) < 0 || p.tokens > room_of(p.cache, l.index, l.start) - l.length) {
         return false;
     }
     for (int32_t token = 0; paged && token < p.tokens; ++token) {

@@ -7,7 +7,7 @@ use super::{
 use crate::abi::{self, AddParams, ConvertParams, Rows, SiluMulParams};
 
 /// `x += y`, for `[rows, width]`; each sum is rounded once.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Add {
     /// What is added to; `sequence_stride` and `head_stride` of matrices are not used.
     pub x: Rows,
@@ -24,7 +24,7 @@ pub struct Add {
 }
 
 /// `out = x` in another element type, for `[rows, width]`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Convert {
     /// What is converted.
     pub x: Rows,
@@ -41,7 +41,7 @@ pub struct Convert {
 }
 
 /// `out = silu(gate) * up`, for `[rows, width]`, with `silu(g) = g / (1 + exp(-g))`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct SiluMul {
     /// The gate.
     pub gate: Rows,

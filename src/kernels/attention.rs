@@ -21,7 +21,7 @@ use crate::abi::{self, PrefillAttentionParams, Rows, Sm90AttentionParams};
 ///
 /// A key that a query does not see adds nothing to its output, whatever the key and its value hold, NaN
 /// included. What it sees spreads as IEEE arithmetic says. Products of queries and keys are above -2^99, or -inf.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct PrefillAttention {
     /// Queries, `[sequence][query head][token][head_dim]`.
     pub q: Rows,

@@ -20,7 +20,7 @@ const MOST_SCALE: f32 = (1_u32 << 27) as f32;
 const MOST_BIAS: f32 = (1_u128 << 99) as f32;
 
 /// How many tokens each sequence has, and where they are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Lengths {
     /// Address of i32 `[sequences + 1]`: the first token of each sequence, and the end of the last, where
     /// sequences are packed along the token axis. 0: every sequence has `tokens`.
@@ -48,7 +48,8 @@ pub struct Bias {
 /// Where the natural logarithm of each query's softmax denominator is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lse {
-    /// Address of f32 `[query_heads][stride]`; a head's queries lie sequence after sequence.
+    /// Address of f32 `[query_heads][stride]`, natural logarithms; a head's queries, those that are described and no
+    /// others, lie sequence after sequence.
     pub base: u64,
     /// Elements from one head to the next.
     pub stride: i64,
@@ -56,7 +57,7 @@ pub struct Lse {
 
 /// Probabilities summed over queries, for every key of a sequence: `scores[sequence][head][key]`, f32.
 /// What lies past a sequence's keys is not written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scores {
     /// Address of the first.
     pub base: u64,
@@ -71,7 +72,7 @@ pub struct Scores {
 }
 
 /// Scores of keys: `scores[sequence][head][key]`, f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct ScoreRows {
     /// Address of the first.
     pub base: u64,
@@ -90,10 +91,18 @@ pub enum Window {
     All,
 }
 
+/// No queries, which is refused: a window has to be named.
+impl Default for Window {
+    fn default() -> Self {
+        Self::Last(0)
+    }
+}
+
 /// Whose probabilities are summed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ScoreHeads {
     /// Each query head has scores of its own.
+    #[default]
     Query,
     /// The query heads of a GQA group are summed, too: scores of each kv head.
     Group,

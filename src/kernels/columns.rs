@@ -14,7 +14,7 @@ use crate::abi::ColumnSumsParams;
 /// Softmax probabilities of all queries of every sequence, which are the last of its keys, summed for every key
 /// over these queries and over the query heads of its kv head. Query i counts `weight + i * step`, and on the
 /// last `band` of the keys that it sees; its softmax is over all of them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct ColumnSums {
     /// The queries and keys, and where the sums go: all queries, summed over groups, with LSE and without
     /// positions.

@@ -7,7 +7,7 @@ use super::{
 use crate::abi::{self, EmbedParams};
 
 /// `out[i] = table[ids[i]]`. An id outside the table gives a row of zeros and raises `fault`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Embed {
     /// Address of `[vocabulary, width]`, dense.
     pub table: u64,

@@ -129,7 +129,6 @@ impl Layer {
             kept: self.kept(prompts, choice),
             k,
             v,
-            pages: Pages::default(),
             slots: Slots {
                 slots,
                 page_stride: i64::from(self.page_size) * width,
@@ -143,6 +142,7 @@ impl Layer {
             v_out: step.v_pages,
             head_dim: self.head_dim,
             dtype: DTYPE,
+            ..Default::default()
         };
         // SAFETY: the caller's promise.
         unsafe {
@@ -152,7 +152,9 @@ impl Layer {
     }
 
     /// At the TSP layer: one set of tokens for each sequence, and their hidden states, f32 `[tokens, width]`, packed at
-    /// the rows that `starts`, i64 `[sequences]`, says. Later layers rotate by the `positions`, i32, that come along.
+    /// the rows that `starts`, i64 `[sequences]`, says. Later layers rotate by the `positions`, i32, that come along. Their
+    /// `cu_seqlens`, and `starts`, are sums of what the sequences before keep, `min(count, tokens)` each, which the host
+    /// knows where it chose the counts.
     ///
     /// # Safety
     /// As for [`attend`](Self::attend).
@@ -221,10 +223,7 @@ impl Layer {
             dtype: DTYPE,
             queries: lengths,
             keys: lengths,
-            positions: 0,
             scale: default_scale(self.head_dim),
-            bias: None,
-            lse: None,
             scores: Some(Scores {
                 base: scores.base,
                 sequence_stride: scores.sequence_stride,
@@ -234,7 +233,7 @@ impl Layer {
             }),
             workspace: workspace.address,
             workspace_bytes: workspace.bytes,
-            form: None,
+            ..Default::default()
         }
     }
 
@@ -253,10 +252,8 @@ impl Layer {
             groups: self.kv_heads / choice.rows,
             heads: self.query_heads / self.kv_heads,
             keys: Lengths::packed(prompts.cu_seqlens, self.tokens, self.longest),
-            lengths: 0,
             window: WINDOW,
             tail: WINDOW,
-            sinks: 0,
             pooling: Pooling::max(7),
             reduction: Reduction::Sum,
             page: 1,
@@ -267,7 +264,7 @@ impl Layer {
             capacity: self.capacity,
             workspace: workspace.address,
             workspace_bytes: workspace.bytes,
-            form: None,
+            ..Default::default()
         }
     }
 
@@ -319,11 +316,7 @@ impl Layer {
             k_new: Rows::token_major(step.k, 1, 1, self.head_dim),
             v_new: Rows::token_major(step.v, 1, 1, self.head_dim),
             out: Rows::token_major(step.out, 1, group, self.head_dim),
-            positions_new: 0,
-            lse: 0,
             full: step.full,
-            bias: None,
-            bias_positions: 0,
             scale: default_scale(self.head_dim),
             query_heads: group,
             tokens: 1,
@@ -332,6 +325,7 @@ impl Layer {
             counters: step.counters,
             workspace: workspace.address,
             workspace_bytes: workspace.bytes,
+            ..Default::default()
         }
     }
 }

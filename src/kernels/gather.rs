@@ -19,7 +19,7 @@ use crate::abi::{
 /// The kept rows of K and of V for every (sequence, kv head): `k_out[start + i] = k[indices[i]]`, and
 /// so for V. A list that all heads share has one length and not one for each: 0 for `kept.lengths` does without, as -1
 /// behind the indices skips.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct GatherKv {
     /// Which rows, and where they go.
     pub kept: Kept,
@@ -31,7 +31,8 @@ pub struct GatherKv {
     pub pages: Pages,
     /// Where the rows of paged destinations go; all zero where they are dense.
     pub slots: Slots,
-    /// Address of `[kept.out_rows, head_dim]`, or of the first page, for K; does not overlap the sources.
+    /// Address of `[kept.out_rows, head_dim]`, or of the first page, for K; does not overlap the sources. Where both are
+    /// paged they may be one pool, as long as no slot that is written lies in a page that is read.
     pub k_out: u64,
     /// The same for V, which does not overlap K's unless both are paged.
     pub v_out: u64,
@@ -42,7 +43,7 @@ pub struct GatherKv {
 }
 
 /// The kept rows of hidden states for every sequence: `out[start + i] = rows[indices[i]]`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct GatherRows {
     /// Which rows, and where they go; `heads` is 1.
     pub kept: Kept,
@@ -58,7 +59,7 @@ pub struct GatherRows {
 
 /// Entries of a cache that stay, moved to the front of their lists: `k[i] = k[indices[i]]`, and so for V and
 /// positions.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Compact {
     /// The lists. Their lengths are read, not changed.
     pub cache: Cache,
@@ -74,7 +75,8 @@ pub struct Compact {
     /// Address of i32 `[sequences, heads]`: indices in use. 0: all of them, to the first -1.
     pub kept: u64,
     /// Address that receives i32 `[sequences, heads]`: entries that were kept, the lists' lengths from now
-    /// on; apart from `cache.lengths`.
+    /// on; apart from `cache.lengths`. The heads of a sequence share a length where the cache is paged: they are to keep as
+    /// many each, and one of their numbers is the sequence's.
     pub lengths_out: u64,
     /// Elements of a row; a row is a multiple of 16 bytes.
     pub head_dim: u32,
@@ -83,7 +85,7 @@ pub struct Compact {
 }
 
 /// `out[i] = list[rows[i]]`, and -1 for a row outside the list: the positions of selected rows.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct GatherIndices {
     /// Address of i32 `[length]`.
     pub list: u64,
@@ -146,7 +148,7 @@ pub unsafe fn gather_indices<D: Launcher + ?Sized>(device: &D, work: &GatherIndi
 /// # Safety
 /// Every address in `work` is 0 where that is allowed, or device memory of the size its comment states,
 /// until the kernel is done. Nothing else writes `k_out`, `v_out` or `positions_out` meanwhile, and
-/// nothing writes the sources.
+/// nothing writes the sources, pages of the pool apart that are not read.
 pub unsafe fn gather_kv<D: Launcher + ?Sized>(device: &D, work: &GatherKv) -> Result<(), Error> {
     let kept = &work.kept;
     let row_bytes = row_bytes("head_dim", work.head_dim, work.dtype)?;
@@ -159,7 +161,9 @@ pub unsafe fn gather_kv<D: Launcher + ?Sized>(device: &D, work: &GatherKv) -> Re
     let sources = [("k", check::rows("k", &work.k, shape)?), ("v", check::rows("v", &work.v, shape)?)];
     let k_out = check_kv_out("k_out", work.k_out, work, row_bytes)?;
     let v_out = check_kv_out("v_out", work.v_out, work, row_bytes)?;
-    for (name, source) in sources {
+    // Which pages of a pool are whose is on the device.
+    let one_pool = work.pages.table != 0 && work.slots.slots != 0;
+    for (name, source) in sources.into_iter().filter(|_| !one_pool) {
         disjoint("k_out", &k_out, name, &source)?;
         disjoint("v_out", &v_out, name, &source)?;
     }
@@ -405,7 +409,8 @@ fn check_kv_out(name: &str, base: u64, work: &GatherKv, row_bytes: i32) -> Resul
     }
     let all = cache::slots("slots", slots.pages, slots.page_size)?;
     range("slots.slots", slots.slots, kept.out_rows.into(), 8, Presence::Needed)?;
-    let positions = i128::from(all) * i128::from(kept.heads);
+    // A page of one head has a position for each slot.
+    let positions = i128::from(all) * if slots.head_stride == 0 { 1 } else { i128::from(kept.heads) };
     range("kept.positions_out", kept.positions_out, positions, 4, Presence::Optional)?;
     let rows = Rows {
         base,

@@ -29,7 +29,7 @@ pub trait MatrixProduct: Device {
 
 /// `out = x . weight^T + bias`, or `out += ...`: products of 16-bit numbers, sums in f32, one rounding at
 /// the end. `sequence_stride` and `head_stride` of matrices are not used.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Matmul {
     /// `[rows, inner]` of `dtype`.
     pub x: Rows,

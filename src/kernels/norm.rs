@@ -12,7 +12,7 @@ use crate::abi::{self, RmsNormParams, Rows};
 /// come to an error of about one percent, and some checkpoints have channels that overflow f16. By
 /// arithmetic the wider stream costs Llama 3.1 8B about 10 bytes an element and layer, 1.6 % of the time of
 /// its matrix products.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct RmsNorm {
     /// `[rows, width]`; written where `added` is there. `sequence_stride` and `head_stride` of matrices
     /// are not used.

@@ -10,7 +10,7 @@ use crate::abi::{self, RopeParams, Rows};
 /// `position * inverse_frequencies[i]`, rounded to f32.
 ///
 /// Queries go to `q_out`. Keys, rotated, and values go to a ragged cache; see [`Append`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Rope {
     /// Queries, `[sequence][query head][token][head_dim]`.
     pub q: Rows,
@@ -41,7 +41,7 @@ pub struct Rope {
 
 /// Keys and values that join a ragged cache: token i of a sequence goes to row `starts + lengths + i` of
 /// each kv head. A row outside the cache is dropped.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Append {
     /// Keys, `[sequence][kv head][token][head_dim]`.
     pub k: Rows,

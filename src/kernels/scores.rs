@@ -21,9 +21,10 @@ use crate::abi::{self, PoolScoresParams, Pooling, Rows, WindowScoresParams};
 ///
 /// NaN reaches the scores of those keys alone whose products with a query that sees them, or whose
 /// query's LSE, are NaN.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct WindowScores {
-    /// Queries, `[sequence][query head][token][head_dim]`; the window's are enough.
+    /// Queries, `[sequence][query head][token][head_dim]`. The window's are enough where no LSE is given; with one,
+    /// describe all that it has.
     pub q: Rows,
     /// Keys, `[sequence][kv head][token][head_dim]`.
     pub k: Rows,
@@ -62,7 +63,7 @@ pub struct WindowScores {
 
 /// Scores pooled along the keys for each query head, then summed over the query heads of each kv head: what
 /// a layer ranks its keys by. And the sum of these over the kv heads: what the TSP layer ranks tokens by.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct PoolScores {
     /// Scores of every query head. Strides that are multiples of 4 are read faster.
     pub scores: ScoreRows,

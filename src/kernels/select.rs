@@ -24,7 +24,7 @@ use crate::abi::{self, Pooling, SelectParams};
 /// the first `tail` behind the scored ones; both count towards `count`. Where that leaves no room for all
 /// of them, the first ones stay. Otherwise the highest scores win, ties go to the lower key, and NaN comes
 /// last.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct SelectTopk {
     /// Scores of every score head, `(row * groups + group) * heads + head`. Strides that are multiples of 4
     /// are read faster.
@@ -76,9 +76,10 @@ pub struct SelectTopk {
 }
 
 /// How the scores of several groups become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Reduction {
     /// Their sum.
+    #[default]
     Sum,
     /// The largest: a key that one group needs is kept for all.
     Max,

@@ -13,7 +13,7 @@ use crate::abi::ShareKeysParams;
 /// The best keys are what [`select_topk`](super::select::select_topk) leaves of the scores of all heads as one row,
 /// with a count of `mean · heads`. What comes out are the counts of a second selection, head by head, and the lengths
 /// and starts of the lists that [`gather_kv`](super::gather::gather_kv) fills then: no host looks at any of it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct ShareKeys {
     /// Address of i32 `[count]`, ascending: the best keys of all heads, `head · keys + key`.
     pub best: u64,

@@ -13,7 +13,7 @@ use crate::abi::{
 };
 
 /// Scores of keys, f32 `[head][key]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct ScoreTable {
     /// Address of the first.
     pub base: u64,
@@ -24,7 +24,7 @@ pub struct ScoreTable {
 }
 
 /// `out = a + b` for each of `heads`; keys that one lacks count 0.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct AddScores {
     /// One summand.
     pub a: ScoreTable,
@@ -37,7 +37,7 @@ pub struct AddScores {
 }
 
 /// `out[i] = scores[entries[i]]` for each of `heads`, 0 for an entry outside the scores, as -1 behind a list is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct GatherScores {
     /// What is gathered.
     pub scores: ScoreTable,
@@ -53,7 +53,7 @@ pub struct GatherScores {
 
 /// `scores[head][key] = +inf` for each of `heads`, where the position of the key has a bit that is not set: the keys
 /// that a [`batch::Bias`](super::batch::Bias) of the same bits leaves alone, so that a selection takes them first.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct RaiseScores {
     /// The scores.
     pub scores: ScoreTable,
@@ -69,7 +69,7 @@ pub struct RaiseScores {
 
 /// A bit for each entry of the lists of a ragged cache, set where the bit of its position is: how
 /// [`batch::Bias`](super::batch::Bias) tells the keys of a prompt, made from how it tells positions.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct MarkKeys {
     /// Address of i32 `[rows]`: positions of all entries.
     pub positions: u64,

@@ -295,9 +295,15 @@ impl State {
     }
 
     /// Whether all new tokens of a list fit.
+    /// Whether a place of the batch holds a list at all.
+    fn is_in_use(&self, case: &Case, sequence: usize, head: usize) -> bool {
+        self.lengths[self.length_index(case, sequence, head)] >= 0
+    }
+
     fn has_room(&self, case: &Case, sequence: usize, head: usize) -> bool {
         let length = self.length(case, sequence, head);
-        length + case.tokens <= self.room(case, sequence, head)
+        self.is_in_use(case, sequence, head)
+            && length + case.tokens <= self.room(case, sequence, head)
             && (0..case.tokens).all(|token| self.place(case, sequence, head, length + token).is_some())
     }
 }
@@ -461,7 +467,7 @@ fn grow(case: &Case, state: &mut State, step: &Step) {
         let mut lengths = Vec::new();
         for head in 0..case.heads {
             if !state.has_room(case, sequence, head) {
-                state.full = 1;
+                state.full |= i32::from(state.is_in_use(case, sequence, head));
                 continue;
             }
             let length = state.length(case, sequence, head);
@@ -679,6 +685,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("decode_shapes", |device, _| all(shapes(), |case| check(device, case))),
         Check::portable("decode_paged", |device, _| all(paged(), |case| check(device, case))),
         Check::portable("decode_hostile", |device, _| hostile(device)),
+        Check::portable("decode_places_not_in_use", |device, _| places_not_in_use(device)),
         Check::portable("decode_infinite_values", |device, _| infinite_values(device)),
         Check::portable("decode_same_bits", |device, _| same_bits(device)),
         Check::portable("decode_random", |device, seed| {
@@ -739,6 +746,24 @@ fn paged() -> Vec<Case> {
     // The second token of the second sequence has no page.
     cases.push(Case { layout: Layout::Paged(8), tokens: 2, slack: 2, holes: true, ..case });
     cases
+}
+
+/// Places of a batch without a sequence: nothing is written there, and nothing is full.
+fn places_not_in_use<D: Device>(device: &D) -> Result<(), String> {
+    let lengths: &[&[usize]] = &[&[20, 20], &[0, 0], &[70, 70], &[0, 0]];
+    let case = Case { steps: 2, slack: 4, counters: true, ..Case::new(64, 4, lengths) };
+    for layout in [Layout::Ragged, Layout::Paged(8)] {
+        let case = Case { layout, ..case.clone() };
+        let mut state = State::new(&case);
+        let lists = state.lengths.len() / lengths.len();
+        for sequence in [1, 3] {
+            state.lengths[sequence * lists..][..lists].fill(-1);
+            let pages = state.table_pages;
+            state.table[sequence * pages..][..pages].fill(-1);
+        }
+        check_from(device, &case, state).map_err(|error| format!("{error}\n{layout:?}"))?;
+    }
+    Ok(())
 }
 
 /// Lengths, starts and capacities that make no sense: clipped lists, and nothing beside them is touched.

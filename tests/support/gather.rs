@@ -40,7 +40,7 @@ pub(crate) struct Case {
     pub(crate) positions: Option<Vec<i32>>,
     /// Where tokens lie that are paged, `[pages, page_size, heads, width]`.
     pub(crate) table: Option<Table>,
-    /// Where rows of K and V go that are paged, `[pages, page_size, heads, width]`.
+    /// Where rows of K and V go that are paged, `[pages, page_size, heads, width]`, or without heads.
     pub(crate) slots: Option<SlotMap>,
     pub(crate) seed: u64,
 }
@@ -57,6 +57,8 @@ pub(crate) struct Table {
 pub(crate) struct SlotMap {
     page_size: usize,
     pages: usize,
+    /// Whether a page belongs to one head.
+    of_one_head: bool,
     /// One for each row of the destination.
     slots: Vec<i64>,
 }
@@ -86,7 +88,13 @@ impl SlotMap {
             0 => random.of(&[-1, i64::MIN, (pages * page_size) as i64, i64::MAX]),
             _ => free.swap_remove(random.below(free.len())),
         });
-        Self { page_size, pages, slots: slots.collect() }
+        let slots = slots.collect();
+        Self { page_size, pages, of_one_head: random.below(2) == 0, slots }
+    }
+
+    /// Heads that share a slot.
+    fn heads(&self, case: &Case) -> usize {
+        if self.of_one_head { 1 } else { case.heads }
     }
 }
 
@@ -201,14 +209,14 @@ impl Case {
 
     /// Rows of K that the destination has for each head, or for all together where it is dense.
     fn places(&self) -> usize {
-        self.slots.as_ref().map_or(self.out_rows, |map| map.pages * map.page_size * self.heads)
+        self.slots.as_ref().map_or(self.out_rows, |map| map.pages * map.page_size * map.heads(self))
     }
 
     /// Place of a destination row.
     fn place(&self, head: usize, row: usize) -> Option<usize> {
         let Some(map) = &self.slots else { return Some(row) };
         let slot = usize::try_from(map.slots[row]).ok().filter(|slot| *slot < map.pages * map.page_size)?;
-        Some(slot * self.heads + head)
+        Some(if map.of_one_head { slot } else { slot * self.heads + head })
     }
 
     /// Whether a token lies anywhere.
@@ -330,14 +338,16 @@ impl Case {
     }
 
     fn slots<D: Device>(&self, memory: &mut Memory<'_, D>) -> Slots {
-        let row = (self.heads * self.width) as i64;
-        self.slots.as_ref().map_or(Slots::default(), |map| Slots {
-            slots: memory.put(bytemuck::cast_slice(&map.slots)),
-            page_stride: map.page_size as i64 * row,
-            head_stride: self.width as i64,
-            slot_stride: row,
-            pages: map.pages as i32,
-            page_size: map.page_size as i32,
+        self.slots.as_ref().map_or(Slots::default(), |map| {
+            let row = (map.heads(self) * self.width) as i64;
+            Slots {
+                slots: memory.put(bytemuck::cast_slice(&map.slots)),
+                page_stride: map.page_size as i64 * row,
+                head_stride: if map.of_one_head { 0 } else { self.width as i64 },
+                slot_stride: row,
+                pages: map.pages as i32,
+                page_size: map.page_size as i32,
+            }
         })
     }
 
@@ -364,6 +374,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
                 check_kv(device, case)
             })
         }),
+        Check::portable("gather_kv_within_a_pool", |device, _| within_a_pool(device)),
         Check::portable("compact_edges", |device, _| {
             all(compact_edges(), |case| check_compact(device, case))
         }),
@@ -436,6 +447,79 @@ fn walks<D: Device>(device: &D) -> Result<(), String> {
             })
         }
     })
+}
+
+/// From pages to other pages of the same tensors.
+fn within_a_pool<D: Device>(device: &D) -> Result<(), String> {
+    const HEADS: usize = 2;
+    const WIDTH: usize = 64;
+    const PAGES: usize = 12;
+    const PAGE_SIZE: usize = 4;
+    const KEPT: usize = 8;
+    let table: [i32; 5] = [7, 2, 9, 0, 4];
+    let pages_out = [3, 5];
+    let indices: [[i32; KEPT]; HEADS] = [[0, 1, 4, 9, 10, 17, 18, 19], [2, 3, 5, 6, 7, 11, 12, 16]];
+    let slots: Vec<i64> = pages_out
+        .iter()
+        .flat_map(|page| (0..PAGE_SIZE).map(move |i| (page * PAGE_SIZE + i) as i64))
+        .collect();
+    let mut memory = Memory::new(device);
+    let mut random = Random(4);
+    let pools = [0, 1].map(|_| -> Vec<u16> {
+        (0..PAGES * PAGE_SIZE * HEADS * WIDTH).map(|_| random.next() as u16).collect()
+    });
+    let [k, v] = pools.each_ref().map(|pool| memory.put(bytemuck::cast_slice(pool)));
+    let row = (HEADS * WIDTH) as i64;
+    let work = gather::GatherKv {
+        kept: Kept {
+            indices: memory.put(bytemuck::cast_slice(&indices)),
+            index_head_stride: KEPT as i64,
+            // Both heads at the same slots.
+            starts: memory.put(&[0; 8 * HEADS]),
+            out_rows: KEPT as i64,
+            sequences: 1,
+            heads: HEADS as i32,
+            tokens: (table.len() * PAGE_SIZE) as i32,
+            capacity: KEPT as i32,
+            ..Kept::default()
+        },
+        k: Rows::token_major(k, PAGE_SIZE as u32, HEADS as u32, WIDTH as u32),
+        v: Rows::token_major(v, PAGE_SIZE as u32, HEADS as u32, WIDTH as u32),
+        pages: Pages {
+            table: memory.put(bytemuck::cast_slice(&table)),
+            table_pages: table.len() as i32,
+            pages: PAGES as i32,
+            page_size: PAGE_SIZE as i32,
+            reserved: 0,
+        },
+        slots: Slots {
+            slots: memory.put(bytemuck::cast_slice(&slots)),
+            page_stride: PAGE_SIZE as i64 * row,
+            head_stride: WIDTH as i64,
+            slot_stride: row,
+            pages: PAGES as i32,
+            page_size: PAGE_SIZE as i32,
+        },
+        k_out: k,
+        v_out: v,
+        head_dim: WIDTH as u32,
+        dtype: DType::BF16,
+    };
+    // SAFETY: blocks of `memory`; the pages of the table and those written are apart.
+    unsafe { gather::gather_kv(device, &work) }.map_err(|error| error.to_string())?;
+    for (name, address, pool) in [("k", k, &pools[0]), ("v", v, &pools[1])] {
+        let mut expected = pool.clone();
+        for (head, indices) in indices.iter().enumerate() {
+            for (index, slot) in indices.iter().zip(&slots) {
+                let from =
+                    table[*index as usize / PAGE_SIZE] as usize * PAGE_SIZE + *index as usize % PAGE_SIZE;
+                let [from, to] = [from, *slot as usize].map(|slot| (slot * HEADS + head) * WIDTH);
+                expected[to..to + WIDTH].copy_from_slice(&pool[from..from + WIDTH]);
+            }
+        }
+        memory.expect(name, address, bytemuck::cast_slice(&expected))?;
+    }
+    Ok(())
 }
 
 /// Starts of sequences that make no sense lead nowhere outside the tensors.
@@ -543,7 +627,7 @@ fn edges() -> Vec<Case> {
 
 /// Slots that all heads of a sequence share, as engines map them.
 fn shared_slots() -> Vec<Case> {
-    let slots = |slots| Some(SlotMap { page_size: 16, pages: 6, slots });
+    let slots = |slots| Some(SlotMap { page_size: 16, pages: 6, of_one_head: false, slots });
     let plain = Case::plain(Layout::TokenMajor, DType::BF16, [2, 3, 100, 30, 64]);
     let starts = Some(vec![0, 0, 0, 30, 30, 30]);
     vec![
