@@ -264,6 +264,30 @@ fn too_large_for_memory() {
     inspect_refused(&fixture("bf16-gqa4"), &ids(), &["--memory-limit", "much"], 2, &["8GiB"]);
 }
 
+/// Results of before are found before anyone looks for the model, which is not there.
+#[test]
+fn files_that_are_there_already() {
+    let scratch = Scratch::new();
+    let file = scratch.file("results.svg", "precious");
+    let path = file.to_str().expect("UTF-8");
+    let said = [path, "there already", "--force"];
+    for (command, option) in [
+        ("inspect", "--out"),
+        ("inspect", "--picture"),
+        ("compare", "--out"),
+        ("bench", "--out"),
+        ("bench", "--picture"),
+    ] {
+        refused([command, "--model", "no such model", option, path], 2, &[&said[..], &[option]].concat());
+        refused([command, "--model", "no such model", option, path, "--force"], 1, &["no such model"]);
+        // What is no plain file has nothing to lose.
+        if option == "--out" {
+            refused([command, "--model", "no such model", option, "/dev/null"], 1, &["no such model"]);
+        }
+    }
+    assert_eq!(fs::read_to_string(&file).expect("readable"), "precious");
+}
+
 /// There is no such model: an output that cannot be written is found before anyone looks for it.
 #[test]
 fn unwritable_outputs_are_found_first() {

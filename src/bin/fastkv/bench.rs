@@ -25,7 +25,7 @@ use crate::device::{Needs, on};
 use crate::exit::Usage;
 use crate::loading::MachineOptions;
 use crate::options::{PolicyName, PolicyOptions};
-use crate::output::{self, Output};
+use crate::output::{self, OverwriteOptions};
 use crate::{exit, progress};
 
 /// Measure time to first token, decoding and memory on this machine.
@@ -86,6 +86,8 @@ pub(crate) struct Arguments {
     /// Draw time to first token, speed-up and decoding over the length
     #[arg(long, value_name = "FILE.svg", help_heading = "Output")]
     picture: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: OverwriteOptions,
 }
 
 fn shapes() -> PossibleValuesParser {
@@ -136,9 +138,9 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     }
     let mut policies = arguments.policy_options.policies(names)?;
     output::check_apart(arguments.out.as_ref(), arguments.picture.as_ref())?;
-    let out = Output::prepare_if(arguments.out.as_ref())?;
+    let out = arguments.overwrite.prepare_if("--out", arguments.out.as_ref())?;
     let picture = arguments.picture.as_ref().map(|path| match path.extension() {
-        Some(extension) if extension == "svg" => Output::prepare(path),
+        Some(extension) if extension == "svg" => arguments.overwrite.prepare("--picture", path),
         _ => bail!(Usage(format!("--picture {}: the name must end in .svg", path.display()))),
     });
     let picture = picture.transpose()?;

@@ -20,7 +20,7 @@ use crate::exit::Usage;
 use crate::input::PromptOptions;
 use crate::loading::{self, ModelOptions};
 use crate::options::{PolicyName, PolicyOptions};
-use crate::output::{self, Output};
+use crate::output::{self, OverwriteOptions};
 use crate::steering::SteeringOptions;
 use crate::{exit, progress};
 
@@ -63,6 +63,8 @@ pub(crate) struct Arguments {
     /// Write the JSON object to a file as well
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: OverwriteOptions,
 }
 
 /// What `--json` prints.
@@ -111,7 +113,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     }
     let mut policies = arguments.policy_options.policies(names)?;
     arguments.answer.sampling()?;
-    let out = Output::prepare_if(arguments.out.as_ref())?;
+    let out = arguments.overwrite.prepare_if("--out", arguments.out.as_ref())?;
     let model = ModelDir::open(&arguments.model.model)?;
     let prompt = arguments.prompt.read(&model, arguments.answer.question.as_deref())?;
     let shape = ModelShape::from(&model.config);
