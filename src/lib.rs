@@ -20,6 +20,8 @@ pub mod eval;
 pub mod kernels;
 #[cfg(feature = "pipeline")]
 pub mod measure;
+#[doc(hidden)]
+pub mod messages;
 pub mod policy;
 mod random;
 #[cfg(feature = "cli")]

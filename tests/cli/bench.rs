@@ -75,7 +75,7 @@ fn every_policy_is_measured_at_every_length() {
     let page = scratch.path("report.html");
     let directory = scratch.path("");
     let arguments = ["report", directory.to_str().expect("UTF-8"), "--out", page.to_str().expect("UTF-8")];
-    assert!(stdout_of(arguments).contains("1 files of results"));
+    assert!(stdout_of(arguments).contains("1 file of results"));
     stdout_of(again(&["--force"]).chain(paths));
     assert_eq!(read_json(&out)["measured"][0]["tokens"], 32);
 }

@@ -17,6 +17,7 @@ use fastkv::measure::{
     Measurable, SHAPES, decode, median, parameters, prefill, prefill_flops, random_engine, random_prompts,
     shape,
 };
+use fastkv::messages::count;
 use fastkv::model::{Dtype, LlamaConfig, ModelDir};
 use fastkv::policy::{ModelShape, Plan, Policy};
 use fastkv::report::{Bench, BenchSettings, Measured, Skipped};
@@ -476,7 +477,7 @@ fn readable(report: &Bench) -> String {
         text += &format!("{table}\n");
     }
     for Skipped { policy, tokens, reason } in &report.skipped {
-        text += &format!("{policy} at {tokens} tokens was not measured: {reason}\n");
+        text += &format!("{policy} at {} was not measured: {reason}\n", count(*tokens, "token"));
     }
     if report.cancelled {
         text += "cancelled: what was measured by then\n";

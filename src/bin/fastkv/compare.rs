@@ -10,6 +10,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use fastkv::backend::Backend;
 use fastkv::engine::{Bytes, Cancel, Engine, FinishReason, Progress};
+use fastkv::messages::count;
 use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Plan, Policy};
 use serde::Serialize;
@@ -276,7 +277,7 @@ fn readable(report: &Report<'_>) -> Result<String> {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    let mut text = format!("{} tokens on {}\n{table}\n", report.prompt_tokens, report.device);
+    let mut text = format!("{} on {}\n{table}\n", count(report.prompt_tokens, "token"), report.device);
     for Row { policy, answer, .. } in &report.policies {
         let cut = if answer.finish == FinishReason::Cancelled { " (cancelled)" } else { "" };
         let words = match &answer.text {

@@ -11,6 +11,7 @@ use fastkv::engine::{
     Bytes, Cancel, Control, Engine, FinishReason, GenerationOptions, PrefillOptions, Progress, Sampling,
     Settled, Trace,
 };
+use fastkv::messages::count;
 use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Plan, Policy};
 use fastkv::report::{KeptPicture, describe};
@@ -206,9 +207,9 @@ impl Picture {
 
     fn write(&self, report: &Report<'_>, policy: &Policy, trace: &Trace, prompt: &Prompt) -> Result<()> {
         let subtitle = format!(
-            "{}, {} tokens; {}",
+            "{}, {}; {}",
             report.model.file_name().unwrap_or(report.model.as_os_str()).to_string_lossy(),
-            report.prompt_tokens,
+            count(report.prompt_tokens, "token"),
             cache_figures(report)
         );
         let picture = KeptPicture {
