@@ -2,7 +2,6 @@
 
 use anyhow::{Context, Result, bail};
 use fastkv::eval::Question;
-use fastkv::messages::count;
 use fastkv::model::{ChatMessage, ChatTemplate, Tokenizer};
 
 /// How a model reads questions.
@@ -64,7 +63,7 @@ impl Reader<'_> {
             // Where halves meet, text may take other tokens than it did: so more than once.
             kept = kept.checked_sub(over).filter(|kept| *kept > 0).with_context(|| {
                 let answer = question.answer_tokens;
-                format!("no room in {} for the question and an answer of {answer}", count(length, "token"))
+                format!("{length} tokens have no room for the question and an answer of {answer}")
             })?;
             let [first, last] = [&ids[..kept / 2], &ids[ids.len() - (kept - kept / 2)..]];
             let (first, last) = (self.tokenizer.decode(first, true)?, self.tokenizer.decode(last, true)?);
