@@ -20,6 +20,8 @@ pub mod eval;
 pub mod kernels;
 #[cfg(feature = "pipeline")]
 pub mod measure;
+#[doc(hidden)]
+pub mod messages;
 pub mod policy;
 mod random;
 #[cfg(feature = "cli")]
@@ -28,7 +30,7 @@ pub mod report;
 #[cfg(feature = "pipeline")]
 pub mod model;
 
-/// The README's example has to compile and run.
-#[cfg(all(doctest, feature = "text"))]
+/// The README's examples have to compile, and that on the CPU to run.
+#[cfg(all(doctest, feature = "cuda", feature = "text"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

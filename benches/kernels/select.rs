@@ -45,6 +45,7 @@ fn share<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Work<'a>> {
         heads,
         keys,
         mean: kept,
+        assured: 0,
         floor: 0.2,
         tail: WINDOW,
         slack: 0,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::NeedleTask;
+use crate::messages::count;
 use crate::random::SplitMix64;
 
 /// Words and sentence templates, where `{word kind}` stands for any word of that kind. Words are
@@ -74,7 +75,10 @@ pub enum DialectError {
         known: String,
     },
     /// A prompt too short for its facts and its question.
-    #[error("{tokens} tokens have no room for {facts} facts and the question: {least} are the least")]
+    #[error(
+        "no room in {} for {} and the question: {least} are the least",
+        count(*.tokens, "token"), count(*.facts, "fact")
+    )]
     TooShort {
         /// Tokens asked for.
         tokens: usize,

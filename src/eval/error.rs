@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use super::DialectError;
+use crate::messages::count;
 
 /// What can go wrong when questions are made.
 #[derive(Debug, thiserror::Error)]
@@ -8,7 +9,7 @@ use super::DialectError;
 pub enum EvalError {
     /// A length with no room for the least there is to a task.
     #[error(
-        "{task}: {length} tokens have no room for the shortest prompt and its answer, which take {least}"
+        "{task}: no room in {} for the shortest prompt and its answer, which take {least}", count(*.length, "token")
     )]
     TooShort {
         /// The task.
@@ -19,7 +20,7 @@ pub enum EvalError {
         least: usize,
     },
     /// A sample that stayed too long, however often it was cut.
-    #[error("{task}: no prompt of seed {seed} fits {length} tokens: its size varies too much with the seed")]
+    #[error("{task}: no prompt of seed {seed} fits {}: its size varies too much with the seed", count(*.length, "token"))]
     NothingFits {
         /// The task.
         task: &'static str,

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::longbench::Dataset;
 use super::{EvalError, Key, Question, Scoring};
+use crate::messages::{json_problem, text};
 use crate::model::json::shown;
 
 /// A question of a file.
@@ -58,13 +59,15 @@ const ANSWER_TOKENS: usize = 128;
 /// A file that cannot be read or is empty, or a line that is no such object, with the line and the field.
 pub fn read_questions(path: &Path) -> Result<Vec<FileQuestion>, EvalError> {
     let unusable = |reason: String| EvalError::File { path: path.to_path_buf(), reason };
-    let text = std::fs::read_to_string(path).map_err(|error| unusable(error.to_string()))?;
+    let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
+    let text = text(bytes).map_err(|error| unusable(error.to_string()))?;
     let name = path.file_stem().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let mut questions = Vec::new();
     for (index, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
         let line = index + 1;
         let wrong = |problem: String| EvalError::Line { path: path.to_path_buf(), line, problem };
-        let fields: Value = serde_json::from_str(text).map_err(|error| wrong(format!("no JSON: {error}")))?;
+        let no_json = |error| wrong(format!("no JSON: {}", json_problem(&error)));
+        let fields: Value = serde_json::from_str(text).map_err(no_json)?;
         let Value::Object(fields) = fields else {
             return Err(wrong("a JSON object is wanted, with a question and its answers".to_owned()));
         };

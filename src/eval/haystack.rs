@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::EvalError;
 use super::words::shuffle;
+use crate::messages::text;
 use crate::random::SplitMix64;
 
 /// Running text in paragraphs of sentences.
@@ -32,7 +33,8 @@ impl Prose {
     /// A file that cannot be read, or with fewer than two sentences.
     pub fn from_file(path: &Path) -> Result<Self, EvalError> {
         let unusable = |reason: String| EvalError::Haystack { path: path.to_path_buf(), reason };
-        let text = std::fs::read_to_string(path).map_err(|error| unusable(error.to_string()))?;
+        let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
+        let text = text(bytes).map_err(|error| unusable(error.to_string()))?;
         let paragraphs = paragraphs(&text);
         let sentences: usize = paragraphs.iter().map(Vec::len).sum();
         if sentences < 2 {

@@ -12,9 +12,15 @@ pub trait Launcher {
     /// Queues a kernel: of the module that [`Kernel::image`](Kernel::image) names in
     /// [`images`](super::images::images), the function [`Kernel::entry`](Kernel::entry).
     ///
-    /// Its only parameter is a struct, `launch.params`, which is copied before the call returns. Kernels ask for up to
-    /// what a block can have of dynamic shared memory, so each function is first allowed that much
-    /// (`CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`). A cluster other than `[1, 1, 1]` is a launch attribute.
+    /// * Its only parameter is a struct, `launch.params`, which is copied before the call returns.
+    /// * Kernels ask for up to what a block can have of dynamic shared memory. So each function is first, once, allowed
+    ///   that much: `cuFuncSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)` with the device's
+    ///   `CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN` less the function's own
+    ///   `CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES`. With the whole of the first it fails where a kernel has static memory.
+    /// * A cluster other than `[1, 1, 1]` is `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION` of `cuLaunchKernelEx`.
+    ///
+    /// Kernels of images whose names begin with `sm90_` are asked for on compute capability 9.0 alone; on other chips
+    /// these images [do not load](super::images).
     ///
     /// # Errors
     /// [`Launch::failed`] where the driver refuses; [`Error::Missing`] where there is no such function.
@@ -30,10 +36,20 @@ pub trait Launcher {
     /// `to..to + bytes` is device memory that the caller may write.
     unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<(), Error>;
 
-    /// Describes a tensor to the copy engine that chips from Hopper on have.
+    /// Describes a tensor to the copy engine that chips from Hopper on have: what `cuTensorMapEncodeTiled` writes, to a
+    /// place aligned to 64 bytes, which [`abi::TensorMap`] itself need not be.
+    ///
+    /// Its arguments are the five dimensions, the base, sizes, strides and box of `tensor`, and beside these
+    /// `CU_TENSOR_MAP_DATA_TYPE_UINT16` for either type, element strides of 1, `CU_TENSOR_MAP_INTERLEAVE_NONE`,
+    /// `CU_TENSOR_MAP_SWIZZLE_128B` and `CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE`, which fills with zeros what lies outside.
+    /// Promotion in L2 is a matter of speed: `CU_TENSOR_MAP_L2_PROMOTION_L2_256B` here.
+    ///
+    /// Asked for three times at each launch of Hopper's attention, and nowhere else. A map depends on `tensor` alone, so
+    /// whoever wants short launches keeps those that were made.
     ///
     /// # Errors
-    /// What the device says of a tensor that it cannot describe, or where it describes none.
+    /// What the device says of a tensor that it cannot describe, or where it describes none: before compute capability
+    /// 9.0, where nobody asks.
     fn tensor_map(&self, tensor: &TensorMap) -> Result<abi::TensorMap, Error>;
 
     /// Major and minor compute capability: what decides which form of a kernel runs.

@@ -1,4 +1,10 @@
-//! The compiled kernels inside this library: one image per source file under `kernels/`.
+//! The compiled kernels inside this library: one image per source file under `kernels/`, each a fatbin for
+//! `cuModuleLoadData`.
+//!
+//! Images whose names begin with `sm90_` hold code for compute capability 9.0 (`sm_90a`), and no PTX, since their
+//! instructions exist nowhere else. On any other chip loading one fails with CUDA error 209
+//! (`CUDA_ERROR_NO_BINARY_FOR_GPU`), so skip them there: portable kernels do the same work. A build whose
+//! `CUDA_COMPUTE_CAP` leaves 90 out has none of them.
 
 /// A compiled source file.
 #[derive(Clone, Copy, Debug)]
@@ -6,7 +12,8 @@
 pub struct Image {
     /// Name of the source file without `.cu`.
     pub name: &'static str,
-    /// Architectures with machine code of their own, as `sm_90`; newer chips compile the PTX inside.
+    /// Architectures with machine code of their own, as `sm_90`; other chips, from the first of them on, compile the PTX
+    /// inside, which all have but those of `sm90_*`.
     pub archs: &'static [&'static str],
     /// What the driver loads.
     pub fatbin: &'static [u8],

@@ -20,6 +20,8 @@ mod tsp;
 
 use serde::{Deserialize, Serialize};
 
+use crate::messages::count;
+
 pub use adakv::AdaKv;
 pub use fastgen::FastGen;
 pub use fastkv::FastKv;
@@ -126,7 +128,10 @@ pub enum PolicyError {
         value: f64,
     },
     /// A number of tokens that leaves no room beside the tokens that are always kept.
-    #[error("{option} is {value} tokens, but {reserved} are always kept ({reason}): give at least {least}")]
+    #[error(
+        "{option} is {}, but what is always kept takes {reserved} ({reason}): give at least {least}",
+        count(*.value, "token")
+    )]
     Budget {
         /// The option.
         option: &'static str,
@@ -140,7 +145,7 @@ pub enum PolicyError {
         least: usize,
     },
     /// An observation window outside what the kernels take.
-    #[error("the observation window is {0} tokens: give 1 to {max}", max = MAX_WINDOW)]
+    #[error("the observation window is {}: give 1 to {max}", count(*.0, "token"), max = MAX_WINDOW)]
     Window(usize),
     /// A pooling kernel without a middle, or too wide.
     #[error("the pooling kernel is {0} wide: give an odd number from 1 to {max}", max = MAX_POOLING)]
@@ -160,7 +165,8 @@ pub enum PolicyError {
     HeadScores(#[from] HeadScoresError),
     /// A highlighted span that is empty or not in the prompt.
     #[error(
-        "the span {start}..{end} is not in the prompt: give positions of its {tokens} tokens, the end above the start"
+        "the span {start}..{end} is not in the prompt: give positions of its {}, the end above the start",
+        count(*.tokens, "token")
     )]
     Span {
         /// Its first position.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::settling::Candidates;
 use super::steering::Steering;
 use super::{MAX_POOLING, ModelShape, Policy, PolicyError, check_window};
+use crate::messages;
 
 /// The rules of every layer for one prompt. Comparable, serialisable, and printed as a short table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -346,7 +347,9 @@ impl Pooling {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}: {} tokens, {} layers", self.policy.name(), self.prompt_tokens, self.layers.len())?;
+        let tokens = messages::count(self.prompt_tokens, "token");
+        let layers = messages::count(self.layers.len(), "layer");
+        writeln!(f, "{}: {tokens}, {layers}", self.policy.name())?;
         if let Some(Restart { layer, count, pooling }) = self.restart {
             writeln!(
                 f,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::{Keep, LayerPlan, Plan, Propagate, SINKS};
 use super::{PolicyError, check_share};
+use crate::messages::count;
 
 /// Chosen heads look less at tokens of the prompt outside the highlighted spans: `log α` is added to
 /// their logits, in prefill and in decoding. Generated tokens are left alone.
@@ -108,6 +109,12 @@ impl fmt::Display for Steering {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let spans: Vec<String> =
             self.spans.iter().map(|span| format!("{}..{}", span.start, span.end)).collect();
-        write!(f, "{} heads steered to tokens {} (α {})", self.heads.len(), spans.join(", "), self.alpha)
+        write!(
+            f,
+            "{} steered to tokens {} (α {})",
+            count(self.heads.len(), "head"),
+            spans.join(", "),
+            self.alpha
+        )
     }
 }

@@ -5,6 +5,7 @@ use super::picture::{KeptPicture, describe};
 use super::results::Inspection;
 use super::section::{Figure, NONE, Section, Table, strings};
 use crate::engine::{Bytes, LayerTrace, Trace};
+use crate::messages::count;
 
 impl Inspection {
     pub(super) fn section(&self, file: &str) -> Section {
@@ -12,9 +13,10 @@ impl Inspection {
         let [kept, full, peak] = [self.kv_kept_bytes, self.kv_full_bytes, self.kv_peak_bytes].map(Bytes);
         let share = 100.0 * self.kv_kept_bytes as f64 / self.kv_full_bytes as f64;
         let cache = format!("KV cache {kept} of {full} ({share:.1} %), peak {peak}");
+        let tokens = count(self.prompt_tokens, "token");
         let picture = KeptPicture {
             title: &title,
-            subtitle: &format!("{}, {} tokens; {cache}", name_of(&self.model), self.prompt_tokens),
+            subtitle: &format!("{}, {tokens}; {cache}", name_of(&self.model)),
             prompt_tokens: self.prompt_tokens,
             trace: &self.trace(),
         };
@@ -22,7 +24,7 @@ impl Inspection {
             ("model", self.model.clone()),
             ("device", self.device.clone()),
             ("policy", format!("{}: {title}", self.policy)),
-            ("prompt", format!("{} tokens", self.prompt_tokens)),
+            ("prompt", tokens),
             ("cache", cache),
         ];
         Section {

@@ -2,6 +2,7 @@
 
 use super::markup::{escape, push};
 use crate::engine::Trace;
+use crate::messages::count;
 use crate::policy::{Budget, Policy};
 
 /// What a prefill kept, to be drawn as SVG or HTML. Both are self-contained, well-formed XML, and
@@ -21,7 +22,7 @@ pub struct KeptPicture<'a> {
 /// A policy with its options, in a line.
 pub fn describe(policy: &Policy) -> String {
     let budget = |budget: Budget| match budget {
-        Budget::Tokens(tokens) => format!("{tokens} tokens"),
+        Budget::Tokens(tokens) => count(tokens, "token"),
         Budget::Rate(rate) => format!("{rate} of the prompt"),
     };
     match policy {
@@ -68,7 +69,7 @@ pub fn describe(policy: &Policy) -> String {
             format!("PyramidInfer: recent {}, decay {}", options.recent, options.decay)
         }
         Policy::StreamingLlm(options) => {
-            format!("StreamingLLM: retention {}, {} sinks", budget(options.retention), options.sinks)
+            format!("StreamingLLM: retention {}, {}", budget(options.retention), count(options.sinks, "sink"))
         }
         Policy::Tsp(options) => {
             format!("TSP {}, caches of {}", budget(options.propagation), describe(&options.cache))

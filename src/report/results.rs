@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::messages::{count, json_problem};
 use crate::policy::Policy;
 
 /// What `fastkv bench` measured. docs/json.md names the fields.
@@ -175,7 +176,7 @@ pub enum ReportError {
     /// A directory without results.
     #[error(
         "{} has no results: give a directory with files that `fastkv bench --out`, `fastkv eval --out` or \
-         `fastkv inspect --out` wrote ({ignored} other files are there)", path.display()
+         `fastkv inspect --out` wrote (other files there: {ignored})", path.display()
     )]
     Nothing {
         /// The directory.
@@ -248,10 +249,7 @@ impl Problem {
 
     /// What serde_json says, of text that begins in a line.
     fn of_json(error: &serde_json::Error, first_line: usize) -> Self {
-        let said = error.to_string();
-        let place = format!(" at line {} column {}", error.line(), error.column());
-        let said = said.strip_suffix(&place).unwrap_or(&said);
-        Self::new(first_line + error.line().max(1) - 1, format!("{said} (column {})", error.column()))
+        Self::new(first_line + error.line().max(1) - 1, json_problem(error))
     }
 }
 
@@ -366,9 +364,10 @@ impl Inspection {
         let kept = self.kept.iter().flatten().flatten();
         let propagated = self.propagated.iter().flatten().flatten();
         match kept.chain(propagated).find(|position| **position as usize >= self.prompt_tokens) {
-            Some(position) => {
-                Err(format!("the position {position} is not in a prompt of {} tokens", self.prompt_tokens))
-            }
+            Some(position) => Err(format!(
+                "the position {position} is not in a prompt of {}",
+                count(self.prompt_tokens, "token")
+            )),
             None => Ok(()),
         }
     }

@@ -280,7 +280,7 @@ fn files_of_other_settings_are_left_alone() {
     let text = String::from_utf8(before.clone()).expect("UTF-8");
     let header = text.lines().next().expect("a header");
     let answer = text.lines().nth(1).expect("an answer");
-    resumed(&format!("{header}\nnonsense\n{answer}\n"), &["line 2"]);
+    resumed(&format!("{header}\nnonsense\n{answer}\n"), &["line 2: no answer: expected ident (column 2)\n"]);
     resumed(&format!("{header}\n{answer}\n{answer}\n"), &["line 3", "answered before"]);
     resumed(
         &format!("{header}\n{}\n", answer.replace("\"sample\":0", "\"sample\":7")),
@@ -367,6 +367,12 @@ fn own_questions_are_asked_and_cut_in_the_middle() {
         ["eval", "--model", text_of(&model), "--task-file", text(&file)],
         1,
         &["mine.jsonl, line 1", "`answers`"],
+    );
+    let file = scratch.file("mine.jsonl", "nonsense");
+    refused(
+        ["eval", "--model", text_of(&model), "--task-file", text(&file)],
+        1,
+        &["mine.jsonl, line 1: no JSON: expected ident (column 2)\n"],
     );
     let file = scratch.file("mine.jsonl", "{\"question\": \"who is unheard\", \"answers\": [\"anna\"]}");
     refused(

@@ -1,11 +1,11 @@
 //! Bad input gets a message that names the value and what would be right; nothing is written.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::support::{Scratch, edit_header, edit_json, fixture, needle, refused};
+use super::support::{Scratch, edit_header, edit_json, fixture, needle, program, refused, stderr};
 
 const DOWN: &str = "model.layers.0.mlp.down_proj.weight";
 
@@ -163,6 +163,7 @@ fn budgets_smaller_than_the_window() {
     policy_refused(&options, &["retention is 8 tokens", "at least 9"]);
     policy_refused(&["--propagation", "7"], &["propagation is 7 tokens", "at least 8"]);
     policy_refused(&["--policy", "streamingllm", "--retention", "3"], &["retention is 3", "sinks"]);
+    policy_refused(&["--policy", "snapkv", "--retention", "1"], &["retention is 1 token, ", "takes 32"]);
 }
 
 #[test]
@@ -261,7 +262,64 @@ fn too_large_for_memory() {
     let options = ["--memory-limit", "100KiB"];
     let parts = ["too large", "weights 106.62 KiB", "KV cache", "activations", "100.00 KiB are available"];
     inspect_refused(&fixture("bf16-gqa4"), &ids(), &options, 1, &parts);
-    inspect_refused(&fixture("bf16-gqa4"), &ids(), &["--memory-limit", "much"], 2, &["8GiB"]);
+    for value in ["much", "-1", "-8GiB"] {
+        inspect_refused(
+            &fixture("bf16-gqa4"),
+            &ids(),
+            &["--memory-limit", value],
+            2,
+            &[value, "give a size", "8GiB"],
+        );
+    }
+}
+
+#[test]
+fn bytes_that_are_no_text() {
+    let scratch = Scratch::new();
+    let needle = needle();
+    let needle = needle.to_str().expect("UTF-8");
+    let file = scratch.file("latin-1", b"{\"prompt\": \"a\"}\n{\"prompt\": \"caf\xe9\"}\n");
+    let file = file.to_str().expect("UTF-8");
+    let parts = ["latin-1", "no UTF-8", "offset 31, in line 2, is 0xe9"];
+    for arguments in [
+        &["generate", "--file", file][..],
+        &["batch", file],
+        &["eval", "--task-file", file],
+        &["eval", "--haystack", file],
+    ] {
+        refused(arguments.iter().chain(&["--model", needle]), 1, &parts);
+    }
+    let output = program()
+        .args(["generate", "--model", needle])
+        .stdin(File::open(file).expect("readable"))
+        .output()
+        .expect("the program starts");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("the prompt on stdin: no UTF-8"), "{}", stderr(&output));
+}
+
+/// Results of before are found before anyone looks for the model, which is not there.
+#[test]
+fn files_that_are_there_already() {
+    let scratch = Scratch::new();
+    let file = scratch.file("results.svg", "precious");
+    let path = file.to_str().expect("UTF-8");
+    let said = [path, "there already", "--force"];
+    for (command, option) in [
+        ("inspect", "--out"),
+        ("inspect", "--picture"),
+        ("compare", "--out"),
+        ("bench", "--out"),
+        ("bench", "--picture"),
+    ] {
+        refused([command, "--model", "no such model", option, path], 2, &[&said[..], &[option]].concat());
+        refused([command, "--model", "no such model", option, path, "--force"], 1, &["no such model"]);
+        // What is no plain file has nothing to lose.
+        if option == "--out" {
+            refused([command, "--model", "no such model", option, "/dev/null"], 1, &["no such model"]);
+        }
+    }
+    assert_eq!(fs::read_to_string(&file).expect("readable"), "precious");
 }
 
 /// There is no such model: an output that cannot be written is found before anyone looks for it.

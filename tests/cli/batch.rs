@@ -71,7 +71,10 @@ fn texts_are_answered_in_their_order() {
     let expected: Vec<String> = prompts.iter().map(answer).collect();
     let expected = format!("[1] {}\n[2] {}\n[3] {}\n", expected[0], expected[1], expected[2]);
     assert_eq!(shown, expected, "{}", stderr(&output));
-    assert!(stderr(&output).contains("3 prompts"));
+    assert!(stderr(&output).contains("3 prompts of "));
+    let one = scratch.file("one.jsonl", lines(&[json!({ "tokens": [1], "max_tokens": 1 })]));
+    let output = run(["batch", one.to_str().expect("UTF-8")].iter().chain(&options));
+    assert!(stderr(&output).contains("1 prompt of 1 token read, 1 token written"), "{}", stderr(&output));
     // What ends an answer is asked of all, and comes in one.
     let second = answer(&prompts[1]);
     let (begin, _) = second.rsplit_once(' ').expect("words");
@@ -89,7 +92,7 @@ fn lines_that_make_no_sense_are_named() {
     let model = model.to_str().expect("UTF-8");
     for (text, parts) in [
         ("", &["no prompts"][..]),
-        ("{\"tokens\": [1]}\nnonsense\n", &["line 2"]),
+        ("{\"tokens\": [1]}\nnonsense\n", &["line 2: expected ident (column 2)\n"]),
         ("{\"tokens\": [1], \"color\": 3}\n", &["line 1", "color"]),
         ("{\"max_tokens\": 3}\n", &["line 1", "\"prompt\" or \"tokens\""]),
         ("\n{\"tokens\": []}\n", &["line 2", "no tokens"]),

@@ -59,6 +59,14 @@ fn every_policy_is_measured_at_every_length() {
             _ => assert!(bound > 1.0 && kept < row["kv_full_bytes"].as_u64().expect("bytes") / 4),
         }
     }
+    // What was measured stays, unless it is said that it need not.
+    let again = |more: &[&'static str]| {
+        TINY.into_iter().chain(["--tokens", "32", "--repeat", "1"]).chain(more.to_vec())
+    };
+    for (option, path) in [("--out", paths[1]), ("--picture", paths[3])] {
+        refused(again(&[]).chain([option, path]), 2, &[option, path, "there already", "--force"]);
+    }
+    assert_eq!(read_json(&out), report);
     let svg = std::fs::read_to_string(&picture).expect("a picture");
     assert_well_formed(&svg);
     assert!(svg.contains("Time to first token, s") && svg.contains("tiny, random weights"));
@@ -67,7 +75,9 @@ fn every_policy_is_measured_at_every_length() {
     let page = scratch.path("report.html");
     let directory = scratch.path("");
     let arguments = ["report", directory.to_str().expect("UTF-8"), "--out", page.to_str().expect("UTF-8")];
-    assert!(stdout_of(arguments).contains("1 files of results"));
+    assert!(stdout_of(arguments).contains("1 file of results"));
+    stdout_of(again(&["--force"]).chain(paths));
+    assert_eq!(read_json(&out)["measured"][0]["tokens"], 32);
 }
 
 #[test]

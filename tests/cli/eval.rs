@@ -71,7 +71,7 @@ fn prompts_that_cannot_be_are_refused() {
     let parts = ["'multikye'", "did you mean multikey?", "hard, multikey, single, single_1"];
     refused(["eval", "--model", model, "--tasks", "single,multikye"], 2, &parts);
     refused(["eval", "--model", model, "--samples", "0"], 2, &["--samples"]);
-    let parts = ["5 tokens", "1 facts", "29 are the least"];
+    let parts = ["5 tokens", "1 fact and", "29 are the least"];
     refused(["eval", "--model", model, "--tokens", "5", "--policies", "full"], 1, &parts);
     let parts = ["5 tokens", "8 facts", "106 are the least"];
     refused(["profile", "heads", "--model", model, "--tokens", "5"], 1, &parts);

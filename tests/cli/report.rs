@@ -458,7 +458,7 @@ fn a_directory_without_results_is_refused() {
     let directory = file.parent().expect("a directory").to_str().expect("UTF-8").to_owned();
     let out = scratch.path("report.html");
     let out = out.to_str().expect("UTF-8");
-    refused(["report", &directory, "--out", out], 1, &["has no results", "1 other files"]);
+    refused(["report", &directory, "--out", out], 1, &["has no results", "other files there: 1"]);
     refused(["report", &format!("{directory}/nothing"), "--out", out], 1, &["nothing", "cannot be read"]);
     refused(["report", &directory, "--out", "report.txt"], 2, &["report.txt", ".html"]);
     assert_eq!(scratch.names(), ["other.json"]);

@@ -18,6 +18,7 @@ use self::tensor::KvHead;
 pub use self::tensor::{Indices, Kv, KvBatch, Rotary, Scores, Tensor};
 pub use self::weight::Weight;
 use super::{Backend, BackendError, Bias, Columns, Select, Share, Visible};
+use crate::messages::count;
 use crate::model::StoredTensor;
 use crate::policy::Pooling;
 
@@ -112,7 +113,7 @@ impl Backend for CpuBackend {
     type Recording = ();
 
     fn name(&self) -> String {
-        format!("cpu, {} threads, f32", self.threads())
+        format!("cpu, {}, f32", count(self.threads(), "thread"))
     }
 
     fn kv_element_bytes(&self) -> usize {

@@ -1,23 +1,23 @@
 //! `fastkv batch`.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use fastkv::backend::Backend;
 use fastkv::engine::{
     Cancel, Control, Engine, EngineError, FinishReason, Generation, GenerationOptions, MemoryEstimate,
     PrefillOptions, Progress, Prompt as Planned, Turn,
 };
+use fastkv::messages::{count, json_problem};
 use fastkv::model::{LlamaConfig, ModelDir, ModelError, Tokenizer};
 use fastkv::policy::{ModelShape, Plan};
 use serde::{Deserialize, Serialize};
 
 use crate::answer::{AnswerOptions, AnswerText, generation};
 use crate::device::on;
-use crate::input::{Prompt, check_length, check_question, encode};
+use crate::input::{Prompt, check_length, check_question, encode, text_of, text_of_stdin};
 use crate::loading::{self, ModelOptions};
 use crate::options::{PolicyName, PolicyOptions};
 use crate::{output, progress};
@@ -152,17 +152,14 @@ impl Arguments {
     fn read<'a>(&self, model: &ModelDir, cancel: &'a Cancel) -> Result<Batch<'a>> {
         let name = self.file.display().to_string();
         let text = match name.as_str() {
-            "-" => {
-                let mut text = String::new();
-                std::io::stdin().read_to_string(&mut text).map(|_| text)
-            }
-            _ => std::fs::read_to_string(&self.file),
+            "-" => text_of_stdin(),
+            _ => text_of(&self.file),
         };
         let text = text.with_context(|| name.clone())?;
         let mut lines = Vec::new();
         for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let line: Line =
-                serde_json::from_str(line).with_context(|| format!("{name}, line {}", number + 1))?;
+            let wrong = |error| anyhow!("{name}, line {}: {}", number + 1, json_problem(&error));
+            let line: Line = serde_json::from_str(line).map_err(wrong)?;
             if line.question.as_ref().is_some_and(|question| question.trim().is_empty()) {
                 bail!("{name}, line {}: \"question\" is empty: leave it out, or ask something", number + 1);
             }
@@ -334,8 +331,12 @@ impl Batch<'_> {
 fn figures(answers: &[Answer], times: &Times) -> String {
     let read: usize = answers.iter().map(|answer| answer.prompt_tokens + answer.question_tokens).sum();
     let written: usize = answers.iter().map(|answer| answer.tokens.len()).sum();
-    let mut parts =
-        vec![format!("{} prompts of {read} tokens read, {written} tokens written", answers.len())];
+    let mut parts = vec![format!(
+        "{} of {} read, {} written",
+        count(answers.len(), "prompt"),
+        count(read, "token"),
+        count(written, "token")
+    )];
     if let Some(seconds) = times.ttft {
         parts.push(format!("TTFT {seconds:.3} s"));
     }

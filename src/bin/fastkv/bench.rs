@@ -17,6 +17,7 @@ use fastkv::measure::{
     Measurable, SHAPES, decode, median, parameters, prefill, prefill_flops, random_engine, random_prompts,
     shape,
 };
+use fastkv::messages::count;
 use fastkv::model::{Dtype, LlamaConfig, ModelDir};
 use fastkv::policy::{ModelShape, Plan, Policy};
 use fastkv::report::{Bench, BenchSettings, Measured, Skipped};
@@ -25,7 +26,7 @@ use crate::device::{Needs, on};
 use crate::exit::Usage;
 use crate::loading::MachineOptions;
 use crate::options::{PolicyName, PolicyOptions};
-use crate::output::{self, Output};
+use crate::output::{self, OverwriteOptions};
 use crate::{exit, progress};
 
 /// Measure time to first token, decoding and memory on this machine.
@@ -86,6 +87,8 @@ pub(crate) struct Arguments {
     /// Draw time to first token, speed-up and decoding over the length
     #[arg(long, value_name = "FILE.svg", help_heading = "Output")]
     picture: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: OverwriteOptions,
 }
 
 fn shapes() -> PossibleValuesParser {
@@ -136,9 +139,9 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     }
     let mut policies = arguments.policy_options.policies(names)?;
     output::check_apart(arguments.out.as_ref(), arguments.picture.as_ref())?;
-    let out = Output::prepare_if(arguments.out.as_ref())?;
+    let out = arguments.overwrite.prepare_if("--out", arguments.out.as_ref())?;
     let picture = arguments.picture.as_ref().map(|path| match path.extension() {
-        Some(extension) if extension == "svg" => Output::prepare(path),
+        Some(extension) if extension == "svg" => arguments.overwrite.prepare("--picture", path),
         _ => bail!(Usage(format!("--picture {}: the name must end in .svg", path.display()))),
     });
     let picture = picture.transpose()?;
@@ -474,7 +477,7 @@ fn readable(report: &Bench) -> String {
         text += &format!("{table}\n");
     }
     for Skipped { policy, tokens, reason } in &report.skipped {
-        text += &format!("{policy} at {tokens} tokens was not measured: {reason}\n");
+        text += &format!("{policy} at {} was not measured: {reason}\n", count(*tokens, "token"));
     }
     if report.cancelled {
         text += "cancelled: what was measured by then\n";

@@ -10,6 +10,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use fastkv::backend::Backend;
 use fastkv::engine::{Bytes, Cancel, Engine, FinishReason, Progress};
+use fastkv::messages::count;
 use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Plan, Policy};
 use serde::Serialize;
@@ -20,7 +21,7 @@ use crate::exit::Usage;
 use crate::input::PromptOptions;
 use crate::loading::{self, ModelOptions};
 use crate::options::{PolicyName, PolicyOptions};
-use crate::output::{self, Output};
+use crate::output::{self, OverwriteOptions};
 use crate::steering::SteeringOptions;
 use crate::{exit, progress};
 
@@ -63,6 +64,8 @@ pub(crate) struct Arguments {
     /// Write the JSON object to a file as well
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: OverwriteOptions,
 }
 
 /// What `--json` prints.
@@ -111,7 +114,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     }
     let mut policies = arguments.policy_options.policies(names)?;
     arguments.answer.sampling()?;
-    let out = Output::prepare_if(arguments.out.as_ref())?;
+    let out = arguments.overwrite.prepare_if("--out", arguments.out.as_ref())?;
     let model = ModelDir::open(&arguments.model.model)?;
     let prompt = arguments.prompt.read(&model, arguments.answer.question.as_deref())?;
     let shape = ModelShape::from(&model.config);
@@ -274,7 +277,7 @@ fn readable(report: &Report<'_>) -> Result<String> {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    let mut text = format!("{} tokens on {}\n{table}\n", report.prompt_tokens, report.device);
+    let mut text = format!("{} on {}\n{table}\n", count(report.prompt_tokens, "token"), report.device);
     for Row { policy, answer, .. } in &report.policies {
         let cut = if answer.finish == FinishReason::Cancelled { " (cancelled)" } else { "" };
         let words = match &answer.text {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use fastkv::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
-use fastkv::backend::cuda::CudaBackend;
+use fastkv::backend::cuda::{CudaBackend, Unavailable};
 use fastkv::model::{Dtype, LlamaConfig, ModelDir};
 use serde::Serialize;
 
@@ -131,9 +131,12 @@ pub(crate) fn cuda() -> Cuda {
     let compiled = images::images().iter();
     let kernels = compiled.map(|image| Kernels { name: image.name, architectures: image.archs }).collect();
     match probe::devices() {
-        Err(unavailable) => {
-            Cuda { reason: Some(unavailable.to_string()), driver: None, devices: Vec::new(), kernels }
-        }
+        Err(unavailable) => Cuda {
+            reason: Some(without_driver(&unavailable, images::built())),
+            driver: None,
+            devices: Vec::new(),
+            kernels,
+        },
         Ok(driver) => Cuda {
             reason: CudaLauncher::new(0).err().map(|unavailable| unavailable.to_string()),
             driver: Some(driver.cuda_version),
@@ -151,6 +154,15 @@ pub(crate) fn cuda() -> Cuda {
     }
 }
 
+/// What is missing beside a driver or a GPU: who is told of these alone gets them, and is no further without kernels.
+#[cfg(feature = "cuda")]
+fn without_driver(unavailable: &Unavailable, kernels: bool) -> String {
+    match kernels {
+        true => unavailable.to_string(),
+        false => format!("{}; and {unavailable}", Unavailable::NoKernels),
+    }
+}
+
 /// There is none in a build without the feature.
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn cuda() -> Cuda {
@@ -159,3 +171,16 @@ pub(crate) fn cuda() -> Cuda {
 
 #[cfg(not(feature = "cuda"))]
 const NOT_BUILT: &str = "this program was built without the feature `cuda`";
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_missing_is_told() {
+        let none = Unavailable::NoDriver;
+        assert_eq!(without_driver(&none, true), none.to_string());
+        let said = without_driver(&none, false);
+        assert!(said.starts_with(&Unavailable::NoKernels.to_string()) && said.ends_with(&none.to_string()));
+    }
+}

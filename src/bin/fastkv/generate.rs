@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use fastkv::backend::Backend;
 use fastkv::engine::{Bytes, Cancel, Engine, FinishReason, Progress};
+use fastkv::messages::count;
 use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Plan};
 use serde::Serialize;
@@ -119,7 +120,7 @@ fn figures(answer: &Answer, prompt_tokens: usize, kv_full_bytes: u64) -> String 
         FinishReason::ContextFull => "the model's context is full",
         FinishReason::Cancelled => "cancelled",
     };
-    let mut parts = vec![format!("{prompt_tokens} tokens read, {} written", answer.tokens.len())];
+    let mut parts = vec![format!("{} read, {} written", count(prompt_tokens, "token"), answer.tokens.len())];
     if let Some(seconds) = answer.ttft_s {
         parts.push(format!("TTFT {seconds:.3} s"));
     }

@@ -10,6 +10,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use fastkv::backend::Backend;
 use fastkv::engine::{Bytes, MemoryEstimate};
+use fastkv::messages::count;
 use fastkv::model::{LlamaConfig, ModelDir, ModelError};
 use fastkv::policy::ModelShape;
 use serde::Serialize;
@@ -204,8 +205,8 @@ fn readable(report: &Report<'_>) -> Result<String> {
     )?;
     writeln!(text, "           context {} tokens ({})", model.context_tokens, model.context_reason)?;
     writeln!(text, "           tokenizer: {}; chat template: {}", model.tokenizer, model.chat_template)?;
-    let tokens = report.memory.first().map_or(0, |row| row.prompt_tokens);
-    writeln!(text, "\nmemory for a prompt of {tokens} tokens, at most\n{}", memory_table(&report.memory))?;
+    let tokens = count(report.memory.first().map_or(0, |row| row.prompt_tokens), "token");
+    writeln!(text, "\nmemory for a prompt of {tokens}, at most\n{}", memory_table(&report.memory))?;
     Ok(text)
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use fastkv::engine::check_tokens;
+use fastkv::messages::text;
 use fastkv::model::{ChatMessage, ModelDir, ModelError, Tokenizer};
 
 use crate::exit::Usage;
@@ -80,24 +81,30 @@ impl PromptOptions {
     fn text(&self) -> Result<String> {
         let text = match (&self.prompt, &self.file) {
             (Some(prompt), _) => return Ok(prompt.clone()),
-            (None, Some(file)) => {
-                std::fs::read_to_string(file).with_context(|| format!("--file {}", file.display()))?
-            }
+            (None, Some(file)) => text_of(file).with_context(|| format!("--file {}", file.display()))?,
             (None, None) if std::io::stdin().is_terminal() => {
                 let message = "no prompt: give it as an argument, with --file or --tokens, or on stdin";
                 return Err(Usage(message.to_owned()).into());
             }
-            (None, None) => {
-                let mut text = String::new();
-                std::io::stdin().read_to_string(&mut text).context("the prompt on stdin")?;
-                text
-            }
+            (None, None) => text_of_stdin().context("the prompt on stdin")?,
         };
         // Editors and `echo` end a file with a line break that nobody meant.
         let text =
             text.strip_suffix('\n').map(|text| text.strip_suffix('\r').unwrap_or(text)).unwrap_or(&text);
         Ok(text.to_owned())
     }
+}
+
+/// A file as text.
+pub(crate) fn text_of(file: &Path) -> Result<String> {
+    Ok(text(std::fs::read(file)?)?)
+}
+
+/// Stdin as text.
+pub(crate) fn text_of_stdin() -> Result<String> {
+    let mut bytes = Vec::new();
+    std::io::stdin().read_to_end(&mut bytes)?;
+    Ok(text(bytes)?)
 }
 
 /// The question of `--question`, if there is one, asks something.

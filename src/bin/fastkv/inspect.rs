@@ -11,6 +11,7 @@ use fastkv::engine::{
     Bytes, Cancel, Control, Engine, FinishReason, GenerationOptions, PrefillOptions, Progress, Sampling,
     Settled, Trace,
 };
+use fastkv::messages::count;
 use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Plan, Policy};
 use fastkv::report::{KeptPicture, describe};
@@ -21,7 +22,7 @@ use crate::exit::Usage;
 use crate::input::{Prompt, PromptOptions};
 use crate::loading::{self, ModelOptions};
 use crate::options::{PolicyName, PolicyOptions};
-use crate::output::{self, Output};
+use crate::output::{self, Output, OverwriteOptions};
 use crate::progress;
 use crate::steering::SteeringOptions;
 
@@ -53,6 +54,8 @@ pub(crate) struct Arguments {
     /// Print the JSON object to stdout, which is the default, even with --out
     #[arg(long, help_heading = "Output")]
     json: bool,
+    #[command(flatten)]
+    overwrite: OverwriteOptions,
 }
 
 /// The JSON object. Its fields are described in docs/json.md.
@@ -97,8 +100,9 @@ struct Picture {
 pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let mut policies = arguments.policy_options.policies(&[arguments.policy])?;
     output::check_apart(arguments.out.as_ref(), arguments.picture.as_ref())?;
-    let picture = arguments.picture.as_deref().map(Picture::prepare).transpose()?;
-    let out = Output::prepare_if(arguments.out.as_ref())?;
+    let picture = arguments.picture.as_deref().map(|path| Picture::prepare(path, arguments.overwrite));
+    let picture = picture.transpose()?;
+    let out = arguments.overwrite.prepare_if("--out", arguments.out.as_ref())?;
     let model = ModelDir::open(&arguments.model.model)?;
     let prompt = arguments.prompt.read(&model, None)?;
     arguments.policy_options.complete(&mut policies, &model)?;
@@ -189,7 +193,7 @@ impl Continuation {
 }
 
 impl Picture {
-    fn prepare(path: &Path) -> Result<Self> {
+    fn prepare(path: &Path, overwrite: OverwriteOptions) -> Result<Self> {
         let html = match path.extension().and_then(|extension| extension.to_str()) {
             Some("svg") => false,
             Some("html" | "htm") => true,
@@ -198,14 +202,14 @@ impl Picture {
                 path.display()
             ))),
         };
-        Ok(Self { output: Output::prepare(path)?, html })
+        Ok(Self { output: overwrite.prepare("--picture", path)?, html })
     }
 
     fn write(&self, report: &Report<'_>, policy: &Policy, trace: &Trace, prompt: &Prompt) -> Result<()> {
         let subtitle = format!(
-            "{}, {} tokens; {}",
+            "{}, {}; {}",
             report.model.file_name().unwrap_or(report.model.as_os_str()).to_string_lossy(),
-            report.prompt_tokens,
+            count(report.prompt_tokens, "token"),
             cache_figures(report)
         );
         let picture = KeptPicture {

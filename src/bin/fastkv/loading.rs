@@ -36,7 +36,7 @@ pub(crate) struct MachineOptions {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     /// Memory to stay within, such as 8GiB [default: what the machine has free]
-    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, allow_hyphen_values = true)]
     memory_limit: Option<u64>,
 }
 

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 
 use crate::exit::Usage;
 
@@ -58,6 +59,32 @@ impl Output {
             let _ = fs::remove_file(temporary);
         }
         written.with_context(unwritable)
+    }
+}
+
+/// What becomes of files that are there already.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct OverwriteOptions {
+    /// Write over files that are there already
+    #[arg(long, help_heading = "Output")]
+    force: bool,
+}
+
+impl OverwriteOptions {
+    /// [`Output::prepare`] for an option, that spares what was measured before. Pipes and devices hold nothing.
+    pub(crate) fn prepare(self, option: &str, path: &Path) -> Result<Output> {
+        if !self.force && fs::metadata(path).is_ok_and(|found| found.is_file()) {
+            bail!(Usage(format!(
+                "{option} {}: the file is there already; give another name, or write over it with --force",
+                path.display()
+            )));
+        }
+        Output::prepare(path)
+    }
+
+    /// [`prepare`](Self::prepare) for an option that may not be given.
+    pub(crate) fn prepare_if(self, option: &str, path: Option<&PathBuf>) -> Result<Option<Output>> {
+        path.map(|path| self.prepare(option, path)).transpose()
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use fastkv::messages::count;
 use fastkv::report::Report;
 use serde::Serialize;
 
@@ -71,14 +72,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 impl Summary<'_> {
     fn readable(&self) -> String {
-        let mut text = format!("{}: {} files of results\n", self.page.display(), self.read);
+        let mut text = format!("{}: {} of results\n", self.page.display(), count(self.read, "file"));
         for Ignored { file, reason } in &self.ignored {
             // A file's name is the file system's, not the terminal's.
             text += &format!("passed over: {} {reason}\n", file.escape_debug());
         }
         if let [first, rest @ ..] = &self.pictures[..] {
             let directory = first.parent().unwrap_or(Path::new("."));
-            text += &format!("{}: {} pictures\n", directory.display(), 1 + rest.len());
+            text += &format!("{}: {}\n", directory.display(), count(1 + rest.len(), "picture"));
         }
         text
     }

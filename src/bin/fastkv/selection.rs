@@ -8,6 +8,7 @@ use fastkv::backend::Backend;
 use fastkv::backend::cpu::CpuBackend;
 use fastkv::engine::{Cancel, EngineError};
 use fastkv::eval::{OutputError, Scene};
+use fastkv::messages::count;
 use fastkv::policy::{Budget, MAX_POOLING, MAX_WINDOW, Pooling, PoolingKind};
 use serde::Serialize;
 
@@ -275,8 +276,10 @@ fn readable(report: &Report) -> String {
     }
     let Scene { tokens, window, kv_heads, group, head_dim } = report.scene;
     format!(
-        "{tokens} tokens, {kv_heads} kv heads of {group} query heads, {head_dim} wide, window {window}; {} keys planted {} \
-         deviations up; {} scenes\n{table}\n",
-        report.planted, report.raise, report.samples
+        "{tokens} tokens, {kv_heads} kv heads of {group} query heads, {head_dim} wide, window {window}; {} planted {} \
+         deviations up; {}\n{table}\n",
+        count(report.planted, "key"),
+        report.raise,
+        count(report.samples as usize, "scene")
     )
 }

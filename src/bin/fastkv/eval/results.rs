@@ -4,7 +4,8 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use fastkv::messages::{json_problem, text};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -131,7 +132,7 @@ fn line(value: &impl Serialize) -> Result<Vec<u8>> {
 }
 
 fn read(path: &Path, bytes: &[u8], first: &[u8]) -> Result<Vec<Record>> {
-    let text = std::str::from_utf8(bytes).with_context(|| format!("--resume {}", path.display()))?;
+    let text = text(bytes.to_vec()).with_context(|| format!("--resume {}", path.display()))?;
     let mut lines = text.lines();
     let there: Value = lines.next().and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
     if there["fastkv"] != "eval" {
@@ -152,8 +153,10 @@ fn read(path: &Path, bytes: &[u8], first: &[u8]) -> Result<Vec<Record>> {
     lines
         .enumerate()
         .map(|(index, line)| {
-            let at = || format!("--resume {}, line {}: no answer", path.display(), index + 2);
-            serde_json::from_str(line).with_context(at)
+            serde_json::from_str(line).map_err(|error| {
+                let (path, line) = (path.display(), index + 2);
+                anyhow!("--resume {path}, line {line}: no answer: {}", json_problem(&error))
+            })
         })
         .collect()
 }
