@@ -1,5 +1,5 @@
 //! What can be said of the kernels' machine code without a GPU: registers, spills, shared memory, blocks
-//! that fit an SM, and the instructions of the main loops. `docs/static-figures.md` holds the table;
+//! that fit an SM, and the instructions of the main loops. `docs/kernels.md` holds the table;
 //! `FASTKV_UPDATE=1` writes it anew.
 //!
 //! The figures are those of the pinned nvcc. With another compiler, or without cuobjdump, the tests are
@@ -89,23 +89,21 @@ fn every_kernel_has_a_bar(compiled: &[Compiled]) -> Result<(), String> {
     without.map_or(Ok(()), |kernel| Err(format!("{} has no bar in tests/static_bars/bars.rs", kernel.entry)))
 }
 
-/// The table between two marks of docs/static-figures.md is the one of this build.
+/// The table between two marks of docs/kernels.md is the one of this build.
 fn table_is_current(compiled: &[Compiled]) -> Result<(), String> {
     const BEGIN: &str = "<!-- static figures: FASTKV_UPDATE=1 cargo test --test static_bars -->\n";
     const END: &str = "<!-- end of static figures -->";
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/static-figures.md");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/kernels.md");
     let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let (head, rest) =
-        text.split_once(BEGIN).ok_or("docs/static-figures.md has lost the mark before the table")?;
-    let (table, tail) =
-        rest.split_once(END).ok_or("docs/static-figures.md has lost the mark behind the table")?;
+    let (head, rest) = text.split_once(BEGIN).ok_or("docs/kernels.md has lost the mark before the table")?;
+    let (table, tail) = rest.split_once(END).ok_or("docs/kernels.md has lost the mark behind the table")?;
     let current = bars::table(compiled);
     if table == current {
         Ok(())
     } else if env::var_os("FASTKV_UPDATE").is_some() {
         fs::write(&path, [head, BEGIN, &current, END, tail].concat()).map_err(|error| error.to_string())
     } else {
-        Err("docs/static-figures.md holds other figures; FASTKV_UPDATE=1 cargo test --test static_bars writes these"
+        Err("docs/kernels.md holds other figures; FASTKV_UPDATE=1 cargo test --test static_bars writes these"
             .into())
     }
 }
