@@ -52,7 +52,7 @@ pub(super) struct Questions {
 }
 
 /// An answer: of a right one the tokens up to where it is, since models may write on; else all.
-#[derive(PartialEq)]
+#[derive(Debug, PartialEq)]
 pub(super) struct Answer {
     pub(super) tokens: Vec<u32>,
     pub(super) right: bool,
@@ -115,19 +115,41 @@ impl Questions {
     }
 
     /// What a model wrote, as an answer.
-    pub(super) fn answer(&self, sample: u32, asked: &Asked, mut tokens: Vec<u32>) -> Result<Answer> {
-        let right = |tokens: &[u32]| -> Result<bool> {
+    pub(super) fn answer(&self, sample: u32, asked: &Asked, tokens: Vec<u32>) -> Result<Answer> {
+        Answer::new(tokens, |tokens| {
             let text = self.reader.tokenizer.decode(tokens, true)?;
             Ok(self.exam.score(sample, &asked.question, &text).0 == 100.0)
+        })
+    }
+}
+
+impl Answer {
+    fn new(mut tokens: Vec<u32>, is_right: impl Fn(&[u32]) -> Result<bool>) -> Result<Self> {
+        let right = is_right(&tokens)?;
+        if right {
+            let mut length = 0;
+            while !is_right(&tokens[..length])? {
+                length += 1;
+            }
+            tokens.truncate(length);
+        }
+        Ok(Self { tokens, right })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_right_answer_ends_where_it_is_right() {
+        let answer = |tokens: &[u32]| {
+            let is_right = |tokens: &[u32]| Ok(tokens.windows(2).any(|pair| pair == [7, 8]));
+            Answer::new(tokens.to_vec(), is_right).expect("no error")
         };
-        if !right(&tokens)? {
-            return Ok(Answer { tokens, right: false });
-        }
-        let mut length = 0;
-        while !right(&tokens[..length])? {
-            length += 1;
-        }
-        tokens.truncate(length);
-        Ok(Answer { tokens, right: true })
+        assert_eq!(answer(&[1, 7, 8, 2, 3]), Answer { tokens: vec![1, 7, 8], right: true });
+        assert_eq!(answer(&[1, 7, 8, 2, 3]), answer(&[1, 7, 8, 7, 8]));
+        assert_eq!(answer(&[1, 7, 2, 8]), Answer { tokens: vec![1, 7, 2, 8], right: false });
+        assert_eq!(answer(&[]), Answer { tokens: vec![], right: false });
     }
 }
