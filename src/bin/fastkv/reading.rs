@@ -138,3 +138,120 @@ impl Reader {
         bail!("the tokenizer has no token for {word:?}: the model cannot be asked this");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use fastkv::eval::{Prose, Task};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Bytes and some merges, as most models have them.
+    fn byte_level() -> Tokenizer {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers");
+        Tokenizer::from_file(&fixtures.join("byte-level/tokenizer.json"), 341).expect("a tokenizer")
+    }
+
+    /// Letters and some merges, where a blank is a letter in front of its word, as Llama 2 has them.
+    fn sentence_pieces(masks_digits: bool) -> Tokenizer {
+        let letters = (0x20..0x7f).map(char::from).chain(['\n', '▁']).map(String::from);
+        let merges = [["▁", "1"], ["▁", "\""], ["1", "2"], ["▁", "t"], ["3", "."], ["h", "e"], ["▁t", "he"]];
+        let tokens = ["<s>".to_owned()].into_iter().chain(letters).chain(merges.map(|pair| pair.concat()));
+        let vocabulary: serde_json::Map<String, Value> =
+            tokens.enumerate().map(|(id, token)| (token, json!(id))).collect();
+        let begin = json!({ "id": 0, "content": "<s>", "special": true, "single_word": false, "lstrip": false,
+                            "rstrip": false, "normalized": false });
+        let file = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [begin],
+            "pre_tokenizer": null,
+            "normalizer": { "type": "Sequence", "normalizers": [
+                { "type": "Prepend", "prepend": "▁" },
+                { "type": "Replace", "pattern": { "String": " " }, "content": "▁" },
+                { "type": "Replace", "pattern": { "Regex": if masks_digits { "[0-9]" } else { "~" } }, "content": "#" },
+            ] },
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{ "SpecialToken": { "id": "<s>", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+                "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 1 } }],
+                "special_tokens": { "<s>": { "id": "<s>", "ids": [0], "tokens": ["<s>"] } },
+            },
+            "decoder": { "type": "Sequence", "decoders": [
+                { "type": "Replace", "pattern": { "String": "▁" }, "content": " " },
+                { "type": "Fuse" },
+                { "type": "Strip", "content": " ", "start": 1, "stop": 0 },
+            ] },
+            "model": { "type": "BPE", "vocab": vocabulary, "merges": merges },
+        });
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("tokenizer.json");
+        std::fs::write(&path, file.to_string()).expect("writable");
+        Tokenizer::from_file(&path, 1000).expect("a tokenizer")
+    }
+
+    fn template() -> ChatTemplate {
+        let directory = tempfile::tempdir().expect("a directory");
+        let text = "{% for message in messages %}[{{ message.role }}] {{ message.content | trim }}\n{% endfor %}[me]";
+        std::fs::write(directory.path().join("chat_template.jinja"), text).expect("writable");
+        ChatTemplate::from_directory(directory.path()).expect("readable").expect("a template")
+    }
+
+    /// The text of each token, from the decoder alone.
+    fn texts(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {
+        let mut stream = tokenizer.stream(false);
+        ids.iter().map(|id| stream.push(*id).expect("decodes")).collect()
+    }
+
+    #[test]
+    fn a_needle_is_the_tokens_whose_texts_reach_into_it() {
+        let prose = Prose::default();
+        for (tokenizer, template) in [
+            (byte_level(), None),
+            (byte_level(), Some(template())),
+            (sentence_pieces(false), None),
+            (sentence_pieces(false), Some(template())),
+        ] {
+            let reader = Reader { tokenizer, template, query_agnostic: false };
+            for task in Task::ALL {
+                for seed in 0..4 {
+                    let question = task.question(&prose, 4096, 60, seed, 0.3).expect("a question");
+                    let needle = reader.needle(&question, true).expect("offsets");
+                    assert_eq!(needle.is_some(), task.has_needle());
+                    let Some(needle) = needle else { continue };
+                    let ids = reader.read(&question, true).expect("readable").ids;
+                    let texts = texts(&reader.tokenizer, &ids);
+                    let text = texts.concat();
+                    let value = &question.references[0];
+                    let (first, end) = text.find(value).map(|at| (at, at + value.len())).expect("it is said");
+                    assert_eq!(text.rfind(value), Some(first), "once");
+                    let mut byte = 0;
+                    let reaches = texts.iter().enumerate().filter(|(_, text)| {
+                        let start = byte;
+                        byte += text.len();
+                        start < end && first < byte
+                    });
+                    let tokens: Vec<usize> = reaches.map(|(token, _)| token).collect();
+                    assert_eq!(needle.collect::<Vec<_>>(), tokens, "{task:?}, {value}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_needle_that_cannot_be_found_is_an_error() {
+        let question = Task::ALL[0].question(&Prose::default(), 4096, 10, 1, 0.5).expect("a question");
+        let value = &question.references[0];
+        let directory = tempfile::tempdir().expect("a directory");
+        let text = "{{ messages[0].content | upper }}";
+        std::fs::write(directory.path().join("chat_template.jinja"), text).expect("writable");
+        let template = ChatTemplate::from_directory(directory.path()).expect("readable");
+        let reader = Reader { tokenizer: byte_level(), template, query_agnostic: false };
+        let error = reader.needle(&question, true).expect_err("altered").to_string();
+        assert!(error.contains("chat template") && error.contains(value), "{error}");
+        assert!(reader.needle(&question, false).expect("without it").is_some());
+        let reader = Reader { tokenizer: sentence_pieces(true), ..reader };
+        let error = reader.needle(&question, false).expect_err("no digit is left").to_string();
+        assert!(error.contains("the tokenizer does not say") && error.contains(value), "{error}");
+    }
+}
