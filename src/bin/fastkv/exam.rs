@@ -241,3 +241,21 @@ pub(crate) fn dialect(model: &ModelDir) -> Result<Option<Dialect>> {
     let there = model.path.join("dialect.json").exists();
     Ok(there.then(|| Dialect::from_directory(&model.path)).transpose()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_go_through_the_depths_in_turn() {
+        let depths = vec![0.0, 0.5, 1.0];
+        let material = Material { dialect: None, prose: Prose::default(), seed: 0, depths };
+        let numbers = |name: &str| -> Vec<u32> {
+            let exam = Exam::from_name(name, None).expect("a task");
+            (0..5).map(|sample| exam.in_turn(sample, 5, &material)).collect()
+        };
+        assert_eq!(numbers("single_2"), [0, 1, 2, 3, 4]);
+        // Five samples of the first depth, then those of the next.
+        assert_eq!(numbers("depth_map"), [0, 5 + 1, 10 + 2, 3, 5 + 4]);
+    }
+}

@@ -19,17 +19,18 @@ use crate::progress;
 
 /// Score the heads by how they find facts: the file that `--policy headkv --heads` takes.
 ///
-/// Only prompts that are answered right count. The file has a list of scores for each "layer-head".
+/// Heads gain by their attention to the tokens that say the answer; only prompts that are answered right
+/// count. The file has a list of scores for each "layer-head".
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    #[command(flatten)]
-    prompts: Prompts,
     /// How heads are scored
     #[arg(long, value_enum, default_value_t = Scoring::Reasoning)]
     scoring: Scoring,
     /// Write the scores to a file, and a table of the best heads to stdout
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    prompts: Prompts,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -15,11 +15,9 @@ use crate::exit::Usage;
 use crate::loading::ModelOptions;
 use crate::reading::Reader;
 
-/// The model and its prompts: the tasks of `fastkv eval`.
+/// The prompts, those of a task of `fastkv eval`, and the model.
 #[derive(Args, Debug)]
 pub(super) struct Prompts {
-    #[command(flatten)]
-    pub(super) model: ModelOptions,
     /// Task of `fastkv eval` [default: multikey of the model's dialect; without one, multikey_1]
     #[arg(long, value_name = "TASK")]
     task: Option<String>,
@@ -39,6 +37,8 @@ pub(super) struct Prompts {
     /// Do not use the model's chat template
     #[arg(long)]
     no_chat: bool,
+    #[command(flatten)]
+    pub(super) model: ModelOptions,
 }
 
 /// The prompts of a task and a length, for a model.

@@ -22,8 +22,6 @@ use crate::progress;
 /// propagation is measured. The cheapest pair whose answers agree as often as asked for is recommended.
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    #[command(flatten)]
-    prompts: Prompts,
     /// TSP rates to try
     #[arg(long, value_name = "RATE", value_delimiter = ',', num_args = 1.., default_values_t = [0.1, 0.2, 0.4])]
     rates: Vec<f64>,
@@ -33,6 +31,8 @@ pub(super) struct Arguments {
     /// Print one JSON object instead of the table
     #[arg(long, help_heading = "Output")]
     json: bool,
+    #[command(flatten)]
+    prompts: Prompts,
 }
 
 /// What one TSP layer and rate did to the prompts. Its fields are described in docs/json.md.
