@@ -101,7 +101,7 @@ fn heads_that_look_things_up_are_told_from_others() {
 }
 
 #[test]
-fn answers_count_up_to_where_they_are_right() {
+fn tsp_layers_are_told_apart_by_right_answers() {
     let scratch = Scratch::new();
     let haystack = scratch.file("hay.txt", HAY);
     let options = format!(
@@ -117,7 +117,7 @@ fn answers_count_up_to_where_they_are_right() {
         assert!(right >= 4, "{report}");
         for (candidate, twin) in zip(&reports[0]["candidates"], &reports[1]["candidates"]) {
             let count = |field: &str| candidate[field].as_u64().expect("a count");
-            // The same answer is as right; and what is right is the same, whatever comes behind it.
+            // The same answer is as right, and whether it is does not hang on what comes behind it.
             assert!(count("same_answers").abs_diff(count("right_answers")) <= SAMPLES - right, "{candidate}");
             assert_eq!(candidate["right_answers"], twin["right_answers"]);
         }
