@@ -131,6 +131,7 @@ fn question(fields: &Fields<'_>, file: &str, line: usize) -> Result<FileQuestion
         separator: "\n",
         references,
         depth: None,
+        needle: None,
         scoring,
         answer_tokens,
     };

@@ -126,12 +126,19 @@ impl NeedlePrompt {
         Ok(Self { context: context.join(" "), question, answer, facts: planted })
     }
 
-    /// The prompt as a question of any task, with the depth of the fact that is asked for.
+    /// The prompt as a question of any task, with the place of the fact that is asked for.
     pub fn into_question(self, answer_tokens: usize) -> Question {
         let length = words(&self.context).max(1) as f64;
         let is_asked = |fact: &&Planted| fact.value == self.answer && self.question.contains(&fact.key);
+        let asked = self.facts.iter().find(is_asked);
+        let needle = asked.and_then(|fact| {
+            let sentence: usize = self.context.split(' ').take(fact.word).map(|word| word.len() + 1).sum();
+            let first = sentence + self.context.get(sentence..)?.find(&fact.value)?;
+            Some(first..first + fact.value.len())
+        });
         Question {
-            depth: self.facts.iter().find(is_asked).map(|fact| fact.word as f64 / length),
+            depth: asked.map(|fact| fact.word as f64 / length),
+            needle,
             context: self.context,
             question: self.question,
             prefix: String::new(),

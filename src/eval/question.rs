@@ -1,5 +1,7 @@
 //! What is asked, and the text a model reads for it.
 
+use std::ops::Range;
+
 use serde::Serialize;
 
 use super::Scoring;
@@ -19,6 +21,8 @@ pub struct Question {
     pub references: Vec<String>,
     /// Where in the context the needle stands, from 0 to 1, where there is one place.
     pub depth: Option<f64>,
+    /// Bytes of the context that say the answer, where one place does.
+    pub needle: Option<Range<usize>>,
     /// How an answer is scored.
     pub scoring: Scoring,
     /// Tokens that the answer may take.

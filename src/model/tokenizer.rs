@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -83,6 +84,22 @@ impl Tokenizer {
         let encoding = without_panic(|| self.inner.encode_fast(text, add_special_tokens));
         let encoding = encoding.map_err(|reason| self.refused(reason))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// What [`Tokenizer::encode`] gives, and the bytes of `text` that each token stands for; none for
+    /// tokens that are put around it.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_offsets(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>), ModelError> {
+        let encoding = without_panic(|| self.inner.encode(text, add_special_tokens));
+        let encoding = encoding.map_err(|reason| self.refused(reason))?;
+        let offsets = encoding.get_offsets().iter().map(|(first, end)| *first..*end).collect();
+        Ok((encoding.get_ids().to_vec(), offsets))
     }
 
     /// The text of token ids; ids that the tokenizer does not know give nothing, bytes that are not

@@ -17,7 +17,7 @@ fn text(path: &Path) -> &str {
 }
 
 /// A tiny random model that reads and writes bytes, and answers nonsense.
-fn babbler() -> TempDir {
+pub(crate) fn babbler() -> TempDir {
     let directory = Tiny { vocabulary: 350, layers: 2, context: 10_000, ..Tiny::default() }.write();
     let tokenizers = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers/byte-level");
     fs::copy(tokenizers.join("tokenizer.json"), directory.path().join("tokenizer.json"))
@@ -26,7 +26,7 @@ fn babbler() -> TempDir {
 }
 
 /// Gives a model a chat template with roles in front.
-fn with_chat(model: &Path) {
+pub(crate) fn with_chat(model: &Path) {
     let template = "{% for message in messages %}<|role|>{{ message.role }}\n{{ message.content | trim }}<|end|>\
                     {% endfor %}{% if add_generation_prompt %}<|role|>assistant\n{% endif %}";
     let config = json!({ "chat_template": template, "bos_token": "<|begin|>" });

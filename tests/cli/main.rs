@@ -9,6 +9,7 @@ mod batch;
 mod bench;
 mod eval;
 mod interrupt;
+mod profile;
 mod report;
 mod results;
 mod support;

@@ -2,8 +2,9 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 
-use fastkv::eval::{EvalError, Prose, Question, Scoring, Size, Task};
+use fastkv::eval::{Dialect, EvalError, NeedlePrompt, Prose, Question, Scoring, Size, Task};
 
 /// A token for each word and mark, as far as these tests count.
 fn tokens(question: &Question) -> usize {
@@ -286,6 +287,43 @@ fn a_depth_map_plants_where_it_is_told() {
         let sentences = |text: &str| text.matches('.').count() as f64;
         let share = sentences(before) / (sentences(before) + sentences(after) - 1.0);
         assert!((share - depth).abs() < 0.01, "{share} for {depth}");
+    }
+}
+
+#[test]
+fn a_needle_is_the_one_place_that_says_the_answer() {
+    for task in Task::ALL {
+        for seed in 0..5 {
+            let Question { context, references, needle, depth, .. } = question(task.name(), 4096, seed);
+            assert_eq!(needle.is_some(), task.has_needle(), "{task:?}");
+            let Some(needle) = needle else { continue };
+            let places: Vec<usize> = context.match_indices(&references[0]).map(|(place, _)| place).collect();
+            assert_eq!((references.len(), places), (1, vec![needle.start]), "{task:?}");
+            assert_eq!(context[needle.clone()], references[0]);
+            if let Some(depth) = depth {
+                let place = needle.start as f64 / context.len() as f64;
+                assert!((place - depth).abs() < 0.1, "{task:?}: {place} for {depth}");
+            }
+        }
+    }
+    let names: Vec<&str> = Task::ALL.into_iter().filter(|task| !task.has_needle()).map(Task::name).collect();
+    let without =
+        ["multivalue", "multiquery", "variable_tracking", "common_words", "frequent_words", "passkey"];
+    assert_eq!(names, without);
+}
+
+#[test]
+fn a_dialects_needle_stands_in_the_sentence_that_is_asked_for() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/needle");
+    let dialect = Dialect::from_directory(&model).expect("a dialect");
+    for (seed, name) in (0..20).flat_map(|seed| [(seed, "single"), (seed, "hard")]) {
+        let task = dialect.task(name).expect("a task");
+        let prompt = NeedlePrompt::generate(&dialect, task, 300, seed).expect("a prompt");
+        let Question { context, question, references, needle, .. } = prompt.into_question(8);
+        let needle = needle.expect("one place");
+        assert_eq!(context[needle.clone()], references[0]);
+        let asked = question.strip_prefix("question : ").expect("a question");
+        assert!(context[..needle.start].ends_with(&format!("{asked} ")), "{asked}: {needle:?}");
     }
 }
 

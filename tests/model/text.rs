@@ -63,6 +63,24 @@ fn encodes_and_decodes_as_transformers_does() {
     assert!(!tokenizer.is_special(tokenizer.token_id("<tool>").expect("added")));
 }
 
+#[test]
+fn offsets_are_the_bytes_of_each_token() {
+    let tokenizer = tokenizer();
+    for text in ["The quick 東京 <|end|>", "is 1234567.\n\ta-b", ""] {
+        let (ids, offsets) = tokenizer.encode_with_offsets(text, true).expect("encodes");
+        assert_eq!(ids, tokenizer.encode(text, true).expect("encodes"));
+        assert_eq!((ids.len(), &offsets[0]), (offsets.len(), &(0..0)), "a token in front has no bytes");
+        for (id, bytes) in ids.iter().zip(&offsets).skip(1) {
+            let piece = tokenizer.decode(&[*id], false).expect("decodes");
+            // A token of some bytes of a character has all of that one's.
+            if !piece.contains(char::REPLACEMENT_CHARACTER) {
+                assert_eq!(text[bytes.clone()], piece);
+            }
+        }
+        assert_eq!(offsets.last().map_or(0, |bytes| bytes.end), text.len());
+    }
+}
+
 fn streamed(tokenizer: &Tokenizer, ids: &[u32], skip_special_tokens: bool) -> String {
     let mut stream = tokenizer.stream(skip_special_tokens);
     let mut text = String::new();

@@ -66,7 +66,44 @@ fn words() -> Vec<String> {
 
 /// Writes the model's directory.
 pub(crate) fn write() -> TempDir {
-    let words = words();
+    let directory = write_words(&words(), &json!({ "type": "WhitespaceSplit" }), &Value::Null);
+    std::fs::write(directory.path().join("dialect.json"), dialect().to_string())
+        .expect("a writable directory");
+    directory
+}
+
+/// Writes a model without a dialect. Its tokens are the pieces of the texts: words, digits and marks.
+pub(crate) fn write_for(texts: &[String]) -> TempDir {
+    let mut words: Vec<String> = SPECIAL.map(str::to_owned).into();
+    for piece in texts.iter().flat_map(|text| pieces(text)) {
+        if !words.contains(&piece) {
+            words.push(piece);
+        }
+    }
+    let splits = json!([
+        { "type": "WhitespaceSplit" },
+        { "type": "Punctuation", "behavior": "Isolated" },
+        { "type": "Digits", "individual_digits": true },
+    ]);
+    write_words(&words, &json!({ "type": "Sequence", "pretokenizers": splits }), &json!({ "type": "Fuse" }))
+}
+
+/// Words, digits and marks of a text.
+fn pieces(text: &str) -> Vec<String> {
+    let mut pieces: Vec<String> = Vec::new();
+    let mut inside = false;
+    for char in text.chars() {
+        match pieces.last_mut().filter(|_| inside && char.is_alphabetic()) {
+            Some(word) => word.push(char),
+            None if char.is_whitespace() => {}
+            None => pieces.push(char.to_string()),
+        }
+        inside = char.is_alphabetic();
+    }
+    pieces
+}
+
+fn write_words(words: &[String], pre_tokenizer: &Value, decoder: &Value) -> TempDir {
     let tiny = Tiny {
         layers: 2,
         hidden: HIDDEN,
@@ -98,14 +135,13 @@ pub(crate) fn write() -> TempDir {
     };
     let vocabulary: serde_json::Map<String, Value> =
         words.iter().enumerate().map(|(id, word)| (word.clone(), json!(id))).collect();
-    write("dialect.json", &dialect());
     write("generation_config.json", &json!({ "bos_token_id": 0, "eos_token_id": id(".") }));
     write(
         "tokenizer.json",
         &json!({
-            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "decoder": null,
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "decoder": decoder,
             "added_tokens": SPECIAL.iter().map(special).collect::<Vec<_>>(),
-            "pre_tokenizer": { "type": "WhitespaceSplit" },
+            "pre_tokenizer": pre_tokenizer,
             "post_processor": {
                 "type": "TemplateProcessing",
                 "single": [{ "SpecialToken": { "id": "<s>", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],

@@ -1,7 +1,7 @@
 //! Depth map: a needle at a given depth of prose, scored by exact match.
 
 use super::needles::insert;
-use super::{EvalError, Prose, Question, Scoring, lines};
+use super::{EvalError, Prose, Question, Scoring, lines, said};
 use crate::eval::words::{adjective_nouns, numbers};
 use crate::random::SplitMix64;
 
@@ -23,6 +23,7 @@ pub(super) fn question(
     let prefix = format!("The number on the door of {key} is");
     Ok(Question {
         depth: Some(depth),
+        needle: said(&context, &needle[0], number),
         ..lines(context, question, prefix, vec![number.clone()], Scoring::FirstNumber)
     })
 }

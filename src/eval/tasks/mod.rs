@@ -17,6 +17,8 @@ mod tracking;
 pub use needles::Needles;
 pub use sizing::{Measure, Size};
 
+use std::ops::Range;
+
 use super::{EvalError, Prose, Question, Scoring};
 use crate::random::{SplitMix64, mix};
 
@@ -95,6 +97,16 @@ impl Task {
         self == Self::DepthMap
     }
 
+    /// Whether one place says the answer: then [`Question::needle`] is it.
+    pub fn has_needle(self) -> bool {
+        match self {
+            Self::Needle(needles) => needles.values_asked() == 1,
+            Self::KeyValue | Self::DepthMap => true,
+            // The pass key is said twice.
+            Self::VariableTracking | Self::CommonWords | Self::FrequentWords | Self::Passkey => false,
+        }
+    }
+
     /// The prompt of so many units and a seed. `length` is the number of tokens it is meant for, which
     /// some counts follow.
     ///
@@ -152,7 +164,14 @@ fn lines(
         separator: "\n",
         references,
         depth: None,
+        needle: None,
         scoring,
         answer_tokens: 0,
     }
+}
+
+/// Where the context says a value: at the end of its statement, which stands there once.
+fn said(context: &str, statement: &str, value: &str) -> Option<Range<usize>> {
+    let first = context.find(statement)? + statement.rfind(value)?;
+    Some(first..first + value.len())
 }

@@ -1,6 +1,6 @@
 //! The needle family.
 
-use super::{EvalError, Prose, Question, Scoring, lines};
+use super::{EvalError, Prose, Question, Scoring, lines, said};
 use crate::eval::haystack::noise;
 use crate::eval::words::{adjective_nouns, numbers, pairs, shuffle, uuids};
 use crate::random::SplitMix64;
@@ -87,6 +87,11 @@ impl Needles {
         Self { name, haystack, keys, values, hidden, each, asked }
     }
 
+    /// How many values a right answer has.
+    pub(super) fn values_asked(&self) -> usize {
+        self.asked * self.each
+    }
+
     pub(super) fn units(&self) -> (usize, usize) {
         let most = if self.haystack == Haystack::Needles && self.keys == Kind::Words {
             pairs() - 1
@@ -119,7 +124,7 @@ impl Needles {
         let mut asked: Vec<usize> = (0..self.hidden).collect();
         shuffle(&mut asked, random);
         asked.truncate(self.asked);
-        let references = asked
+        let references: Vec<String> = asked
             .iter()
             .flat_map(|key| &hidden_values[key * self.each..(key + 1) * self.each])
             .cloned()
@@ -141,7 +146,7 @@ impl Needles {
         let glue = if self.haystack == Haystack::Needles { "\n" } else { " " };
         let text = insert(&hay, &needles, &places).join(glue);
 
-        let (kind, one) = (self.values.noun(), self.asked * self.each == 1);
+        let (kind, one) = (self.values.noun(), self.values_asked() == 1);
         let kinds = if one { kind.to_owned() } else { format!("{kind}s") };
         let names = and(asked.iter().map(|key| hidden[*key].as_str()).collect());
         let (all, verb) = if one { ("", "is") } else { ("all ", "are") };
@@ -152,7 +157,10 @@ impl Needles {
         let prefix = format!("The secret {kinds} of {names} that the text gives {verb}");
         let depth = (needles.len() == 1).then(|| places[0] as f64 / units.max(1) as f64);
         let context = format!("{instruction}\n{text}");
-        Ok(Question { depth, ..lines(context, question, prefix, references, Scoring::Contains) })
+        let statement = |value: &String| needle(&hidden[asked[0]], value);
+        let needle = references.first().filter(|_| one);
+        let needle = needle.and_then(|value| said(&context, &statement(value), value));
+        Ok(Question { depth, needle, ..lines(context, question, prefix, references, Scoring::Contains) })
     }
 }
 

@@ -1,6 +1,6 @@
 //! Key-value retrieval: one value of a JSON object of random pairs.
 
-use super::{Question, Scoring, lines};
+use super::{Question, Scoring, lines, said};
 use crate::eval::words::uuids;
 use crate::random::SplitMix64;
 
@@ -17,5 +17,6 @@ pub(super) fn question(units: usize, random: &mut SplitMix64) -> Question {
     let question = format!("What is the value of the key \"{key}\"?");
     let prefix = format!("The value of the key \"{key}\" is");
     let depth = Some(asked as f64 / units as f64);
-    Question { depth, ..lines(context, question, prefix, vec![value.clone()], Scoring::Contains) }
+    let needle = said(&context, &pairs[asked], value);
+    Question { depth, needle, ..lines(context, question, prefix, vec![value.clone()], Scoring::Contains) }
 }

@@ -8,12 +8,12 @@ use fastkv::engine::{Cancel, Engine, FinishReason, GenerationOptions};
 use fastkv::model::ModelDir;
 
 use super::arms::Arm;
-use super::exam::{Asked, Exam, Material};
-use super::reading::Reader;
 use super::results::{Record, Results};
 use super::summary::Row;
 use crate::answer::Task;
+use crate::exam::{Asked, Exam, Material};
 use crate::input::Prompt;
+use crate::reading::Reader;
 use crate::{loading, progress};
 
 /// Score and exactness by arm, exam, length and number.
@@ -51,7 +51,7 @@ pub(super) struct Run<'a, B: Backend> {
     pub(super) model: &'a ModelDir,
     pub(super) engine: &'a Engine<B>,
     pub(super) exact_shortcuts: bool,
-    pub(super) reader: &'a Reader<'a>,
+    pub(super) reader: &'a Reader,
     pub(super) material: &'a Material,
     pub(super) samples: u32,
     pub(super) arms: &'a [Arm],

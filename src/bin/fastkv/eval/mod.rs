@@ -2,8 +2,6 @@
 
 mod arms;
 mod asking;
-mod exam;
-mod reading;
 mod results;
 mod settings;
 mod summary;
@@ -20,16 +18,16 @@ use fastkv::policy::{Budget, ModelShape};
 
 use self::arms::arms;
 use self::asking::Run;
-use self::exam::{Exam, Material};
-use self::reading::Reader;
 use self::results::{Header, Kept};
 use self::summary::{Report, Row};
 use crate::device::on;
+use crate::exam::{self, Exam, Material};
 use crate::exit::Usage;
 use crate::input::Prompt;
 use crate::loading::ModelOptions;
 use crate::options::{PolicyName, PolicyOptions, budget};
 use crate::output;
+use crate::reading::Reader;
 use crate::suggest::suggestion;
 
 /// Measure how well each policy answers questions about long prompts.
@@ -239,9 +237,8 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let template = if arguments.no_chat { None } else { model.chat_template()? };
     let settings = arguments.settings(&model, &exams, &lengths, &material, &arms, template.is_some())?;
     let mut prompt = Prompt { ids: Vec::new(), question: Vec::new(), tokenizer: Some(model.tokenizer()?) };
-    // The reader's own, since the prompt changes with each question.
-    let tokenizer = model.tokenizer()?;
-    let reader = Reader { tokenizer: &tokenizer, template, query_agnostic: arguments.query_agnostic };
+    // Its tokenizer is its own, since the prompt changes with each question.
+    let reader = Reader { tokenizer: model.tokenizer()?, template, query_agnostic: arguments.query_agnostic };
 
     let shape = ModelShape::from(&model.config);
     let answer_tokens = exams.iter().map(Exam::answer_tokens).max().unwrap_or(0);

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::Arguments;
 use super::arms::Arm;
-use super::exam::{Exam, Material};
+use crate::exam::{Exam, Material};
 
 impl Arguments {
     /// What has to agree for answers to go into one file.

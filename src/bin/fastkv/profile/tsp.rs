@@ -5,11 +5,11 @@ use clap::Args;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use fastkv::backend::Backend;
-use fastkv::engine::{Cancel, Control, EngineError, GenerationOptions, PrefillOptions, Trace};
+use fastkv::engine::{Cancel, Control, Engine, EngineError, GenerationOptions, PrefillOptions, Trace};
 use fastkv::policy::{Budget, FastKv, Plan, Policy, Settling};
 use serde::Serialize;
 
-use super::{ANSWER_TOKENS, Bench, Prompts};
+use super::prompts::{Answer, Prompts, Questions};
 use crate::device::on;
 use crate::exit::Usage;
 use crate::output;
@@ -22,8 +22,6 @@ use crate::progress;
 /// propagation is measured. The cheapest pair whose answers agree as often as asked for is recommended.
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    #[command(flatten)]
-    prompts: Prompts,
     /// TSP rates to try
     #[arg(long, value_name = "RATE", value_delimiter = ',', num_args = 1.., default_values_t = [0.1, 0.2, 0.4])]
     rates: Vec<f64>,
@@ -33,6 +31,8 @@ pub(super) struct Arguments {
     /// Print one JSON object instead of the table
     #[arg(long, help_heading = "Output")]
     json: bool,
+    #[command(flatten)]
+    prompts: Prompts,
 }
 
 /// What one TSP layer and rate did to the prompts. Its fields are described in docs/json.md.
@@ -48,12 +48,16 @@ struct Candidate {
     hidden_error: f64,
     /// Prompts with the answer of the full context.
     same_answers: u32,
+    /// Prompts that were answered right.
+    right_answers: u32,
 }
 
 /// The JSON object of `profile tsp`.
 #[derive(Serialize)]
 struct Calibration {
     samples: u32,
+    /// Prompts that the full context answered right.
+    right_answers: u32,
     candidates: Vec<Candidate>,
     recommended: Option<Candidate>,
 }
@@ -77,11 +81,21 @@ pub(super) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         bail!(Usage(format!("--agreement {}: give a share from 0 to 1", arguments.agreement)));
     }
     let (model, backend) = arguments.prompts.model.open()?;
-    on!(backend, backend => try_layers(arguments, &arguments.prompts.open(model, backend, cancel)?, cancel))
+    let questions = arguments.prompts.questions(&model)?;
+    on!(backend, backend => {
+        let engine = arguments.prompts.load(&model, backend, &questions, cancel)?;
+        try_layers(arguments, &engine, &model.generation.stop_tokens, &questions, cancel)
+    })
 }
 
-fn try_layers<B: Backend>(arguments: &Arguments, bench: &Bench<B>, cancel: &Cancel) -> Result<()> {
-    let shape = bench.engine.shape();
+fn try_layers<B: Backend>(
+    arguments: &Arguments,
+    engine: &Engine<B>,
+    stop_tokens: &[u32],
+    questions: &Questions,
+    cancel: &Cancel,
+) -> Result<()> {
+    let shape = engine.shape();
     let layers = (0..shape.layers.saturating_sub(1)).map(Some).chain([None]);
     let pairs = arguments.rates.iter().flat_map(|rate| layers.clone().map(|layer| (layer, *rate)));
     let mut candidates: Vec<Candidate> = pairs
@@ -91,17 +105,31 @@ fn try_layers<B: Backend>(arguments: &Arguments, bench: &Bench<B>, cancel: &Canc
             cost: 0.0,
             hidden_error: 0.0,
             same_answers: 0,
+            right_answers: 0,
         })
         .collect();
     for candidate in &candidates {
-        candidate.policy().plan(shape, arguments.prompts.tokens)?;
+        candidate.policy().plan(shape, questions.length)?;
     }
     let samples = arguments.prompts.samples;
     let steps = u64::from(samples) * (candidates.len() + 1) as u64;
+    let mut right_answers = 0;
     let bar = progress::bar(arguments.json, steps, "trying TSP layers");
     for sample in 0..samples {
-        let (_, ids) = arguments.prompts.prompt(bench, sample)?;
-        let (full, answer) = answered(bench, &ids, &Policy::Full.plan(shape, ids.len())?, cancel)?;
+        let asked = questions.nth(sample)?;
+        let ids = &asked.tokens.ids;
+        let generation = GenerationOptions {
+            max_tokens: questions.room(&asked)?,
+            stop_tokens: stop_tokens.to_vec(),
+            ..Default::default()
+        };
+        let answered = |policy: Policy| -> Result<(Trace, Answer)> {
+            let plan = policy.plan(shape, ids.len())?;
+            let (trace, written) = written(engine, ids, &plan, &generation, cancel)?;
+            Ok((trace, questions.answer(sample, &asked, written)?))
+        };
+        let (full, answer) = answered(Policy::Full)?;
+        right_answers += u32::from(answer.right);
         let rows = |trace: &Trace| trace.layers.iter().map(|layer| layer.rows).sum::<usize>();
         let length = |state: &mut dyn Iterator<Item = f32>| {
             state.map(|element| f64::from(element).powi(2)).sum::<f64>().sqrt()
@@ -109,12 +137,12 @@ fn try_layers<B: Backend>(arguments: &Arguments, bench: &Bench<B>, cancel: &Canc
         let size = length(&mut full.hidden.iter().copied());
         bar.inc(1);
         for candidate in &mut candidates {
-            let plan = candidate.policy().plan(shape, ids.len())?;
-            let (trace, other_answer) = answered(bench, &ids, &plan, cancel)?;
+            let (trace, other_answer) = answered(candidate.policy())?;
             let mut difference = full.hidden.iter().zip(&trace.hidden).map(|(a, b)| a - b);
             candidate.cost += rows(&trace) as f64 / rows(&full) as f64 / f64::from(samples);
             candidate.hidden_error += length(&mut difference) / size / f64::from(samples);
             candidate.same_answers += u32::from(answer == other_answer);
+            candidate.right_answers += u32::from(other_answer.right);
             bar.inc(1);
         }
     }
@@ -127,7 +155,7 @@ fn try_layers<B: Backend>(arguments: &Arguments, bench: &Bench<B>, cancel: &Canc
         .filter(enough)
         .min_by(|a, b| a.cost.total_cmp(&b.cost).then(a.hidden_error.total_cmp(&b.hidden_error)))
         .cloned();
-    let calibration = Calibration { samples, candidates, recommended };
+    let calibration = Calibration { samples, right_answers, candidates, recommended };
     match arguments.json {
         true => output::print(&output::json(&calibration)?),
         false => output::print(calibration.text().as_bytes()),
@@ -143,6 +171,7 @@ impl Calibration {
             "cost",
             "hidden state error",
             "same answer",
+            "right",
         ]);
         for candidate in &self.candidates {
             table.add_row([
@@ -151,6 +180,7 @@ impl Calibration {
                 format!("{:.0} %", 100.0 * candidate.cost),
                 format!("{:.4}", candidate.hidden_error),
                 format!("{} of {}", candidate.same_answers, self.samples),
+                candidate.right_answers.to_string(),
             ]);
         }
         let verdict = match &self.recommended {
@@ -162,23 +192,23 @@ impl Calibration {
             ),
             None => "no layer agrees that often: give higher --rates or a lower --agreement".to_owned(),
         };
-        format!("{table}\n{verdict}\n")
+        let full = format!("the full context answers {} of {} right", self.right_answers, self.samples);
+        format!("{table}\n{full}\n{verdict}\n")
     }
 }
 
-/// What the layers did with a prompt, and the answer's tokens.
-fn answered<B: Backend>(
-    bench: &Bench<B>,
+/// What the layers did with a prompt, and what was written behind it.
+fn written<B: Backend>(
+    engine: &Engine<B>,
     ids: &[u32],
     plan: &Plan,
+    generation: &GenerationOptions,
     cancel: &Cancel,
 ) -> Result<(Trace, Vec<u32>)> {
     let control = Control { cancel: Some(cancel), progress: None };
-    let options = PrefillOptions { slack: ANSWER_TOKENS, trace: true, ..Default::default() };
-    let mut prefill = bench.engine.prefill(ids, plan, &options, &control)?;
-    let stop_tokens = bench.model.generation.stop_tokens.clone();
-    let generation = GenerationOptions { max_tokens: ANSWER_TOKENS, stop_tokens, ..Default::default() };
-    let answer = bench.engine.generate(&mut prefill.cache, prefill.logits, &generation, &control, |_| ())?;
+    let options = PrefillOptions { slack: generation.max_tokens, trace: true, ..Default::default() };
+    let mut prefill = engine.prefill(ids, plan, &options, &control)?;
+    let answer = engine.generate(&mut prefill.cache, prefill.logits, generation, &control, |_| ())?;
     if cancel.is_cancelled() {
         return Err(EngineError::Cancelled.into());
     }

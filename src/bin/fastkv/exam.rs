@@ -1,5 +1,6 @@
 //! The tasks that were chosen, and their questions.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -9,13 +10,13 @@ use fastkv::eval::{
 };
 use fastkv::model::ModelDir;
 
-use super::reading::{Reader, Tokens};
 use crate::exit::Usage;
+use crate::reading::{Reader, Tokens};
 use crate::suggest::suggestion;
 
 /// A task and where its questions come from.
-pub(super) struct Exam {
-    pub(super) name: String,
+pub(crate) struct Exam {
+    pub(crate) name: String,
     source: Source,
 }
 
@@ -29,17 +30,17 @@ enum Source {
 }
 
 /// What questions are made from.
-pub(super) struct Material {
-    pub(super) dialect: Option<Dialect>,
-    pub(super) prose: Prose,
-    pub(super) seed: u64,
-    pub(super) depths: Vec<f64>,
+pub(crate) struct Material {
+    pub(crate) dialect: Option<Dialect>,
+    pub(crate) prose: Prose,
+    pub(crate) seed: u64,
+    pub(crate) depths: Vec<f64>,
 }
 
 /// A question, as the model reads it.
-pub(super) struct Asked {
-    pub(super) question: Question,
-    pub(super) tokens: Tokens,
+pub(crate) struct Asked {
+    pub(crate) question: Question,
+    pub(crate) tokens: Tokens,
 }
 
 /// Tokens that an answer in a dialect may take; they are shorter.
@@ -50,7 +51,7 @@ const DEPTH_MAP: &str = "depth_map";
 
 impl Exam {
     /// The exam of a task's name: the dialect's, or one of those for any tokenizer.
-    pub(super) fn from_name(name: &str, dialect: Option<&Dialect>) -> Result<Self> {
+    pub(crate) fn from_name(name: &str, dialect: Option<&Dialect>) -> Result<Self> {
         let source = match dialect {
             Some(dialect) if dialect.tasks().any(|task| task == name) => {
                 Source::Dialect { task: dialect.task(name)?, at_depths: false }
@@ -73,7 +74,7 @@ impl Exam {
     }
 
     /// The exams of a file, one for each of its tasks, of `most` questions each at most.
-    pub(super) fn from_file(path: &Path, most: Option<u32>) -> Result<Vec<Self>> {
+    pub(crate) fn from_file(path: &Path, most: Option<u32>) -> Result<Vec<Self>> {
         let mut exams: Vec<(String, Vec<FileQuestion>)> = Vec::new();
         for question in read_questions(path)? {
             match exams.iter_mut().find(|(name, _)| *name == question.task) {
@@ -89,7 +90,7 @@ impl Exam {
     }
 
     /// How many questions it has at a length, where a generated one has `samples`.
-    pub(super) fn questions(&self, samples: u32, material: &Material) -> u32 {
+    pub(crate) fn questions(&self, samples: u32, material: &Material) -> u32 {
         match &self.source {
             Source::File(questions) => questions.len() as u32,
             _ if self.has_depths() => samples.saturating_mul(material.depths.len() as u32),
@@ -98,7 +99,7 @@ impl Exam {
     }
 
     /// Tokens that an answer may take.
-    pub(super) fn answer_tokens(&self) -> usize {
+    pub(crate) fn answer_tokens(&self) -> usize {
         match &self.source {
             Source::Dialect { .. } => DIALECT_ANSWER,
             Source::Generated(task) => task.answer_tokens(),
@@ -109,14 +110,14 @@ impl Exam {
     }
 
     /// Tokens of a generated question.
-    fn measure(&self, question: &Question, reader: &Reader<'_>) -> Result<usize, EvalError> {
+    fn measure(&self, question: &Question, reader: &Reader) -> Result<usize, EvalError> {
         let tokens = reader.read(question, true);
         let tokens = tokens.map_err(|error| EvalError::Tokens(format!("{}: {error:#}", self.name)))?;
         Ok(tokens.len())
     }
 
     /// Whether its questions go by depth.
-    pub(super) fn has_depths(&self) -> bool {
+    pub(crate) fn has_depths(&self) -> bool {
         match &self.source {
             Source::Dialect { at_depths, .. } => *at_depths,
             Source::Generated(task) => task.has_depths(),
@@ -127,7 +128,7 @@ impl Exam {
     /// Tokens of the longest prompt and its answer at a length.
     ///
     /// Refuses what cannot be asked, before a model is loaded.
-    pub(super) fn longest(&self, length: usize, material: &Material, reader: &Reader<'_>) -> Result<usize> {
+    pub(crate) fn longest(&self, length: usize, material: &Material, reader: &Reader) -> Result<usize> {
         match &self.source {
             Source::Dialect { .. } => self.question(0, length, None, 1, material, reader).map(|_| length),
             Source::Generated(task) => {
@@ -148,12 +149,7 @@ impl Exam {
     }
 
     /// Finds how large the prompts of a length are.
-    pub(super) fn size(
-        &self,
-        length: usize,
-        material: &Material,
-        reader: &Reader<'_>,
-    ) -> Result<Option<Size>> {
+    pub(crate) fn size(&self, length: usize, material: &Material, reader: &Reader) -> Result<Option<Size>> {
         let Source::Generated(task) = self.source else { return Ok(None) };
         let measure = |question: &Question| self.measure(question, reader);
         let size = Size::find(task, length, &material.prose, &measure);
@@ -161,14 +157,14 @@ impl Exam {
     }
 
     /// The question of a number, at most `length` tokens long with its answer.
-    pub(super) fn question(
+    pub(crate) fn question(
         &self,
         number: u32,
         length: usize,
         size: Option<Size>,
         samples: u32,
         material: &Material,
-        reader: &Reader<'_>,
+        reader: &Reader,
     ) -> Result<Asked> {
         // A depth map goes through all samples of a depth before the next one.
         let (sample, depth) = match self.has_depths() {
@@ -204,8 +200,32 @@ impl Exam {
         Ok(Asked { question, tokens })
     }
 
+    /// The number of one of `samples` questions that go through the depths in turn, where there are any.
+    pub(crate) fn in_turn(&self, sample: u32, samples: u32, material: &Material) -> u32 {
+        match self.has_depths() {
+            true => (sample % material.depths.len() as u32) * samples + sample,
+            false => sample,
+        }
+    }
+
+    /// Whether one place of a prompt says the answer.
+    pub(crate) fn has_needle(&self) -> bool {
+        match &self.source {
+            Source::Dialect { .. } => true,
+            Source::Generated(task) => task.has_needle(),
+            Source::File(_) => false,
+        }
+    }
+
+    /// Which tokens of a question say its answer.
+    pub(crate) fn needle(&self, question: &Question, reader: &Reader) -> Result<Range<usize>> {
+        let chat = matches!(self.source, Source::Generated(_));
+        let needle = reader.needle(question, chat)?;
+        needle.with_context(|| format!("the task {} says its answer in no single place", self.name))
+    }
+
     /// The score of an answer, and whether it is exactly right.
-    pub(super) fn score(&self, number: u32, question: &Question, prediction: &str) -> (f64, bool) {
+    pub(crate) fn score(&self, number: u32, question: &Question, prediction: &str) -> (f64, bool) {
         match &self.source {
             Source::File(questions) => questions[number as usize].score(prediction),
             _ => {
@@ -217,7 +237,25 @@ impl Exam {
 }
 
 /// The model's dialect, where it has one.
-pub(super) fn dialect(model: &ModelDir) -> Result<Option<Dialect>> {
+pub(crate) fn dialect(model: &ModelDir) -> Result<Option<Dialect>> {
     let there = model.path.join("dialect.json").exists();
     Ok(there.then(|| Dialect::from_directory(&model.path)).transpose()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_go_through_the_depths_in_turn() {
+        let depths = vec![0.0, 0.5, 1.0];
+        let material = Material { dialect: None, prose: Prose::default(), seed: 0, depths };
+        let numbers = |name: &str| -> Vec<u32> {
+            let exam = Exam::from_name(name, None).expect("a task");
+            (0..5).map(|sample| exam.in_turn(sample, 5, &material)).collect()
+        };
+        assert_eq!(numbers("single_2"), [0, 1, 2, 3, 4]);
+        // Five samples of the first depth, then those of the next.
+        assert_eq!(numbers("depth_map"), [0, 5 + 1, 10 + 2, 3, 5 + 4]);
+    }
 }
