@@ -38,11 +38,6 @@ impl Output {
         Ok(Self { path: path.to_path_buf(), temporary })
     }
 
-    /// [`prepare`](Self::prepare) for an option that may not be given.
-    pub(crate) fn prepare_if(path: Option<&PathBuf>) -> Result<Option<Self>> {
-        path.map(|path| Self::prepare(path)).transpose()
-    }
-
     /// Writes it.
     pub(crate) fn write(&self, contents: &[u8]) -> Result<()> {
         let unwritable = || format!("{} cannot be written", self.path.display());

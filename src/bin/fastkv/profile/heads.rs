@@ -14,7 +14,7 @@ use fastkv::policy::{HeadScores, Policy};
 use super::prompts::{Prompts, Questions};
 use crate::device::on;
 use crate::exit::Usage;
-use crate::output::{self, Output};
+use crate::output::{self, Output, OverwriteOptions};
 use crate::progress;
 
 /// Score the heads by how they find facts: the file that `--policy headkv --heads` takes.
@@ -30,6 +30,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
     #[command(flatten)]
+    overwrite: OverwriteOptions,
+    #[command(flatten)]
     prompts: Prompts,
 }
 
@@ -43,7 +45,7 @@ enum Scoring {
 type Gains = Vec<Vec<f64>>;
 
 pub(super) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
-    let out = Output::prepare_if(arguments.out.as_ref())?;
+    let out = arguments.overwrite.prepare_if("--out", arguments.out.as_ref())?;
     let (model, backend) = arguments.prompts.model.open()?;
     let questions = arguments.prompts.questions(&model)?;
     check_needle(&questions)?;
