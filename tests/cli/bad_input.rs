@@ -311,12 +311,17 @@ fn files_that_are_there_already() {
         ("compare", "--out"),
         ("bench", "--out"),
         ("bench", "--picture"),
+        ("profile heads", "--out"),
     ] {
-        refused([command, "--model", "no such model", option, path], 2, &[&said[..], &[option]].concat());
-        refused([command, "--model", "no such model", option, path, "--force"], 1, &["no such model"]);
+        let with = |options: &[&'static str], path| {
+            let model = ["--model", "no such model", option, path];
+            command.split(' ').chain(model).chain(options.to_vec()).map(str::to_owned).collect::<Vec<_>>()
+        };
+        refused(with(&[], path), 2, &[&said[..], &[option]].concat());
+        refused(with(&["--force"], path), 1, &["no such model"]);
         // What is no plain file has nothing to lose.
         if option == "--out" {
-            refused([command, "--model", "no such model", option, "/dev/null"], 1, &["no such model"]);
+            refused(with(&[], "/dev/null"), 1, &["no such model"]);
         }
     }
     assert_eq!(fs::read_to_string(&file).expect("readable"), "precious");

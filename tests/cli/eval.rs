@@ -138,7 +138,7 @@ fn scores_of_heads_become_budgets() {
     let [model, file] = [model, file].map(|path| path.into_string().expect("a plain path"));
     let short = ["--tokens", "200", "--samples", "3", "--model", &model];
     for scoring in ["retrieval", "reasoning"] {
-        let options = ["profile", "heads", "--scoring", scoring, "--out", &file];
+        let options = ["profile", "heads", "--scoring", scoring, "--force", "--out", &file];
         let text = stdout_of(options.into_iter().chain(short));
         assert!(text.contains("of 3 prompts answered right"), "{text}");
         let scores = read_json(scratch.path("heads.json").as_path());

@@ -80,7 +80,7 @@ fn heads_that_look_things_up_are_told_from_others() {
         let model = depth_map_model(&haystack, stops);
         let file = scratch.path("heads.json");
         let options = format!(
-            "heads --task depth_map --tokens 400 --samples {SAMPLES} --scoring {scoring} --haystack {} --out {}",
+            "heads --task depth_map --tokens 400 --samples {SAMPLES} --scoring {scoring} --haystack {} --force --out {}",
             text(&haystack),
             text(&file)
         );
