@@ -316,8 +316,8 @@ typedef struct fastkv_cache {
     /** i64 `[sequences, heads]`: row of a list's first entry. 0: lists stand `capacity` apart. */
     uint64_t starts;
     /**
-     * i32 `[sequences, heads]`, paged `[sequences]`: entries in use. Below 0: a place of the batch that is not in use; it
-     * has no entries, nothing is appended, and it is not full.
+     * i32 `[sequences, heads]`, paged `[sequences]`: entries in use. Below 0: a place of the batch that is not in
+     * use; it has no entries, nothing is appended, and it is not full.
      */
     uint64_t lengths;
     /** i32 `[sequences, heads]`: rows that belong to a list. 0: `capacity` for every list. */

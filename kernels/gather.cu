@@ -292,7 +292,9 @@ __device__ __forceinline__ void compact(const fastkv_compact_params& p) {
         }
     }
     if (!values && threadIdx.x == 0) {
-        reinterpret_cast<int32_t*>(p.lengths_out)[list.index] = max(0, count);
+        // A place that is not in use stays so.
+        const int32_t before = length_at(cache, list.index);
+        reinterpret_cast<int32_t*>(p.lengths_out)[list.index] = before < 0 ? before : max(0, count);
     }
 }
 

@@ -563,8 +563,8 @@ pub struct Cache {
     pub v: Rows,
     /// i64 `[sequences, heads]`: row of a list's first entry. 0: lists stand `capacity` apart.
     pub starts: u64,
-    /** i32 `[sequences, heads]`, paged `[sequences]`: entries in use. Below 0: a place of the batch that is not in use; it
- has no entries, nothing is appended, and it is not full.*/
+    /** i32 `[sequences, heads]`, paged `[sequences]`: entries in use. Below 0: a place of the batch that is not in
+ use; it has no entries, nothing is appended, and it is not full.*/
     pub lengths: u64,
     /// i32 `[sequences, heads]`: rows that belong to a list. 0: `capacity` for every list.
     pub capacities: u64,

@@ -18,7 +18,7 @@ pub fn text(bytes: Vec<u8>) -> Result<String, NotUtf8> {
     })
 }
 
-/// A byte that begins no character.
+/// The first byte that is not part of a whole character.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no UTF-8 text: the byte at offset {offset}, in line {line}, is {byte:#04x}")]
 pub struct NotUtf8 {
@@ -30,7 +30,7 @@ pub struct NotUtf8 {
     pub byte: u8,
 }
 
-/// What serde_json says of a line whose number the message has already: its own is always 1.
+/// What serde_json says, and in which column: the message has the line already.
 #[cfg(feature = "pipeline")]
 pub fn json_problem(error: &serde_json::Error) -> String {
     let (said, column) = (error.to_string(), error.column());

@@ -89,12 +89,13 @@ impl<B: Backend> Cache<B> {
         self.layers = layers;
     }
 
-    /// Whether entries that were taken never came back.
+    /// Whether entries that were taken never came back, or it could not go back to what it was.
     pub(crate) fn is_lost(&self) -> bool {
         self.layers.len() != self.shape.layers
     }
 
-    /// Forgets the entries behind these lengths, by layer and kv head. Where the backend fails at it, the cache is lost.
+    /// Forgets the entries behind these lengths, by layer and kv head. Where the backend fails at it, the cache is
+    /// lost.
     pub(crate) fn truncate(&mut self, backend: &B, lengths: &[Vec<usize>]) {
         let mut layers = self.layers.iter_mut().zip(lengths);
         if layers.any(|(layer, lengths)| backend.truncate_kv(layer, lengths).is_err()) {

@@ -18,7 +18,7 @@ impl<B: Backend> Engine<B> {
     /// Reads more tokens behind a filled cache: a second turn, or the question behind a compressed
     /// context. The cache keeps all of them, unless its policy evicts in decoding: then what is over
     /// goes behind the last of them. Returns the logits behind the last of them. After an error the
-    /// cache is what it was, or lost where a device failed while it evicted.
+    /// cache is what it was, or lost where a device failed while it evicted, or again while it went back.
     ///
     /// # Errors
     /// A cache of another model, no tokens, an id outside the vocabulary, more tokens than the model's

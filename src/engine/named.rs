@@ -43,8 +43,7 @@ pub(super) fn before_reading<B: Backend>(
     backend: &B,
     plan: &Plan,
 ) -> Result<Vec<Option<B::Indices>>, BackendError> {
-    let highlighted =
-        plan.steering.as_ref().map_or_else(Vec::new, |steering| steering.positions(plan.prompt_tokens));
+    let highlighted = plan.highlighted();
     let named = plan.layers.iter().enumerate().map(|(index, layer)| {
         // Where the highlighted tokens lie among fewer is data, and so are the rows behind a candidate.
         let moved = plan.steering.is_some() && (layer.rows < plan.prompt_tokens || plan.restart.is_some());

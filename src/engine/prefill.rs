@@ -258,8 +258,7 @@ impl<'a, B: Backend> Run<'a, B> {
         options: &'a PrefillOptions,
         meter: &'a Meter<'a>,
     ) -> Result<Self, EngineError> {
-        let highlighted =
-            plan.steering.as_ref().map_or_else(Vec::new, |steering| steering.positions(ids.len()));
+        let highlighted = plan.highlighted();
         let tokens = Tokens { classes: plan.classes.clone(), ids: ids.to_vec(), highlighted };
         let steer = plan.steering.as_ref().map(|steering| Steer::new(steering, plan.shape, ids.len()));
         let places = llama.places(backend, lists.positions, ids.len())?;

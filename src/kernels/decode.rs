@@ -31,9 +31,9 @@ const BLOCKS: u32 = 3;
 pub struct Decode {
     /// The lists. K and V may be views of one tensor. In a paged cache the heads of a sequence share pages and length:
     /// where each is to have its own, every head is described as a sequence with one kv head, and `q`, `k_new`, `v_new`
-    /// and `out` are dense, so that one stride leads from head to head and on to the next sequence, `positions_new` has a
-    /// number for each kv head, and `bias.heads` bits for a group, the same for all. Places of a captured batch that hold
-    /// no sequence have a length below 0.
+    /// and `out` are dense, so that one stride leads from head to head and on to the next sequence, `positions_new` has
+    /// a number for each kv head, and `bias.heads` bits for a group, the same for all. Places of a captured batch that
+    /// hold no sequence have a length below 0.
     pub cache: Cache,
     /// Queries, `[sequence][query head][token][head_dim]`.
     pub q: Rows,
@@ -50,8 +50,8 @@ pub struct Decode {
     /// query's sum of exponentials. 0: not wanted.
     pub lse: u64,
     /// Address of an i32 that is set to 1 where a list has no room for the new tokens. They are seen all the
-    /// same, but such a list stays as it is: which one, its length tells. Nobody sets it back. Needed where something is
-    /// appended.
+    /// same, but such a list stays as it is: which one, its length tells. Nobody sets it back. Needed where
+    /// something is appended.
     pub full: u64,
     /// Added to some of the products; its keys are original positions.
     pub bias: Option<Bias>,

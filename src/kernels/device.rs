@@ -6,7 +6,7 @@ use crate::abi;
 /// One stream of one device, as a driver sees it: all that it calls. What is queued runs in the order of the calls,
 /// after the call has returned; nothing here waits.
 ///
-/// [`CudaLauncher`](crate::backend::cuda::CudaLauncher) is one on the primary context of a GPU, and on any stream of it.
+/// `backend::cuda::CudaLauncher` is one on the primary context of a GPU, and on any stream of it.
 /// An engine with another context, or with bindings that are to launch, implements these five methods.
 pub trait Launcher {
     /// Queues a kernel: of the module that [`Kernel::image`](Kernel::image) names in

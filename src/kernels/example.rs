@@ -152,9 +152,9 @@ impl Layer {
     }
 
     /// At the TSP layer: one set of tokens for each sequence, and their hidden states, f32 `[tokens, width]`, packed at
-    /// the rows that `starts`, i64 `[sequences]`, says. Later layers rotate by the `positions`, i32, that come along. Their
-    /// `cu_seqlens`, and `starts`, are sums of what the sequences before keep, `min(count, tokens)` each, which the host
-    /// knows where it chose the counts.
+    /// the rows that `starts`, i64 `[sequences]`, says. Later layers rotate by the `positions`, i32, that come along.
+    /// Their `cu_seqlens`, and `starts`, are sums of what the sequences before keep, `min(count, tokens)` each, which
+    /// the host knows where it chose the counts.
     ///
     /// # Safety
     /// As for [`attend`](Self::attend).

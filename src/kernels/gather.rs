@@ -31,8 +31,8 @@ pub struct GatherKv {
     pub pages: Pages,
     /// Where the rows of paged destinations go; all zero where they are dense.
     pub slots: Slots,
-    /// Address of `[kept.out_rows, head_dim]`, or of the first page, for K; does not overlap the sources. Where both are
-    /// paged they may be one pool, as long as no slot that is written lies in a page that is read.
+    /// Address of `[kept.out_rows, head_dim]`, or of the first page, for K; does not overlap the sources. Where
+    /// both are paged they may be one pool, as long as no slot that is written lies in a page that is read.
     pub k_out: u64,
     /// The same for V, which does not overlap K's unless both are paged.
     pub v_out: u64,
@@ -75,8 +75,8 @@ pub struct Compact {
     /// Address of i32 `[sequences, heads]`: indices in use. 0: all of them, to the first -1.
     pub kept: u64,
     /// Address that receives i32 `[sequences, heads]`: entries that were kept, the lists' lengths from now
-    /// on; apart from `cache.lengths`. The heads of a sequence share a length where the cache is paged: they are to keep as
-    /// many each, and one of their numbers is the sequence's.
+    /// on; apart from `cache.lengths`. A length below 0 stays as it is. The heads of a sequence share a length where
+    /// the cache is paged: they are to keep as many each, and one of their numbers is the sequence's.
     pub lengths_out: u64,
     /// Elements of a row; a row is a multiple of 16 bytes.
     pub head_dim: u32,

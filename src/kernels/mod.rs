@@ -25,9 +25,10 @@
 //!   and its `new` says what is missing where it cannot: kernels in this build, a driver, a chip that they run on. That is
 //!   compute capability 8.0 or newer; what is newer than what they were built for compiles their PTX when they are
 //!   loaded. In a context of another kind, or through other bindings, the engine implements [`Launcher`].
-//! * **Descriptions** are plain structs. What a call does not need comes from `..Default::default()`: addresses and sizes
-//!   of 0, which are absent where that is allowed and refused where it is not, and bf16. A field that a later version adds
-//!   stands there for what was before, so that literals which end like this go on to compile.
+//! * **Descriptions** are plain structs. What a call does not need comes from `..Default::default()`: addresses of 0,
+//!   which are absent where that is allowed and refused where it is not, numbers of 0 and bf16. A field that a later
+//!   version adds stands there for what was before, so that literals which end like this go on to compile. Counts of 0
+//!   are no error: then there is nothing to do, and nothing is launched.
 //! * **Tensors** are an address in bytes and strides in elements, the last dimension dense. Addresses and strides of rows
 //!   are multiples of 16 bytes, workspaces of 256.
 //! * **Lengths** and counts that change from batch to batch lie on the device. What a description says of them is a
@@ -41,9 +42,9 @@
 //! * **Results** are the same bits in every run, whatever else is in the batch. What is wrong in a description is an
 //!   [`Error::Argument`] before anything is launched; what is wrong on the device, such as a length, is clipped.
 //! * **What there is not**: attention or scores of a prompt over pages (a prefix in pages is gathered first, by
-//!   [`gather_kv`](gather::gather_kv)), sliding windows, caps of logits, 8-bit caches, head sizes other than 64, 96, 128 and
-//!   256, more than 16 query heads of a kv head, windows of scores of more than 64 queries, different numbers of new tokens
-//!   in a step of decoding.
+//!   [`gather_kv`](gather::gather_kv)), sliding windows, caps of logits, 8-bit caches, head sizes other than 64, 96,
+//!   128 and 256, more than 16 query heads of a kv head, windows of scores of more than 64 queries, different numbers
+//!   of new tokens in a step of decoding.
 //! * **Keys are rotated** when they come, and keep the rotation of their original position; the position of a new token
 //!   counts what was read, not what was kept.
 //!

@@ -25,7 +25,7 @@ pub struct ShareKeys {
     pub keys: u32,
     /// Keys of a head on average.
     pub mean: u32,
-    /// Keys among those that every head keeps beside its share: its best, such as what a caller raised above all others.
+    /// Keys among those that every head keeps beside its share: its best, such as what a caller raised above all else.
     pub assured: u32,
     /// The share of the mean that every head gets, from 0 to 1.
     pub floor: f64,

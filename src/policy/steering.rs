@@ -87,6 +87,11 @@ impl Plan {
         Ok(self)
     }
 
+    /// Highlighted positions of the prompt, ascending.
+    pub fn highlighted(&self) -> Vec<u32> {
+        self.steering.as_ref().map_or_else(Vec::new, |steering| steering.positions(self.prompt_tokens))
+    }
+
     pub(crate) fn check_steering(&self, steering: &Steering) -> Result<(), PolicyError> {
         let Steering { spans, heads, alpha } = steering;
         check_share("alpha", *alpha, *alpha > 0.0 && *alpha <= 1.0, "a number above 0 and at most 1")?;

@@ -304,6 +304,9 @@ fn files_that_are_there_already() {
     let scratch = Scratch::new();
     let file = scratch.file("results.svg", "precious");
     let path = file.to_str().expect("UTF-8");
+    let [empty, ids] =
+        [scratch.file("empty.svg", ""), scratch.file("ids.json", "[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]")];
+    let [empty, ids] = [&empty, &ids].map(|path| path.to_str().expect("UTF-8"));
     let said = [path, "there already", "--force"];
     for (command, option) in [
         ("inspect", "--out"),
@@ -319,11 +322,23 @@ fn files_that_are_there_already() {
         };
         refused(with(&[], path), 2, &[&said[..], &[option]].concat());
         refused(with(&["--force"], path), 1, &["no such model"]);
-        // What is no plain file has nothing to lose.
+        // What is empty, or no plain file, has nothing to lose.
+        refused(with(&[], empty), 1, &["no such model"]);
         if option == "--out" {
             refused(with(&[], "/dev/null"), 1, &["no such model"]);
         }
     }
+    // Output that goes to a file goes behind what is in it.
+    let log = scratch.file("log", "before\n");
+    let status = program()
+        .args(["inspect", "--tokens", ids, "--out", "/dev/stdout", "--model"])
+        .arg(needle())
+        .stdout(File::options().append(true).open(&log).expect("writable"))
+        .status()
+        .expect("the program starts");
+    assert!(status.success());
+    let log = fs::read_to_string(&log).expect("readable");
+    assert!(log.starts_with("before\n") && log.contains("\"fastkv\""), "{log}");
     assert_eq!(fs::read_to_string(&file).expect("readable"), "precious");
 }
 

@@ -416,12 +416,13 @@ impl Scene {
         let found = backend.read_indices(&backend.select_each(&groups, &counts, window)?)?;
         assert_eq!(found, expected(&counts, window), "{counts:?} of {numbers:?}");
 
-        let share = Share { mean: 6, assured: 2, floor: 0.2, tail: window };
+        let share = Share { mean: 6, assured: 1, floor: 0.2, tail: window };
         let kept = backend.count_kv(backend.gather_kv_shared(&store, &groups, share, 3)?)?;
         let all = best(&numbers.concat(), 6 * heads, 0);
         let of_head = |head: usize| {
             let picks = all.iter().filter(|key| **key as usize / scored == head).count();
-            (picks as f64 * 0.8 + 1.0).round_ties_even() as usize
+            let sure = picks.min(1);
+            sure + ((picks - sure) as f64 * 0.8 + 1.0).round_ties_even() as usize
         };
         let counts: Vec<usize> = (0..heads).map(of_head).collect();
         let lists = expected(&counts, window);

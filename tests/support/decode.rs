@@ -294,12 +294,12 @@ impl State {
         self.positions[place.position] = position;
     }
 
-    /// Whether all new tokens of a list fit.
     /// Whether a place of the batch holds a list at all.
     fn is_in_use(&self, case: &Case, sequence: usize, head: usize) -> bool {
         self.lengths[self.length_index(case, sequence, head)] >= 0
     }
 
+    /// Whether all new tokens of a list fit.
     fn has_room(&self, case: &Case, sequence: usize, head: usize) -> bool {
         let length = self.length(case, sequence, head);
         self.is_in_use(case, sequence, head)

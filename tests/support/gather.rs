@@ -751,7 +751,7 @@ impl Compaction {
                     }
                     (before, count) = (index, count + 1);
                 }
-                lengths.push(count);
+                lengths.push(if length < 0 { length } else { count });
             }
         }
         (moves, lengths)

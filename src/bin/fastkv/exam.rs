@@ -39,7 +39,10 @@ pub(crate) struct Material {
 
 /// A question, as the model reads it.
 pub(crate) struct Asked {
+    number: u32,
     pub(crate) question: Question,
+    /// Whether it went through the chat template, where the model has one.
+    chat: bool,
     pub(crate) tokens: Tokens,
 }
 
@@ -197,7 +200,7 @@ impl Exam {
             question.depth = depth;
         }
         let tokens = reader.read(&question, chat)?;
-        Ok(Asked { question, tokens })
+        Ok(Asked { number, question, chat, tokens })
     }
 
     /// The number of one of `samples` questions that go through the depths in turn, where there are any.
@@ -218,16 +221,16 @@ impl Exam {
     }
 
     /// Which tokens of a question say its answer.
-    pub(crate) fn needle(&self, question: &Question, reader: &Reader) -> Result<Range<usize>> {
-        let chat = matches!(self.source, Source::Generated(_));
-        let needle = reader.needle(question, chat)?;
+    pub(crate) fn needle(&self, asked: &Asked, reader: &Reader) -> Result<Range<usize>> {
+        let needle = reader.needle(&asked.question, asked.chat)?;
         needle.with_context(|| format!("the task {} says its answer in no single place", self.name))
     }
 
     /// The score of an answer, and whether it is exactly right.
-    pub(crate) fn score(&self, number: u32, question: &Question, prediction: &str) -> (f64, bool) {
+    pub(crate) fn score(&self, asked: &Asked, prediction: &str) -> (f64, bool) {
+        let Asked { number, question, .. } = asked;
         match &self.source {
-            Source::File(questions) => questions[number as usize].score(prediction),
+            Source::File(questions) => questions[*number as usize].score(prediction),
             _ => {
                 let key = Key { references: &question.references, classes: &[] };
                 (question.scoring.score(prediction, key), question.scoring.is_exact(prediction, key))

@@ -23,7 +23,7 @@ impl Output {
         let unwritable = || format!("{} cannot be written", path.display());
         let temporary = match fs::metadata(path) {
             Ok(found) if found.is_dir() => bail!("{} cannot be written: it is a directory", path.display()),
-            Ok(found) if !found.is_file() => None,
+            Ok(found) if !is_replaceable(path, &found) => None,
             found => {
                 if found.is_ok() {
                     File::options().append(true).open(path).with_context(unwritable)?;
@@ -42,7 +42,8 @@ impl Output {
     pub(crate) fn write(&self, contents: &[u8]) -> Result<()> {
         let unwritable = || format!("{} cannot be written", self.path.display());
         let Some(temporary) = &self.temporary else {
-            return fs::write(&self.path, contents).with_context(unwritable);
+            let file = File::options().append(true).open(&self.path);
+            return file.and_then(|mut file| file.write_all(contents)).with_context(unwritable);
         };
         let written = File::create(temporary)
             .and_then(|mut file| {
@@ -57,6 +58,11 @@ impl Output {
     }
 }
 
+/// Whether another file can take its place: not that of a pipe or a device, nor what a name such as /dev/stdout leads to.
+fn is_replaceable(path: &Path, found: &fs::Metadata) -> bool {
+    found.is_file() && !path.starts_with("/dev")
+}
+
 /// What becomes of files that are there already.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct OverwriteOptions {
@@ -66,9 +72,10 @@ pub(crate) struct OverwriteOptions {
 }
 
 impl OverwriteOptions {
-    /// [`Output::prepare`] for an option, that spares what was measured before. Pipes and devices hold nothing.
+    /// [`Output::prepare`] for an option, that spares what was measured before.
     pub(crate) fn prepare(self, option: &str, path: &Path) -> Result<Output> {
-        if !self.force && fs::metadata(path).is_ok_and(|found| found.is_file()) {
+        let holds_something = |found: fs::Metadata| is_replaceable(path, &found) && found.len() > 0;
+        if !self.force && fs::metadata(path).is_ok_and(holds_something) {
             bail!(Usage(format!(
                 "{option} {}: the file is there already; give another name, or write over it with --force",
                 path.display()

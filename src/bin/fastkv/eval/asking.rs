@@ -119,7 +119,7 @@ impl<B: Backend> Run<'_, B> {
         prompt: &mut Prompt,
     ) -> Result<Option<(f64, bool)>> {
         let arm = &self.arms[arm];
-        let Asked { question, tokens } = asked;
+        let Asked { question, tokens, .. } = asked;
         prompt.ids.clone_from(&tokens.ids);
         prompt.question.clone_from(&tokens.question);
         let plan = arm.policy.plan(self.engine.shape(), tokens.ids.len())?;
@@ -139,7 +139,7 @@ impl<B: Backend> Run<'_, B> {
             return Ok(None);
         }
         let prediction = answer.text.unwrap_or_default();
-        let (score, exact) = exam.score(number, question, &prediction);
+        let (score, exact) = exam.score(asked, &prediction);
         if let Some(results) = &mut self.results {
             results.add(&Record {
                 policy: arm.name.clone(),

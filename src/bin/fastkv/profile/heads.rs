@@ -8,11 +8,12 @@ use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use fastkv::backend::Backend;
 use fastkv::engine::{Cancel, Control, Engine, EngineError, PrefillOptions};
-use fastkv::eval::{HeadScoring, Task};
+use fastkv::eval::{Dialect, HeadScoring, Task};
 use fastkv::policy::{HeadScores, Policy};
 
 use super::prompts::{Prompts, Questions};
 use crate::device::on;
+use crate::exam::Exam;
 use crate::exit::Usage;
 use crate::output::{self, Output, OverwriteOptions};
 use crate::progress;
@@ -47,8 +48,7 @@ type Gains = Vec<Vec<f64>>;
 pub(super) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let out = arguments.overwrite.prepare_if("--out", arguments.out.as_ref())?;
     let (model, backend) = arguments.prompts.model.open()?;
-    let questions = arguments.prompts.questions(&model)?;
-    check_needle(&questions)?;
+    let questions = arguments.prompts.questions(&model, check_needle)?;
     on!(backend, backend => {
         let engine = arguments.prompts.load(&model, backend, &questions, cancel)?;
         score(arguments, &engine, &model.generation.stop_tokens, &questions, out, cancel)
@@ -56,12 +56,13 @@ pub(super) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
 }
 
 /// Heads are scored by how they look at the place that says the answer.
-fn check_needle(questions: &Questions) -> Result<()> {
-    let exam = &questions.exam;
+fn check_needle(exam: &Exam, dialect: Option<&Dialect>) -> Result<()> {
     if exam.has_needle() {
         return Ok(());
     }
-    let names: Vec<&str> = Task::ALL.into_iter().filter(|task| task.has_needle()).map(Task::name).collect();
+    let of_dialect = dialect.into_iter().flat_map(Dialect::tasks);
+    let of_any = Task::ALL.into_iter().filter(|task| task.has_needle()).map(|task| -> &str { task.name() });
+    let names: Vec<&str> = of_dialect.chain(of_any).collect();
     bail!(Usage(format!(
         "--task {}: its answer is not said in one place, by which heads could be scored; give one of {}",
         exam.name,
@@ -87,12 +88,12 @@ fn score<B: Backend>(
     let mut right = 0;
     for sample in 0..samples {
         let asked = questions.nth(sample)?;
-        let needle = questions.exam.needle(&asked.question, &questions.reader)?;
+        let needle = questions.exam.needle(&asked, &questions.reader)?;
         let gain =
             |attention: &[f32], produced: u32| scoring.gain(attention, &asked.tokens.ids, &needle, produced);
         let room = questions.room(&asked)?;
         let (written, gains) = observed(engine, &asked.tokens.ids, stop_tokens, room, &gain, cancel)?;
-        let answer = questions.answer(sample, &asked, written)?;
+        let answer = questions.answer(&asked, written)?;
         if answer.right {
             right += 1;
             let gains = &gains[..answer.tokens.len()];

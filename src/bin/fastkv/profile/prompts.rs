@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use fastkv::backend::Backend;
 use fastkv::engine::{Cancel, Engine};
-use fastkv::eval::{Prose, Size};
+use fastkv::eval::{Dialect, Prose, Size};
 use fastkv::model::ModelDir;
 use fastkv::policy::{ModelShape, Policy};
 
@@ -68,8 +68,12 @@ const DEPTHS: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 const BESIDE: usize = 16;
 
 impl Prompts {
-    /// Refuses what cannot be asked, before a model is loaded.
-    pub(super) fn questions(&self, model: &ModelDir) -> Result<Questions> {
+    /// Refuses what cannot be asked, before a model is loaded, and first of all what `check` says of the task.
+    pub(super) fn questions(
+        &self,
+        model: &ModelDir,
+        check: impl FnOnce(&Exam, Option<&Dialect>) -> Result<()>,
+    ) -> Result<Questions> {
         let dialect = exam::dialect(model)?;
         let (task, length) = DEFAULTS[usize::from(dialect.is_none())];
         let limit = model.config.context_limit();
@@ -78,6 +82,7 @@ impl Prompts {
             bail!(Usage(format!("--tokens {length}: give at most {} ({})", limit.tokens, limit.reason)));
         }
         let exam = Exam::from_name(self.task.as_deref().unwrap_or(task), dialect.as_ref())?;
+        check(&exam, dialect.as_ref())?;
         let prose = self.haystack.as_deref().map(Prose::from_file).transpose()?.unwrap_or_default();
         let material = Material { dialect, prose, seed: self.prompt_seed, depths: DEPTHS.to_vec() };
         let template = if self.no_chat { None } else { model.chat_template()? };
@@ -115,10 +120,10 @@ impl Questions {
     }
 
     /// What a model wrote, as an answer.
-    pub(super) fn answer(&self, sample: u32, asked: &Asked, tokens: Vec<u32>) -> Result<Answer> {
+    pub(super) fn answer(&self, asked: &Asked, tokens: Vec<u32>) -> Result<Answer> {
         Answer::new(tokens, |tokens| {
             let text = self.reader.tokenizer.decode(tokens, true)?;
-            Ok(self.exam.score(sample, &asked.question, &text).0 == 100.0)
+            Ok(self.exam.score(asked, &text).0 == 100.0)
         })
     }
 }

@@ -81,7 +81,7 @@ pub(super) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
         bail!(Usage(format!("--agreement {}: give a share from 0 to 1", arguments.agreement)));
     }
     let (model, backend) = arguments.prompts.model.open()?;
-    let questions = arguments.prompts.questions(&model)?;
+    let questions = arguments.prompts.questions(&model, |_, _| Ok(()))?;
     on!(backend, backend => {
         let engine = arguments.prompts.load(&model, backend, &questions, cancel)?;
         try_layers(arguments, &engine, &model.generation.stop_tokens, &questions, cancel)
@@ -126,7 +126,7 @@ fn try_layers<B: Backend>(
         let answered = |policy: Policy| -> Result<(Trace, Answer)> {
             let plan = policy.plan(shape, ids.len())?;
             let (trace, written) = written(engine, ids, &plan, &generation, cancel)?;
-            Ok((trace, questions.answer(sample, &asked, written)?))
+            Ok((trace, questions.answer(&asked, written)?))
         };
         let (full, answer) = answered(Policy::Full)?;
         right_answers += u32::from(answer.right);
