@@ -29,6 +29,9 @@ pub mod report;
 
 #[cfg(feature = "pipeline")]
 pub mod model;
+#[cfg(feature = "pipeline")]
+#[doc(hidden)]
+pub mod utf8;
 
 /// The README's examples have to compile, and that on the CPU to run.
 #[cfg(all(doctest, feature = "cuda", feature = "text"))]

@@ -6,8 +6,9 @@ use serde_json::{Map, Value};
 
 use super::longbench::Dataset;
 use super::{EvalError, Key, Question, Scoring};
-use crate::messages::{json_problem, text};
+use crate::messages::json_problem;
 use crate::model::json::shown;
+use crate::utf8;
 
 /// A question of a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,8 +60,7 @@ const ANSWER_TOKENS: usize = 128;
 /// A file that cannot be read or is empty, or a line that is no such object, with the line and the field.
 pub fn read_questions(path: &Path) -> Result<Vec<FileQuestion>, EvalError> {
     let unusable = |reason: String| EvalError::File { path: path.to_path_buf(), reason };
-    let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-    let text = text(bytes).map_err(|error| unusable(error.to_string()))?;
+    let text = utf8::read(path).map_err(|error| unusable(error.to_string()))?;
     let name = path.file_stem().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let mut questions = Vec::new();
     for (index, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use super::EvalError;
 use super::words::shuffle;
-use crate::messages::text;
 use crate::random::SplitMix64;
+use crate::utf8;
 
 /// Running text in paragraphs of sentences.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,8 +33,7 @@ impl Prose {
     /// A file that cannot be read, or with fewer than two sentences.
     pub fn from_file(path: &Path) -> Result<Self, EvalError> {
         let unusable = |reason: String| EvalError::Haystack { path: path.to_path_buf(), reason };
-        let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-        let text = text(bytes).map_err(|error| unusable(error.to_string()))?;
+        let text = utf8::read(path).map_err(|error| unusable(error.to_string()))?;
         let paragraphs = paragraphs(&text);
         let sentences: usize = paragraphs.iter().map(Vec::len).sum();
         if sentences < 2 {

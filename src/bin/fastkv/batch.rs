@@ -13,11 +13,12 @@ use fastkv::engine::{
 use fastkv::messages::{count, json_problem};
 use fastkv::model::{LlamaConfig, ModelDir, ModelError, Tokenizer};
 use fastkv::policy::{ModelShape, Plan};
+use fastkv::utf8;
 use serde::{Deserialize, Serialize};
 
 use crate::answer::{AnswerOptions, AnswerText, generation};
 use crate::device::on;
-use crate::input::{Prompt, check_length, check_question, encode, text_of, text_of_stdin};
+use crate::input::{Prompt, check_length, check_question, encode, text_of_stdin};
 use crate::loading::{self, ModelOptions};
 use crate::options::{PolicyName, PolicyOptions};
 use crate::{output, progress};
@@ -153,7 +154,7 @@ impl Arguments {
         let name = self.file.display().to_string();
         let text = match name.as_str() {
             "-" => text_of_stdin(),
-            _ => text_of(&self.file),
+            _ => Ok(utf8::read(&self.file)?),
         };
         let text = text.with_context(|| name.clone())?;
         let mut lines = Vec::new();

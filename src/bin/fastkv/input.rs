@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use fastkv::engine::check_tokens;
-use fastkv::messages::text;
 use fastkv::model::{ChatMessage, ModelDir, ModelError, Tokenizer};
+use fastkv::utf8;
 
 use crate::exit::Usage;
 
@@ -81,7 +81,7 @@ impl PromptOptions {
     fn text(&self) -> Result<String> {
         let text = match (&self.prompt, &self.file) {
             (Some(prompt), _) => return Ok(prompt.clone()),
-            (None, Some(file)) => text_of(file).with_context(|| format!("--file {}", file.display()))?,
+            (None, Some(file)) => utf8::read(file).with_context(|| format!("--file {}", file.display()))?,
             (None, None) if std::io::stdin().is_terminal() => {
                 let message = "no prompt: give it as an argument, with --file or --tokens, or on stdin";
                 return Err(Usage(message.to_owned()).into());
@@ -95,16 +95,11 @@ impl PromptOptions {
     }
 }
 
-/// A file as text.
-pub(crate) fn text_of(file: &Path) -> Result<String> {
-    Ok(text(std::fs::read(file)?)?)
-}
-
 /// Stdin as text.
 pub(crate) fn text_of_stdin() -> Result<String> {
     let mut bytes = Vec::new();
     std::io::stdin().read_to_end(&mut bytes)?;
-    Ok(text(bytes)?)
+    Ok(utf8::text(bytes)?)
 }
 
 /// The question of `--question`, if there is one, asks something.

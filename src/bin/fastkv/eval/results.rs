@@ -5,7 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use fastkv::messages::{json_problem, text};
+use fastkv::messages::json_problem;
+use fastkv::utf8;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -132,7 +133,7 @@ fn line(value: &impl Serialize) -> Result<Vec<u8>> {
 }
 
 fn read(path: &Path, bytes: &[u8], first: &[u8]) -> Result<Vec<Record>> {
-    let text = text(bytes.to_vec()).with_context(|| format!("--resume {}", path.display()))?;
+    let text = utf8::text(bytes.to_vec()).with_context(|| format!("--resume {}", path.display()))?;
     let mut lines = text.lines();
     let there: Value = lines.next().and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
     if there["fastkv"] != "eval" {
