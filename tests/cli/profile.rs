@@ -56,14 +56,21 @@ const SAMPLES: u64 = 6;
 
 const HAY: &str = "Anna went home. Ben saw her there! Who was Clara?";
 
+/// What stands around a prompt of a model that chats: tokens beside those of the prompt, in front of it too.
+const CHAT: &str = "Please read , then answer . {{ messages[0].content }} Now :";
+
 /// A model that looks up what stands behind two tokens, for prompts of depth_map in this haystack.
-fn depth_map_model(haystack: &Path, stops: bool) -> TempDir {
+fn depth_map_model(haystack: &Path, stops: bool, chats: bool) -> TempDir {
     let prose = Prose::from_file(haystack).expect("prose");
     let task = Task::from_name("depth_map").expect("a task");
     // Lengths are measured with seed 0.
     let seeds = [0].into_iter().chain((0..SAMPLES).map(|sample| (1 << 32) + sample));
     let texts = seeds.map(|seed| task.question(&prose, 400, 3, seed, 0.5).expect("a question").text());
-    let model = lookup::write_for(&texts.collect::<Vec<_>>());
+    let texts: Vec<String> = texts.chain(chats.then(|| CHAT.to_owned())).collect();
+    let model = lookup::write_for(&texts);
+    if chats {
+        fs::write(model.path().join("chat_template.jinja"), CHAT).expect("writable");
+    }
     if !stops {
         fs::remove_file(model.path().join("generation_config.json")).expect("there is one");
     }
@@ -74,10 +81,13 @@ fn depth_map_model(haystack: &Path, stops: bool) -> TempDir {
 fn heads_that_look_things_up_are_told_from_others() {
     let scratch = Scratch::new();
     let haystack = scratch.file("hay.txt", HAY);
-    for (stops, scoring) in
-        [(true, "retrieval"), (true, "reasoning"), (false, "retrieval"), (false, "reasoning")]
-    {
-        let model = depth_map_model(&haystack, stops);
+    for (stops, chats, scoring) in [
+        (true, false, "retrieval"),
+        (true, true, "reasoning"),
+        (false, true, "retrieval"),
+        (false, false, "reasoning"),
+    ] {
+        let model = depth_map_model(&haystack, stops, chats);
         let file = scratch.path("heads.json");
         let options = format!(
             "heads --task depth_map --tokens 400 --samples {SAMPLES} --scoring {scoring} --haystack {} --force --out {}",
@@ -109,7 +119,7 @@ fn tsp_layers_are_told_apart_by_right_answers() {
         text(&haystack)
     );
     let reports = [true, false].map(|stops| {
-        let model = depth_map_model(&haystack, stops);
+        let model = depth_map_model(&haystack, stops, false);
         json_of(profile(model.path(), &options))
     });
     for report in &reports {
