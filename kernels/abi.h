@@ -375,8 +375,10 @@ typedef struct fastkv_decode_params {
     uint64_t partials;
     /** f32 `[lists, query tiles, chunks, queries, 2]`: maximum and sum of each row of a chunk. */
     uint64_t statistics;
-    /** i32 zeros, and zeros again afterwards: finished chunks of each (list, query tile), then finished blocks of the
-        grid. */
+    /**
+     * i32 zeros, and zeros again afterwards: finished chunks of each (list, query tile), then finished blocks of the
+     * grid.
+     */
     uint64_t finished;
     /** Factor of the products of queries and keys. */
     float scale;

@@ -648,7 +648,7 @@ pub struct DecodeParams {
     /// f32 `[lists, query tiles, chunks, queries, 2]`: maximum and sum of each row of a chunk.
     pub statistics: u64,
     /** i32 zeros, and zeros again afterwards: finished chunks of each (list, query tile), then finished blocks of the
-grid.*/
+ grid.*/
     pub finished: u64,
     /// Factor of the products of queries and keys.
     pub scale: f32,

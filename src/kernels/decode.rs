@@ -69,7 +69,7 @@ pub struct Decode {
     pub dtype: DType,
     /// Address of u32 [`decode_counters`], zeros before the first launch that uses them; a launch leaves them zeros.
     /// Launches with the same counters follow one another. 0: they lie in the workspace, and every launch begins with
-    /// a memset, some microseconds in a step of every layer.
+    /// a memset.
     pub counters: u64,
     /// Address of scratch memory, a multiple of 256. What it holds does not matter.
     pub workspace: u64,
