@@ -154,7 +154,7 @@ impl Arguments {
         let name = self.file.display().to_string();
         let text = match name.as_str() {
             "-" => text_of_stdin(),
-            _ => Ok(utf8::read(&self.file)?),
+            _ => utf8::read(&self.file).map_err(Into::into),
         };
         let text = text.with_context(|| name.clone())?;
         let mut lines = Vec::new();
