@@ -59,6 +59,12 @@ static const int32_t FASTKV_REDUCTION_SUM = 0;
 /** Reduction over groups of heads that takes the largest score. */
 static const int32_t FASTKV_REDUCTION_MAX = 1;
 
+/** LSE as natural logarithms. */
+static const int32_t FASTKV_LOGARITHM_NATURAL = 0;
+
+/** LSE as logarithms of base 2. */
+static const int32_t FASTKV_LOGARITHM_BINARY = 1;
+
 /** Threads of a block of `fastkv_window_scores_*`, `fastkv_window_partials_*` and `fastkv_column_sums_*`. */
 static const int32_t FASTKV_SCORES_THREADS = 128;
 
@@ -158,6 +164,26 @@ typedef struct fastkv_rows {
     int64_t token_stride;
 } fastkv_rows;
 
+/**
+ * Where the logarithms of the softmax denominators of queries lie (LSE), f32: query i of a sequence and a head
+ * at `base + sequence * sequence_stride + head * head_stride + i * token_stride`. Where `sequence_stride` is 0
+ * all sequences stand in one row: i counts on from sequence to sequence.
+ */
+typedef struct fastkv_lse {
+    /** Address of the first; 0: there are none. */
+    uint64_t base;
+    /** Elements from one sequence to the next, or 0. */
+    int64_t sequence_stride;
+    /** Elements from one query head to the next. */
+    int64_t head_stride;
+    /** Elements from one query to the next. */
+    int64_t token_stride;
+    /** `FASTKV_LOGARITHM_NATURAL` or `FASTKV_LOGARITHM_BINARY`. */
+    int32_t logarithm;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_lse;
+
 /** Parameters of `fastkv_gather_indices`: `out[i] = list[rows[i]]`, and -1 for a row outside the list. */
 typedef struct fastkv_gather_indices_params {
     /** i32 `[length]`. */
@@ -205,10 +231,8 @@ typedef struct fastkv_prefill_attention_params {
      * in any order; below 0 it sees none. 0: the queries are the last of the keys.
      */
     uint64_t positions;
-    /** Receives f32 `[query head][lse_stride]`, queries sequence after sequence: natural log. 0: not wanted. */
-    uint64_t lse;
-    /** Elements of `lse` from one head to the next. */
-    int64_t lse_stride;
+    /** Receives LSE. Base 0: not wanted. */
+    fastkv_lse lse;
     /** u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none. */
     uint64_t bias_heads;
     /** u32 words, a bit for each key of a sequence, lowest bit first: keys that are biased. 0: none. */
@@ -274,7 +298,7 @@ typedef struct fastkv_sm90_attention_params {
     /** The rest. */
     fastkv_prefill_attention_params attention;
     /** Zeros. */
-    uint64_t reserved[5];
+    uint64_t reserved[2];
 } fastkv_sm90_attention_params;
 
 /**
@@ -707,12 +731,10 @@ typedef struct fastkv_window_scores_params {
      */
     uint64_t positions;
     /**
-     * f32, natural log; -inf: the query has no probabilities. `[query head][lse_stride]`, queries sequence
-     * after sequence; with `partials`, `window` for each sequence, which `fastkv_window_lse` writes.
+     * Of all queries; -inf, or +inf: the query has no probabilities. With `partials` of the queries of each
+     * window alone, which `fastkv_window_lse` writes.
      */
-    uint64_t lse;
-    /** Elements of `lse` from one head to the next. */
-    int64_t lse_stride;
+    fastkv_lse lse;
     /** u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none. */
     uint64_t bias_heads;
     /** u32 words, a bit for each key of a sequence, lowest bit first: keys that are biased. 0: none. */

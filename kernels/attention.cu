@@ -23,7 +23,7 @@
 #include "primitives/mma.cuh"
 #include "primitives/shared.cuh"
 
-static_assert(sizeof(fastkv_prefill_attention_params) == 280, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_prefill_attention_params) == 304, "src/abi.rs was generated for another layout");
 
 namespace {
 
@@ -349,9 +349,9 @@ __device__ __forceinline__ void store_rows(const fastkv_prefill_attention_params
             float normalize, lse;
             walk.softmax[m].finish(i, p.scale, normalize, lse);
             const int row = 16 * m + 8 * i + lane / 4;
-            if (p.lse && lane % 4 == 0 && row < rows) {
-                const int64_t place = head * p.lse_stride + present.queries.row + first_row + row;
-                reinterpret_cast<float*>(p.lse)[place] = lse;
+            if (p.lse.base && lane % 4 == 0 && row < rows) {
+                const int32_t sequence = present.tile.tile.sequence;
+                store_lse(p.lse, lse_place(p.lse, sequence, present.queries, head, first_row + row), lse);
             }
 #pragma unroll
             for (int j = 0; j < d / 8; ++j) {

@@ -34,7 +34,20 @@ __device__ __forceinline__ uint64_t row_address(const fastkv_rows& rows, int32_t
            2 * (sequence * rows.sequence_stride + head * rows.head_stride + token * rows.token_stride);
 }
 
-// The last `p.window` queries of a sequence for the heads of a GQA group. LSE lies with the queries.
+// Elements of LSE before that of a query, which counts from the sequence's first.
+__device__ __forceinline__ int64_t lse_place(const fastkv_lse& lse, int32_t sequence, const Span& queries,
+                                             int32_t head, int32_t query) {
+    const int64_t token = (lse.sequence_stride ? 0 : queries.row) + query;
+    return sequence * lse.sequence_stride + head * lse.head_stride + token * lse.token_stride;
+}
+
+// Stores the LSE of a query, given its natural logarithm.
+__device__ __forceinline__ void store_lse(const fastkv_lse& lse, int64_t place, float natural) {
+    reinterpret_cast<float*>(lse.base)[place] =
+        lse.logarithm == FASTKV_LOGARITHM_BINARY ? natural * LOG2_E : natural;
+}
+
+// The last `p.window` queries of a sequence for the heads of a GQA group.
 template <typename Params>
 __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, int32_t kv_head) {
     const Span queries = span_of(p.cu_seqlens_q, p.q_tokens, p.max_q_tokens, sequence);
@@ -48,8 +61,11 @@ __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, i
     window.q_token_stride = p.q.token_stride;
     window.k = row_address(p.k, sequence, kv_head, keys.first);
     window.k_token_stride = p.k.token_stride;
-    window.lse = reinterpret_cast<const float*>(p.lse) + kv_head * heads * p.lse_stride + queries.row + first;
-    window.lse_stride = p.lse_stride;
+    window.lse = reinterpret_cast<const float*>(p.lse.base) +
+                 lse_place(p.lse, sequence, queries, kv_head * heads, first);
+    window.lse_head_stride = p.lse.head_stride;
+    window.lse_token_stride = p.lse.token_stride;
+    window.lse_factor = p.lse.logarithm == FASTKV_LOGARITHM_BINARY ? 1.0f : LOG2_E;
     window.positions =
         p.positions ? reinterpret_cast<const int32_t*>(p.positions) + queries.row + first : nullptr;
     window.first_sees = keys.tokens - count;

@@ -6,7 +6,7 @@
 #include "abi.h"
 #include "batch.cuh"
 
-static_assert(sizeof(fastkv_column_sums_params) == 232, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_column_sums_params) == 256, "src/abi.rs was generated for another layout");
 
 namespace {
 

@@ -12,20 +12,20 @@
 #include "scoring/window.cuh"
 
 static_assert(sizeof(fastkv_pooling) == 8, "src/abi.rs was generated for another layout");
-static_assert(sizeof(fastkv_window_scores_params) == 216, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_window_scores_params) == 240, "src/abi.rs was generated for another layout");
 static_assert(sizeof(fastkv_pool_scores_params) == 104, "src/abi.rs was generated for another layout");
 
 namespace {
 
 constexpr int WARPS = FASTKV_SCORES_THREADS / 32;
 
-// The window whose LSE the first pass finds, `window` queries for each sequence.
+// The window, and its LSE: that of the first pass has no queries before the window's.
 __device__ __forceinline__ Window own_window_of(const fastkv_window_scores_params& p, int32_t sequence,
                                                 int32_t kv_head) {
     Window window = window_of(p, sequence, kv_head);
     if (p.partials) {
-        window.lse = reinterpret_cast<const float*>(p.lse) +
-                     kv_head * window.heads * p.lse_stride + int64_t(sequence) * p.window;
+        window.lse = reinterpret_cast<const float*>(p.lse.base) +
+                     lse_place(p.lse, sequence, {}, kv_head * window.heads, 0);
     }
     return window;
 }
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SCORES_THREADS)
         whole.add(*partial);
         partial += p.partial_columns;
     }
-    const_cast<float*>(window.lse)[head * window.lse_stride + query] = whole.lse();
+    store_lse(p.lse, lse_place(p.lse, sequence, {}, kv_head * window.heads + head, query), whole.lse());
 }
 
 // Grid: x = blocks of FASTKV_POOL_KEYS keys, y = sequences. A warp sums groups of query heads, a lane

@@ -506,9 +506,10 @@ struct Consumer {
             float lse;
             softmax.finish(half, p.scale, normalize[half], lse);
             const int32_t own = row() + 8 * half;
-            if (p.lse && lane % 4 == 0 && own < left) {
-                const int64_t place = item.queries.row + item.tile.tile.index * ROWS + own;
-                reinterpret_cast<float*>(p.lse)[item.tile.head * p.lse_stride + place] = lse;
+            if (p.lse.base && lane % 4 == 0 && own < left) {
+                const Tile tile = item.tile.tile;
+                const int32_t query = tile.index * ROWS + own;
+                store_lse(p.lse, lse_place(p.lse, tile.sequence, item.queries, item.tile.head, query), lse);
             }
         }
         const int32_t first = row() - lane / 4;

@@ -32,6 +32,10 @@ pub const POOLING_AVERAGE: i32 = 1;
 pub const REDUCTION_SUM: i32 = 0;
 /// Reduction over groups of heads that takes the largest score.
 pub const REDUCTION_MAX: i32 = 1;
+/// LSE as natural logarithms.
+pub const LOGARITHM_NATURAL: i32 = 0;
+/// LSE as logarithms of base 2.
+pub const LOGARITHM_BINARY: i32 = 1;
 /// Threads of a block of `fastkv_window_scores_*`, `fastkv_window_partials_*` and `fastkv_column_sums_*`.
 pub const SCORES_THREADS: i32 = 128;
 /// Threads of a block of `fastkv_add_scores`, `fastkv_gather_scores`, `fastkv_raise_scores` and `fastkv_mark_keys`.
@@ -180,6 +184,54 @@ const _: () = {
         "Offset of field: Rows::token_stride",
     ][::core::mem::offset_of!(Rows, token_stride) - 24usize];
 };
+/** Where the logarithms of the softmax denominators of queries lie (LSE), f32: query i of a sequence and a head
+ at `base + sequence * sequence_stride + head * head_stride + i * token_stride`. Where `sequence_stride` is 0
+ all sequences stand in one row: i counts on from sequence to sequence.*/
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct Lse {
+    /// Address of the first; 0: there are none.
+    pub base: u64,
+    /// Elements from one sequence to the next, or 0.
+    pub sequence_stride: i64,
+    /// Elements from one query head to the next.
+    pub head_stride: i64,
+    /// Elements from one query to the next.
+    pub token_stride: i64,
+    /// `FASTKV_LOGARITHM_NATURAL` or `FASTKV_LOGARITHM_BINARY`.
+    pub logarithm: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Lse"][::core::mem::size_of::<Lse>() - 40usize];
+    ["Alignment of Lse"][::core::mem::align_of::<Lse>() - 8usize];
+    ["Offset of field: Lse::base"][::core::mem::offset_of!(Lse, base) - 0usize];
+    [
+        "Offset of field: Lse::sequence_stride",
+    ][::core::mem::offset_of!(Lse, sequence_stride) - 8usize];
+    [
+        "Offset of field: Lse::head_stride",
+    ][::core::mem::offset_of!(Lse, head_stride) - 16usize];
+    [
+        "Offset of field: Lse::token_stride",
+    ][::core::mem::offset_of!(Lse, token_stride) - 24usize];
+    [
+        "Offset of field: Lse::logarithm",
+    ][::core::mem::offset_of!(Lse, logarithm) - 32usize];
+    ["Offset of field: Lse::reserved"][::core::mem::offset_of!(Lse, reserved) - 36usize];
+};
 /// Parameters of `fastkv_gather_indices`: `out[i] = list[rows[i]]`, and -1 for a row outside the list.
 #[repr(C)]
 #[derive(
@@ -280,10 +332,8 @@ pub struct PrefillAttentionParams {
     /** i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
  in any order; below 0 it sees none. 0: the queries are the last of the keys.*/
     pub positions: u64,
-    /// Receives f32 `[query head][lse_stride]`, queries sequence after sequence: natural log. 0: not wanted.
-    pub lse: u64,
-    /// Elements of `lse` from one head to the next.
-    pub lse_stride: i64,
+    /// Receives LSE. Base 0: not wanted.
+    pub lse: Lse,
     /// u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none.
     pub bias_heads: u64,
     /// u32 words, a bit for each key of a sequence, lowest bit first: keys that are biased. 0: none.
@@ -331,7 +381,7 @@ pub struct PrefillAttentionParams {
 const _: () = {
     [
         "Size of PrefillAttentionParams",
-    ][::core::mem::size_of::<PrefillAttentionParams>() - 280usize];
+    ][::core::mem::size_of::<PrefillAttentionParams>() - 304usize];
     [
         "Alignment of PrefillAttentionParams",
     ][::core::mem::align_of::<PrefillAttentionParams>() - 8usize];
@@ -360,71 +410,68 @@ const _: () = {
         "Offset of field: PrefillAttentionParams::lse",
     ][::core::mem::offset_of!(PrefillAttentionParams, lse) - 152usize];
     [
-        "Offset of field: PrefillAttentionParams::lse_stride",
-    ][::core::mem::offset_of!(PrefillAttentionParams, lse_stride) - 160usize];
-    [
         "Offset of field: PrefillAttentionParams::bias_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, bias_heads) - 168usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias_heads) - 192usize];
     [
         "Offset of field: PrefillAttentionParams::bias_keys",
-    ][::core::mem::offset_of!(PrefillAttentionParams, bias_keys) - 176usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias_keys) - 200usize];
     [
         "Offset of field: PrefillAttentionParams::bias_key_stride",
-    ][::core::mem::offset_of!(PrefillAttentionParams, bias_key_stride) - 184usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias_key_stride) - 208usize];
     [
         "Offset of field: PrefillAttentionParams::scores",
-    ][::core::mem::offset_of!(PrefillAttentionParams, scores) - 192usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, scores) - 216usize];
     [
         "Offset of field: PrefillAttentionParams::score_sequence_stride",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_sequence_stride) - 200usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_sequence_stride) - 224usize];
     [
         "Offset of field: PrefillAttentionParams::score_head_stride",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_head_stride) - 208usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_head_stride) - 232usize];
     [
         "Offset of field: PrefillAttentionParams::queue",
-    ][::core::mem::offset_of!(PrefillAttentionParams, queue) - 216usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, queue) - 240usize];
     [
         "Offset of field: PrefillAttentionParams::scale",
-    ][::core::mem::offset_of!(PrefillAttentionParams, scale) - 224usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, scale) - 248usize];
     [
         "Offset of field: PrefillAttentionParams::bias",
-    ][::core::mem::offset_of!(PrefillAttentionParams, bias) - 228usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias) - 252usize];
     [
         "Offset of field: PrefillAttentionParams::sequences",
-    ][::core::mem::offset_of!(PrefillAttentionParams, sequences) - 232usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, sequences) - 256usize];
     [
         "Offset of field: PrefillAttentionParams::query_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, query_heads) - 236usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, query_heads) - 260usize];
     [
         "Offset of field: PrefillAttentionParams::kv_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, kv_heads) - 240usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, kv_heads) - 264usize];
     [
         "Offset of field: PrefillAttentionParams::q_tokens",
-    ][::core::mem::offset_of!(PrefillAttentionParams, q_tokens) - 244usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, q_tokens) - 268usize];
     [
         "Offset of field: PrefillAttentionParams::k_tokens",
-    ][::core::mem::offset_of!(PrefillAttentionParams, k_tokens) - 248usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, k_tokens) - 272usize];
     [
         "Offset of field: PrefillAttentionParams::max_q_tokens",
-    ][::core::mem::offset_of!(PrefillAttentionParams, max_q_tokens) - 252usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, max_q_tokens) - 276usize];
     [
         "Offset of field: PrefillAttentionParams::max_k_tokens",
-    ][::core::mem::offset_of!(PrefillAttentionParams, max_k_tokens) - 256usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, max_k_tokens) - 280usize];
     [
         "Offset of field: PrefillAttentionParams::window",
-    ][::core::mem::offset_of!(PrefillAttentionParams, window) - 260usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, window) - 284usize];
     [
         "Offset of field: PrefillAttentionParams::score_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_heads) - 264usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_heads) - 288usize];
     [
         "Offset of field: PrefillAttentionParams::section_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, section_heads) - 268usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, section_heads) - 292usize];
     [
         "Offset of field: PrefillAttentionParams::score_keys",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_keys) - 272usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_keys) - 296usize];
     [
         "Offset of field: PrefillAttentionParams::score_slots",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_slots) - 276usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_slots) - 300usize];
 };
 /// A `CUtensorMap`, which the copy engine of Hopper reads.
 #[repr(C)]
@@ -466,7 +513,7 @@ pub struct Sm90AttentionParams {
     /// The rest.
     pub attention: PrefillAttentionParams,
     /// Zeros.
-    pub reserved: [u64; 5usize],
+    pub reserved: [u64; 2usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -490,7 +537,7 @@ const _: () = {
     ][::core::mem::offset_of!(Sm90AttentionParams, attention) - 384usize];
     [
         "Offset of field: Sm90AttentionParams::reserved",
-    ][::core::mem::offset_of!(Sm90AttentionParams, reserved) - 664usize];
+    ][::core::mem::offset_of!(Sm90AttentionParams, reserved) - 688usize];
 };
 /** Pages that sequences are spread over: token i of a sequence is slot `i % page_size` of page
  `table[sequence][i / page_size]`. What is not in `[0, pages)`, -1 by convention, is no page: nobody
@@ -1468,11 +1515,9 @@ pub struct WindowScoresParams {
     /** i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
  in any order; below 0 it sees none. 0: the queries are the last of the keys.*/
     pub positions: u64,
-    /** f32, natural log; -inf: the query has no probabilities. `[query head][lse_stride]`, queries sequence
- after sequence; with `partials`, `window` for each sequence, which `fastkv_window_lse` writes.*/
-    pub lse: u64,
-    /// Elements of `lse` from one head to the next.
-    pub lse_stride: i64,
+    /** Of all queries; -inf, or +inf: the query has no probabilities. With `partials` of the queries of each
+ window alone, which `fastkv_window_lse` writes.*/
+    pub lse: Lse,
     /// u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none.
     pub bias_heads: u64,
     /// u32 words, a bit for each key of a sequence, lowest bit first: keys that are biased. 0: none.
@@ -1521,7 +1566,7 @@ pub struct WindowScoresParams {
 const _: () = {
     [
         "Size of WindowScoresParams",
-    ][::core::mem::size_of::<WindowScoresParams>() - 216usize];
+    ][::core::mem::size_of::<WindowScoresParams>() - 240usize];
     [
         "Alignment of WindowScoresParams",
     ][::core::mem::align_of::<WindowScoresParams>() - 8usize];
@@ -1544,71 +1589,68 @@ const _: () = {
         "Offset of field: WindowScoresParams::lse",
     ][::core::mem::offset_of!(WindowScoresParams, lse) - 88usize];
     [
-        "Offset of field: WindowScoresParams::lse_stride",
-    ][::core::mem::offset_of!(WindowScoresParams, lse_stride) - 96usize];
-    [
         "Offset of field: WindowScoresParams::bias_heads",
-    ][::core::mem::offset_of!(WindowScoresParams, bias_heads) - 104usize];
+    ][::core::mem::offset_of!(WindowScoresParams, bias_heads) - 128usize];
     [
         "Offset of field: WindowScoresParams::bias_keys",
-    ][::core::mem::offset_of!(WindowScoresParams, bias_keys) - 112usize];
+    ][::core::mem::offset_of!(WindowScoresParams, bias_keys) - 136usize];
     [
         "Offset of field: WindowScoresParams::bias_key_stride",
-    ][::core::mem::offset_of!(WindowScoresParams, bias_key_stride) - 120usize];
+    ][::core::mem::offset_of!(WindowScoresParams, bias_key_stride) - 144usize];
     [
         "Offset of field: WindowScoresParams::scores",
-    ][::core::mem::offset_of!(WindowScoresParams, scores) - 128usize];
+    ][::core::mem::offset_of!(WindowScoresParams, scores) - 152usize];
     [
         "Offset of field: WindowScoresParams::score_sequence_stride",
-    ][::core::mem::offset_of!(WindowScoresParams, score_sequence_stride) - 136usize];
+    ][::core::mem::offset_of!(WindowScoresParams, score_sequence_stride) - 160usize];
     [
         "Offset of field: WindowScoresParams::score_head_stride",
-    ][::core::mem::offset_of!(WindowScoresParams, score_head_stride) - 144usize];
+    ][::core::mem::offset_of!(WindowScoresParams, score_head_stride) - 168usize];
     [
         "Offset of field: WindowScoresParams::partials",
-    ][::core::mem::offset_of!(WindowScoresParams, partials) - 152usize];
+    ][::core::mem::offset_of!(WindowScoresParams, partials) - 176usize];
     [
         "Offset of field: WindowScoresParams::scale",
-    ][::core::mem::offset_of!(WindowScoresParams, scale) - 160usize];
+    ][::core::mem::offset_of!(WindowScoresParams, scale) - 184usize];
     [
         "Offset of field: WindowScoresParams::bias",
-    ][::core::mem::offset_of!(WindowScoresParams, bias) - 164usize];
+    ][::core::mem::offset_of!(WindowScoresParams, bias) - 188usize];
     [
         "Offset of field: WindowScoresParams::sequences",
-    ][::core::mem::offset_of!(WindowScoresParams, sequences) - 168usize];
+    ][::core::mem::offset_of!(WindowScoresParams, sequences) - 192usize];
     [
         "Offset of field: WindowScoresParams::query_heads",
-    ][::core::mem::offset_of!(WindowScoresParams, query_heads) - 172usize];
+    ][::core::mem::offset_of!(WindowScoresParams, query_heads) - 196usize];
     [
         "Offset of field: WindowScoresParams::kv_heads",
-    ][::core::mem::offset_of!(WindowScoresParams, kv_heads) - 176usize];
+    ][::core::mem::offset_of!(WindowScoresParams, kv_heads) - 200usize];
     [
         "Offset of field: WindowScoresParams::q_tokens",
-    ][::core::mem::offset_of!(WindowScoresParams, q_tokens) - 180usize];
+    ][::core::mem::offset_of!(WindowScoresParams, q_tokens) - 204usize];
     [
         "Offset of field: WindowScoresParams::k_tokens",
-    ][::core::mem::offset_of!(WindowScoresParams, k_tokens) - 184usize];
+    ][::core::mem::offset_of!(WindowScoresParams, k_tokens) - 208usize];
     [
         "Offset of field: WindowScoresParams::max_q_tokens",
-    ][::core::mem::offset_of!(WindowScoresParams, max_q_tokens) - 188usize];
+    ][::core::mem::offset_of!(WindowScoresParams, max_q_tokens) - 212usize];
     [
         "Offset of field: WindowScoresParams::max_k_tokens",
-    ][::core::mem::offset_of!(WindowScoresParams, max_k_tokens) - 192usize];
+    ][::core::mem::offset_of!(WindowScoresParams, max_k_tokens) - 216usize];
     [
         "Offset of field: WindowScoresParams::window",
-    ][::core::mem::offset_of!(WindowScoresParams, window) - 196usize];
+    ][::core::mem::offset_of!(WindowScoresParams, window) - 220usize];
     [
         "Offset of field: WindowScoresParams::score_heads",
-    ][::core::mem::offset_of!(WindowScoresParams, score_heads) - 200usize];
+    ][::core::mem::offset_of!(WindowScoresParams, score_heads) - 224usize];
     [
         "Offset of field: WindowScoresParams::block_keys",
-    ][::core::mem::offset_of!(WindowScoresParams, block_keys) - 204usize];
+    ][::core::mem::offset_of!(WindowScoresParams, block_keys) - 228usize];
     [
         "Offset of field: WindowScoresParams::slots",
-    ][::core::mem::offset_of!(WindowScoresParams, slots) - 208usize];
+    ][::core::mem::offset_of!(WindowScoresParams, slots) - 232usize];
     [
         "Offset of field: WindowScoresParams::partial_columns",
-    ][::core::mem::offset_of!(WindowScoresParams, partial_columns) - 212usize];
+    ][::core::mem::offset_of!(WindowScoresParams, partial_columns) - 236usize];
 };
 /** Parameters of `fastkv_column_sums_*`: probabilities of all queries, which are the last of the keys, summed
  with weights over the queries and the GQA group.*/
@@ -1629,7 +1671,7 @@ pub struct ColumnSumsParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ColumnSumsParams"][::core::mem::size_of::<ColumnSumsParams>() - 232usize];
+    ["Size of ColumnSumsParams"][::core::mem::size_of::<ColumnSumsParams>() - 256usize];
     [
         "Alignment of ColumnSumsParams",
     ][::core::mem::align_of::<ColumnSumsParams>() - 8usize];
@@ -1638,16 +1680,16 @@ const _: () = {
     ][::core::mem::offset_of!(ColumnSumsParams, sums) - 0usize];
     [
         "Offset of field: ColumnSumsParams::weight",
-    ][::core::mem::offset_of!(ColumnSumsParams, weight) - 216usize];
+    ][::core::mem::offset_of!(ColumnSumsParams, weight) - 240usize];
     [
         "Offset of field: ColumnSumsParams::step",
-    ][::core::mem::offset_of!(ColumnSumsParams, step) - 220usize];
+    ][::core::mem::offset_of!(ColumnSumsParams, step) - 244usize];
     [
         "Offset of field: ColumnSumsParams::band",
-    ][::core::mem::offset_of!(ColumnSumsParams, band) - 224usize];
+    ][::core::mem::offset_of!(ColumnSumsParams, band) - 248usize];
     [
         "Offset of field: ColumnSumsParams::reserved",
-    ][::core::mem::offset_of!(ColumnSumsParams, reserved) - 228usize];
+    ][::core::mem::offset_of!(ColumnSumsParams, reserved) - 252usize];
 };
 /// Scores of keys, f32 `[head][key]`.
 #[repr(C)]

@@ -57,7 +57,7 @@ fn described<D: Device>(
         scale: default_scale(head_dim),
         bias: None,
         lse: match lse {
-            true => Some(Lse { base: lse_of_all()?, stride: tokens.into() }),
+            true => Some(Lse::head_major(lse_of_all()?, tokens)),
             false => None,
         },
         scores,

@@ -23,8 +23,10 @@ struct Window {
     int64_t q_token_stride;
     uint64_t k; // first key of the sequence
     int64_t k_token_stride;
-    const float* lse; // natural, first query of the window, first head of the group; or null
-    int64_t lse_stride;
+    const float* lse; // first query of the window, first head of the group; or null
+    int64_t lse_head_stride;
+    int64_t lse_token_stride;
+    float lse_factor; // makes an LSE a logarithm of base 2
     const int32_t* positions; // the last key that each query of the window sees; or null
     int32_t first_sees;       // where positions is null: the last key that the first query sees
     int32_t queries;
@@ -114,7 +116,8 @@ struct WindowProducts {
             }
             if (threadIdx.x % LANES == 0) {
                 if (wanted && window.lse) {
-                    cp_async_word(lse + row * 4, uint64_t(window.lse + head * window.lse_stride + query));
+                    cp_async_word(lse + row * 4, uint64_t(window.lse + head * window.lse_head_stride +
+                                                          query * window.lse_token_stride));
                 } else {
                     store_shared(lse + row * 4, 0);
                 }

@@ -182,10 +182,10 @@ struct WindowScores {
                 const uint2 sees = load_shared_pair(products.sees + at);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const float natural = __uint_as_float(i ? lse.y : lse.x);
-                    offset[j][i] = -natural * LOG2_E;
+                    const float given = __uint_as_float(i ? lse.y : lse.x);
+                    offset[j][i] = -given * products.window.lse_factor;
                     // A query that saw nothing has no probabilities.
-                    last[j][i] = natural == -CUDART_INF_F ? -1 : int32_t(i ? sees.y : sees.x);
+                    last[j][i] = given == -CUDART_INF_F ? -1 : int32_t(i ? sees.y : sees.x);
                     if (!weighed || last[j][i] - weights.band < warp_first + Products::WARP_KEYS - 1) {
                         furthest = max(furthest, last[j][i]);
                     }

@@ -113,10 +113,13 @@ pub unsafe fn prefill_attention<D: Launcher + ?Sized>(
         Form::Hopper => hopper(work),
     };
     let Workspace { queue, lse } = workspace(work);
-    let own_lse =
-        Lse { base: work.workspace + queue as u64, stride: (lse / 4) as i64 / i64::from(work.query_heads) };
+    let own_lse = || {
+        let tokens = (lse / 4) as i64 / i64::from(work.query_heads);
+        let base = work.workspace + queue as u64;
+        Lse { base, head_stride: tokens, token_stride: 1, ..Lse::default() }
+    };
     let items = items(work, &traits);
-    let lse = work.lse.or((lse > 0).then_some(own_lse)).unwrap_or(Lse { base: 0, stride: 0 });
+    let lse = work.lse.or_else(|| (lse > 0).then(own_lse)).unwrap_or_default();
     let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
     let scores = work.scores;
     let params = PrefillAttentionParams {
@@ -127,8 +130,7 @@ pub unsafe fn prefill_attention<D: Launcher + ?Sized>(
         cu_seqlens_q: work.queries.cu_seqlens,
         cu_seqlens_k: work.keys.cu_seqlens,
         positions: work.positions,
-        lse: lse.base,
-        lse_stride: lse.stride,
+        lse: lse.into(),
         bias_heads: bias.heads,
         bias_keys: bias.keys,
         bias_key_stride: bias.key_stride,
@@ -161,7 +163,7 @@ pub unsafe fn prefill_attention<D: Launcher + ?Sized>(
                 k: device.tensor_map(&k)?,
                 v: device.tensor_map(&v)?,
                 attention: params,
-                reserved: [0; 5],
+                reserved: [0; 2],
             };
             bytemuck::bytes_of(&mapped)
         }
@@ -423,7 +425,7 @@ fn check_tensors(work: &PrefillAttention, workspace_bytes: usize) -> Result<(), 
     check_apart(work)?;
     let mut outputs = vec![("out", check_rows("out", &work.out, shape(query_heads, queries))?)];
     if let Some(lse) = work.lse {
-        outputs.push(("lse", lse.check(query_heads, query_rows)?));
+        outputs.push(("lse", lse.check(sequences, query_heads, queries)?));
     }
     if let Some(scores) = work.scores {
         outputs.push(("scores", scores.check(sequences, scores.count(query_heads, kv_heads), keys)?));
@@ -459,18 +461,10 @@ fn check_rows(name: &str, rows: &Rows, shape: Shape) -> Result<Range<u64>, Error
 fn check_apart(work: &PrefillAttention) -> Result<(), Error> {
     let Rows { sequence_stride, head_stride, token_stride, .. } = work.out;
     let sequences = if work.queries.cu_seqlens == 0 { work.sequences } else { 1 };
-    let mut axes = [
-        ("out.sequence_stride", sequence_stride, sequences),
-        ("out.head_stride", head_stride, work.query_heads),
-        ("out.token_stride", token_stride, work.queries.tokens),
+    let axes = [
+        ("out.sequence_stride", sequence_stride, sequences.into()),
+        ("out.head_stride", head_stride, work.query_heads.into()),
+        ("out.token_stride", token_stride, work.queries.tokens.into()),
     ];
-    axes.sort_by_key(|(_, stride, _)| *stride);
-    let mut extent = i128::from(work.head_dim);
-    for (what, stride, size) in axes.into_iter().filter(|(_, _, size)| *size > 1) {
-        if i128::from(stride) < extent {
-            return Err(Error::argument(what, stride, format!("{extent} or more: rows must not overlap")));
-        }
-        extent += i128::from(stride) * i128::from(size - 1);
-    }
-    Ok(())
+    check::span_apart(axes, work.head_dim, "rows must not overlap").map(|_| ())
 }

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use super::{
     Error,
-    check::{Presence, range},
+    check::{self, Presence, range},
 };
+use crate::abi;
 
 /// Queries that a window may have.
 const MAX_WINDOW: u32 = 64;
@@ -45,14 +46,39 @@ pub struct Bias {
     pub value: f32,
 }
 
-/// Where the natural logarithm of each query's softmax denominator is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where the logarithm of each query's softmax denominator is (LSE), f32: query i of a sequence and a query head
+/// stands at `base + sequence * sequence_stride + head * head_stride + i * token_stride`.
+///
+/// | attention that leaves it | shape | |
+/// |---|---|---|
+/// | [`prefill_attention`](super::attention::prefill_attention), flash-attn's varlen | `[heads, tokens]` | [`Lse::head_major`] |
+/// | flash-attn, cuDNN, PyTorch, with room for more queries too | `[sequences, heads, room]` | [`Lse::padded`] |
+/// | FlashInfer, of base 2 | `[tokens, heads]` | [`Lse::token_major`] with [`Logarithm::Binary`] |
+///
+/// Of the queries that are described: where keys of the prompt were cached before, those that are new.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lse {
-    /// Address of f32 `[query_heads][stride]`, natural logarithms; a head's queries, those that are described and no
-    /// others, lie sequence after sequence.
+    /// Address of the first.
     pub base: u64,
-    /// Elements from one head to the next.
-    pub stride: i64,
+    /// Elements from one sequence to the next. 0: all sequences stand in one row, and i counts on from one to the
+    /// next, with `cu_seqlens` or without.
+    pub sequence_stride: i64,
+    /// Elements from one query head to the next.
+    pub head_stride: i64,
+    /// Elements from one query to the next.
+    pub token_stride: i64,
+    /// What kind of logarithm.
+    pub logarithm: Logarithm,
+}
+
+/// The base of logarithms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Logarithm {
+    /// e.
+    #[default]
+    Natural,
+    /// 2.
+    Binary,
 }
 
 /// Probabilities summed over queries, for every key of a sequence: `scores[sequence][head][key]`, f32.
@@ -210,14 +236,54 @@ impl Bias {
 }
 
 impl Lse {
-    /// Its addresses for so many queries of all sequences.
-    pub(super) fn check(self, query_heads: u32, queries: i128) -> Result<Range<u64>, Error> {
-        if i128::from(self.stride) < queries {
-            let expected = format!("{queries} or more: the queries of all sequences");
-            return Err(Error::argument("lse.stride", self.stride, expected));
-        }
-        let elements = i128::from(query_heads - 1) * i128::from(self.stride) + queries;
+    /// `[heads, tokens]`: the queries of all sequences, head after head.
+    pub fn head_major(base: u64, tokens: u32) -> Self {
+        Self { base, head_stride: tokens.into(), token_stride: 1, ..Self::default() }
+    }
+
+    /// `[tokens, heads]`: the heads of all sequences, query after query.
+    pub fn token_major(base: u64, heads: u32) -> Self {
+        Self { base, head_stride: 1, token_stride: heads.into(), ..Self::default() }
+    }
+
+    /// `[sequences, heads, tokens]`: room for `tokens` queries in each sequence, however many it has.
+    pub fn padded(base: u64, heads: u32, tokens: u32) -> Self {
+        let head_stride = i64::from(tokens);
+        let sequence_stride = i64::from(heads) * head_stride;
+        Self { base, sequence_stride, head_stride, token_stride: 1, ..Self::default() }
+    }
+
+    /// Its addresses for queries, no two of which share a place.
+    pub(super) fn check(
+        self,
+        sequences: u32,
+        query_heads: u32,
+        queries: Lengths,
+    ) -> Result<Range<u64>, Error> {
+        let in_a_row = self.sequence_stride == 0;
+        let [sequences, tokens] =
+            if in_a_row { [1, queries.rows(sequences)] } else { [sequences.into(), queries.longest.into()] };
+        let elements = check::span_apart(
+            [
+                ("lse.sequence_stride", self.sequence_stride, sequences),
+                ("lse.head_stride", self.head_stride, query_heads.into()),
+                ("lse.token_stride", self.token_stride, tokens),
+            ],
+            1,
+            "queries must not share a place",
+        )?;
         range("lse", self.base, elements, 4, Presence::Needed)
+    }
+}
+
+impl From<Lse> for abi::Lse {
+    fn from(lse: Lse) -> Self {
+        let Lse { base, sequence_stride, head_stride, token_stride, logarithm } = lse;
+        let logarithm = match logarithm {
+            Logarithm::Natural => abi::LOGARITHM_NATURAL,
+            Logarithm::Binary => abi::LOGARITHM_BINARY,
+        };
+        Self { base, sequence_stride, head_stride, token_stride, logarithm, reserved: 0 }
     }
 }
 

@@ -101,6 +101,24 @@ pub(super) fn pieces(what: &str, width: u32) -> Result<i32, Error> {
     Ok(width as i32)
 }
 
+/// Checks that no two rows of `width` elements, `(name, stride, size)` along each axis, are the same memory, and
+/// returns the elements from the first of all to the end of the last.
+pub(super) fn span_apart<const AXES: usize>(
+    mut axes: [(&str, i64, i128); AXES],
+    width: u32,
+    why: &str,
+) -> Result<i128, Error> {
+    axes.sort_by_key(|(_, stride, _)| *stride);
+    let mut extent = i128::from(width);
+    for (what, stride, size) in axes.into_iter().filter(|(_, _, size)| *size > 1) {
+        if i128::from(stride) < extent {
+            return Err(Error::argument(what, stride, format!("{extent} or more: {why}")));
+        }
+        extent += i128::from(stride) * (size - 1);
+    }
+    Ok(extent)
+}
+
 /// Offset of the last step along an axis.
 pub(super) fn last(size: i32, stride: i64) -> i128 {
     i128::from(size - 1) * i128::from(stride)

@@ -49,7 +49,7 @@ pub struct WindowScores {
     pub scale: f32,
     /// What is added to the logits of some keys for some heads.
     pub bias: Option<Bias>,
-    /// The logarithm of each query's softmax denominator, read; a query whose LSE is -inf adds nothing.
+    /// The logarithm of each query's softmax denominator, read; a query whose LSE is -inf or +inf adds nothing.
     /// `None`: a pass over the keys finds those of the window first. All queries need it.
     pub lse: Option<Lse>,
     /// Which probabilities to sum, and where the sums go.
@@ -177,18 +177,16 @@ pub(super) fn prepare(work: &WindowScores) -> Result<Option<Prepared>, Error> {
     let fits = columns <= slots * SLOT_COLUMNS;
     let block_keys = if fits { resident_block_keys(work) } else { form.step_keys };
     let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
-    let lse = work.lse.unwrap_or(Lse {
-        base: work.workspace + workspace(work).partials as u64,
-        stride: i64::from(work.sequences) * i64::from(window),
-    });
+    // Found here, it is of the windows alone.
+    let own_lse = || Lse::padded(work.workspace + workspace(work).partials as u64, work.query_heads, window);
+    let lse = work.lse.unwrap_or_else(own_lse);
     let params = WindowScoresParams {
         q: work.q,
         k: work.k,
         cu_seqlens_q: work.queries.cu_seqlens,
         cu_seqlens_k: work.keys.cu_seqlens,
         positions: work.positions,
-        lse: lse.base,
-        lse_stride: lse.stride,
+        lse: lse.into(),
         bias_heads: bias.heads,
         bias_keys: bias.keys,
         bias_key_stride: bias.key_stride,
@@ -405,7 +403,7 @@ fn check_addresses(work: &WindowScores, workspace_bytes: usize) -> Result<(), Er
         inputs.push(("positions", range("positions", work.positions, rows, 4, Presence::Optional)?));
     }
     if let Some(lse) = work.lse.filter(|_| rows > 0) {
-        inputs.push(("lse", lse.check(query_heads, rows)?));
+        inputs.push(("lse", lse.check(sequences, query_heads, queries)?));
     }
     if let Some(bias) = work.bias {
         let [heads, keys] = bias.check(sequences, query_heads, keys, work.scale)?;

@@ -6,11 +6,11 @@ use crate::support::{
     recorder::{Recorded, Recorder},
 };
 use fastkv::{
-    abi::{PrefillAttentionParams, Rows, Sm90AttentionParams},
+    abi::{self, PrefillAttentionParams, Rows, Sm90AttentionParams},
     kernels::{
         DType, Kernel, TensorMap,
         attention::{self, Form, PrefillAttention},
-        batch::{Bias, Lengths, Lse, ScoreHeads, Scores, Window, default_scale},
+        batch::{Bias, Lengths, Logarithm, Lse, ScoreHeads, Scores, Window, default_scale},
         images,
     },
 };
@@ -35,9 +35,13 @@ fn fills_its_params() {
         cu_seqlens_k: 0,
         positions: 0,
         // Behind the next item and a counter for each of 2 x 8 kv heads.
-        lse: WORKSPACE + 256,
-        // 2 x 1000 queries in whole stretches of 256 bytes.
-        lse_stride: 2048,
+        lse: abi::Lse {
+            base: WORKSPACE + 256,
+            // 2 x 1000 queries in whole stretches of 256 bytes.
+            head_stride: 2048,
+            token_stride: 1,
+            ..abi::Lse::default()
+        },
         bias_heads: 0,
         bias_keys: 0,
         bias_key_stride: 0,
@@ -72,7 +76,7 @@ fn optional_parts_fill_theirs() {
         q: Rows::packed(4096, 32, 128),
         out: Rows::packed(1 << 50, 32, 128),
         bias: Some(Bias { heads: 4096, keys: 8192, key_stride: 40, value: -2.5 }),
-        lse: Some(Lse { base: 1 << 54, stride: 1001 }),
+        lse: Some(Lse { logarithm: Logarithm::Binary, ..Lse::token_major(1 << 54, 33) }),
         scores: Some(Scores { window: Window::All, heads: ScoreHeads::Group, ..scored().scores.unwrap() }),
         ..scored()
     });
@@ -83,7 +87,16 @@ fn optional_parts_fill_theirs() {
     assert_eq!((params.cu_seqlens_q, params.cu_seqlens_k, params.positions), (4096, 0, 4096));
     assert_eq!((params.q_tokens, params.max_q_tokens), (1000, 600));
     assert_eq!((params.bias_heads, params.bias_keys, params.bias_key_stride), (4096, 8192, 40));
-    assert_eq!((params.bias, params.lse, params.lse_stride), (-2.5, 1 << 54, 1001));
+    assert_eq!(params.bias, -2.5);
+    let lse = abi::Lse {
+        base: 1 << 54,
+        sequence_stride: 0,
+        head_stride: 1,
+        token_stride: 33,
+        logarithm: abi::LOGARITHM_BINARY,
+        reserved: 0,
+    };
+    assert_eq!(params.lse, lse);
     assert_eq!((params.window, params.score_heads, params.score_keys), (600, 8, 128));
 }
 
@@ -373,12 +386,45 @@ fn refuses() {
     );
 
     refuses(
-        |w| w.lse = Some(Lse { base: 1 << 54, stride: 1999 }),
-        "lse.stride is 1999; it must be 2000 or more: the queries of all sequences",
+        |w| w.lse = Some(Lse::head_major(1 << 54, 1999)),
+        "lse.head_stride is 1999; it must be 2000 or more: queries must not share a place",
     );
     refuses(
-        |w| w.lse = Some(Lse { base: 0, stride: 2000 }),
+        |w| w.lse = Some(Lse::token_major(1 << 54, 31)),
+        "lse.token_stride is 31; it must be 32 or more: queries must not share a place",
+    );
+    refuses(
+        |w| w.lse = Some(Lse::padded(1 << 54, 32, 999)),
+        "lse.head_stride is 999; it must be 1000 or more: queries must not share a place",
+    );
+    refuses(
+        |w| w.lse = Some(Lse { sequence_stride: 31_999, ..Lse::padded(1 << 54, 32, 1000) }),
+        "lse.sequence_stride is 31999; it must be 32000 or more: queries must not share a place",
+    );
+    refuses(
+        |w| w.lse = Some(Lse { token_stride: 0, ..Lse::head_major(1 << 54, 2000) }),
+        "lse.token_stride is 0; it must be 1 or more: queries must not share a place",
+    );
+    refuses(
+        |w| w.lse = Some(Lse { head_stride: -2000, ..Lse::head_major(1 << 54, 2000) }),
+        "lse.head_stride is -2000; it must be 1 or more: queries must not share a place",
+    );
+    refuses(
+        |w| w.lse = Some(Lse { sequence_stride: -32_000, ..Lse::padded(1 << 54, 32, 1000) }),
+        "lse.sequence_stride is -32000; it must be 1 or more: queries must not share a place",
+    );
+    refuses(
+        |w| w.lse = Some(Lse { head_stride: i64::MAX, ..Lse::head_major(1 << 54, 2000) }),
+        "lse is 0x40000000000000; it must be 285924533142498052017 elements of 4 bytes below 2^63",
+    );
+    refuses(
+        |w| w.lse = Some(Lse::head_major(0, 2000)),
         "lse is 0x0; it must be a device address, a multiple of 4",
+    );
+    // The last element of the last sequence is the output's first.
+    refuses(
+        |w| w.lse = Some(Lse::padded(w.out.base + 4 - 4 * (2 * 32 * 1010 - 10), 32, 1010)),
+        "lse is 0x3fffffffc0f2c..0x4000000000004; it must be apart from out, 0x4000000000000..0x4000000fa0000",
     );
 
     refuses(
@@ -430,7 +476,7 @@ fn workspaces_are_exact() {
     let bytes = |work: PrefillAttention| attention::prefill_attention_workspace(&work).unwrap();
     assert_eq!(bytes(plain()), 256);
     assert_eq!(bytes(scored()), 256 + 32 * 2048 * 4);
-    assert_eq!(bytes(PrefillAttention { lse: Some(Lse { base: 4, stride: 2000 }), ..scored() }), 256);
+    assert_eq!(bytes(PrefillAttention { lse: Some(Lse::head_major(4, 2000)), ..scored() }), 256);
     assert_eq!(bytes(PrefillAttention { sequences: 8, ..scored() }), 512 + 32 * 8000 * 4);
     let packed = Lengths::packed(4096, 1000, 1000);
     assert_eq!(bytes(PrefillAttention { queries: packed, ..scored() }), 256 + 32 * 1024 * 4);

@@ -27,7 +27,7 @@ fn work() -> ColumnSums {
             positions: 0,
             scale: default_scale(128),
             bias: None,
-            lse: Some(Lse { base: 1 << 42, stride: 4096 }),
+            lse: Some(Lse::head_major(1 << 42, 4096)),
             scores: Scores {
                 base: 1 << 50,
                 sequence_stride: 0,
@@ -56,7 +56,7 @@ fn fills_its_params() {
     assert_eq!((params.weight, params.step, params.band), (1.0, 0.25, 3000));
     let sums = params.sums;
     assert_eq!((sums.window, sums.score_heads, sums.slots, sums.block_keys), (4096, 8, 2, 128));
-    assert_eq!((sums.lse, sums.lse_stride, sums.positions, sums.partials), (1 << 42, 4096, 0, 0));
+    assert_eq!((sums.lse, sums.positions, sums.partials), (Lse::head_major(1 << 42, 4096).into(), 0, 0));
 
     // No band reaches beyond the keys.
     for band in [None, Some(u32::MAX), Some(10_000)] {

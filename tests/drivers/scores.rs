@@ -6,7 +6,7 @@ use crate::support::{
     scores::{Case, check},
 };
 use fastkv::{
-    abi::{PoolScoresParams, Pooling, Rows, WindowScoresParams},
+    abi::{self, PoolScoresParams, Pooling, Rows, WindowScoresParams},
     kernels::{
         DType, Kernel,
         batch::{Bias, Lengths, Lse, ScoreHeads, ScoreRows, Scores, Window, default_scale},
@@ -71,8 +71,7 @@ fn window_scores_fills_its_params() {
     let expected = WindowScoresParams {
         q: work.q,
         k: work.k,
-        lse: 1 << 42,
-        lse_stride: 64,
+        lse: abi::Lse { base: 1 << 42, head_stride: 64, token_stride: 1, ..abi::Lse::default() },
         scores: 1 << 50,
         score_sequence_stride: 32_000,
         score_head_stride: 1000,
@@ -115,7 +114,15 @@ fn two_passes_where_there_is_no_lse() {
     assert_eq!(kernels, expected);
     assert!(launches.iter().all(|launch| launch.params == launches[0].params));
     let params: WindowScoresParams = bytemuck::pod_read_unaligned(&launches[0].params);
-    assert_eq!((params.partials, params.lse, params.lse_stride), (1 << 52, (1 << 52) + 8 * 2 * 128 * 8, 32));
+    assert_eq!(params.partials, 1 << 52);
+    let lse = abi::Lse {
+        base: (1 << 52) + 8 * 2 * 128 * 8,
+        sequence_stride: 32 * 32,
+        head_stride: 32,
+        token_stride: 1,
+        ..abi::Lse::default()
+    };
+    assert_eq!(params.lse, lse);
 
     // 16 heads of 256 elements: the first pass takes 64 columns at a time.
     let wide = scores::WindowScores {
@@ -169,7 +176,7 @@ fn no_queries_need_no_tensors() {
     let work = scores::WindowScores {
         q: Rows::default(),
         queries: Lengths::dense(0),
-        lse: Some(Lse { base: 0, stride: 0 }),
+        lse: Some(Lse::default()),
         ..window_scores()
     };
     // SAFETY: the recorder touches no memory.
@@ -234,11 +241,15 @@ fn window_scores_refuses() {
         "keys.cu_seqlens is 0x2; it must be a device address, a multiple of 4",
     );
     refuses(
-        |w| w.lse = Some(Lse { base: 1 << 42, stride: 63 }),
-        "lse.stride is 63; it must be 64 or more: the queries of all sequences",
+        |w| w.lse = Some(Lse::head_major(1 << 42, 63)),
+        "lse.head_stride is 63; it must be 64 or more: queries must not share a place",
     );
     refuses(
-        |w| w.lse = Some(Lse { base: 0, stride: 64 }),
+        |w| w.lse = Some(Lse::token_major(1 << 42, 31)),
+        "lse.token_stride is 31; it must be 32 or more: queries must not share a place",
+    );
+    refuses(
+        |w| w.lse = Some(Lse::head_major(0, 64)),
         "lse is 0x0; it must be a device address, a multiple of 4",
     );
     refuses(
@@ -267,10 +278,10 @@ fn window_scores_refuses() {
     );
     refuses(
         |w| (w.sequences, w.scores.sequence_stride) = (2, 31_999),
-        "lse.stride is 64; it must be 128 or more: the queries of all sequences",
+        "lse.head_stride is 64; it must be 128 or more: queries must not share a place",
     );
     refuses(
-        |w| (w.sequences, w.scores.sequence_stride, w.lse) = (2, 31_999, Some(Lse { base: 4, stride: 128 })),
+        |w| (w.sequences, w.scores.sequence_stride, w.lse) = (2, 31_999, Some(Lse::padded(4, 32, 64))),
         "scores.sequence_stride is 31999; it must be 32000 or more: 32 heads",
     );
     refuses(|w| w.scores.base = 2, "scores is 0x2; it must be a device address, a multiple of 4");
@@ -416,7 +427,7 @@ fn window_scores() -> scores::WindowScores {
         positions: 0,
         scale: default_scale(128),
         bias: None,
-        lse: Some(Lse { base: 1 << 42, stride: 64 }),
+        lse: Some(Lse::head_major(1 << 42, 64)),
         scores: Scores {
             base: 1 << 50,
             sequence_stride: 32_000,

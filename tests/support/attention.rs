@@ -9,7 +9,7 @@ use fastkv::{
     kernels::{
         DType, Device,
         attention::{self, Form, PrefillAttention},
-        batch::{Bias, Lengths, Lse, ScoreHeads, Scores, Window, default_scale},
+        batch::{Bias, Lengths, ScoreHeads, Scores, Window, default_scale},
         scores::{self, WindowScores},
     },
 };
@@ -17,6 +17,7 @@ use half::{bf16, f16};
 
 use super::{
     Check, all,
+    lse::{LseLayout, Order, Queries},
     memory::{Memory, UNTOUCHED},
     random::Random,
 };
@@ -83,6 +84,8 @@ pub(crate) struct Case {
     pub(crate) planted: Vec<Planted>,
     pub(crate) bias: Option<BiasBits>,
     pub(crate) lse: bool,
+    /// Where it goes.
+    pub(crate) lse_layout: LseLayout,
     pub(crate) scores: Option<(Window, ScoreHeads)>,
     pub(crate) form: Option<Form>,
     pub(crate) seed: u64,
@@ -118,6 +121,7 @@ impl Case {
             planted: Vec::new(),
             bias: None,
             lse: true,
+            lse_layout: LseLayout { gap: 5, ..LseLayout::PLAIN },
             scores: None,
             form: Some(Form::Portable),
             seed: 1,
@@ -159,6 +163,7 @@ impl Case {
             contents: Contents::Random(random.of(&[1.0, 8.0])),
             bias,
             lse: random.below(2) == 0,
+            lse_layout: LseLayout::random(&mut random),
             scores: (random.below(3) > 0).then_some((window, heads)),
             seed,
             ..Self::plain(
@@ -189,6 +194,11 @@ impl Case {
 
     fn tensor(&self, heads: usize, tokens: Vec<usize>) -> Tensor {
         Tensor { layout: self.layout, heads, gap: self.gap, tokens, width: self.head_dim }
+    }
+
+    /// Those whose LSE is wanted, where sequences have room for `longest`.
+    fn lse_queries(&self, longest: u32) -> Queries {
+        Queries { heads: self.query_heads(), counts: self.queries(), room: longest as usize }
     }
 
     /// The last key that a query sees, -1 for none.
@@ -495,7 +505,13 @@ impl Written {
         compare("out", (0..out.bits.len()).map(|at| out.get(at)), &expected.out)?;
         let single = |bits: &u32| f64::from(f32::from_bits(*bits));
         if case.lse {
-            compare("lse", self.lse.iter().map(single), &expected.lse)?;
+            let stored = |natural: &Bound| {
+                let value = case.lse_layout.value(natural.value);
+                let rounding = 2_f64.powi(-23) * value.abs();
+                Bound { value, error: case.lse_layout.value(natural.error) + rounding }
+            };
+            let expected: Vec<_> = expected.lse.iter().map(stored).collect();
+            compare("lse", self.lse.iter().map(single), &expected)?;
         }
         if case.scores.is_some() && query_total(case) > 0 {
             compare("scores", self.scores.iter().map(single), &expected.scores)?;
@@ -537,9 +553,9 @@ fn launch_with<D: Device>(
     let mut put = |own: &[i32]| memory.put(bytemuck::cast_slice(starts.unwrap_or(own)));
     let of_queries = case.lengths_of(&case.queries(), &mut put);
     let of_keys = case.lengths_of(&case.keys(), &mut put);
-    let query_count: usize = case.queries().iter().sum();
-    // Room beyond what is needed, so that strides matter.
-    let lse_stride = query_count + 5;
+    let lse_queries = case.lse_queries(of_queries.longest);
+    let lse_places = case.lse_layout.places(&lse_queries);
+    let lse_elements = case.lse_layout.elements(&lse_queries);
     let score_heads = match case.scores {
         Some((_, ScoreHeads::Group)) => case.kv_heads,
         _ => case.query_heads(),
@@ -547,7 +563,7 @@ fn launch_with<D: Device>(
     let score_stride = of_keys.longest as usize + 3;
     let sequence_stride = score_heads * score_stride + 2;
     let out = memory.untouched(queries.elements() * 2);
-    let lse = memory.untouched(case.query_heads() * lse_stride * 4);
+    let lse = memory.untouched(lse_elements * 4);
     let scores = memory.untouched(case.lengths.len() * sequence_stride * 4);
     let bias = case.bias.as_ref().map(|bias| {
         let key_stride = (of_keys.longest as usize).div_ceil(32) + case.gap;
@@ -582,7 +598,7 @@ fn launch_with<D: Device>(
         positions: case.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
         scale: default_scale(case.head_dim as u32),
         bias,
-        lse: case.lse.then_some(Lse { base: lse, stride: lse_stride as i64 }),
+        lse: case.lse.then(|| case.lse_layout.describe(lse, &lse_queries)),
         scores: case.scores.map(|(window, heads)| Scores {
             base: scores,
             sequence_stride: sequence_stride as i64,
@@ -606,7 +622,7 @@ fn launch_with<D: Device>(
         let bytes = memory.get(address, count * 4)?;
         Ok(bytes.chunks_exact(4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect())
     };
-    let mut found_lse = words(lse, case.query_heads() * lse_stride)?;
+    let mut found_lse = words(lse, lse_elements)?;
     let mut found_scores = words(scores, case.lengths.len() * sequence_stride)?;
 
     // Takes what was to be written, and leaves what was not.
@@ -615,16 +631,17 @@ fn launch_with<D: Device>(
         into.extend_from_slice(&found[first..first + count]);
         found[first..first + count].fill(UNTOUCHED_WORD);
     };
-    let mut row = 0;
+    if case.lse {
+        for place in lse_places {
+            take(&mut found_lse, &mut written.lse, place, 1);
+        }
+    }
     for (sequence, (query_count, key_count)) in case.lengths.iter().copied().enumerate() {
         for head in 0..case.query_heads() {
             for query in 0..query_count {
                 let first = queries.element(sequence, head, query);
                 written.out.extend_from_slice(&found_out[first..first + case.head_dim]);
                 found_out[first..first + case.head_dim].fill(UNTOUCHED_HALF);
-            }
-            if case.lse {
-                take(&mut found_lse, &mut written.lse, head * lse_stride + row, query_count);
             }
         }
         if case.scores.is_some() && query_total(case) > 0 {
@@ -633,7 +650,6 @@ fn launch_with<D: Device>(
                 take(&mut found_scores, &mut written.scores, first, key_count);
             }
         }
-        row += query_count;
     }
     if starts.is_some() {
         return Ok(written);
@@ -701,6 +717,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("prefill_attention_positions", |device, _| check_all(device, Portable, positions())),
         Check::portable("prefill_attention_extremes", |device, _| check_all(device, Portable, extremes())),
         Check::portable("prefill_attention_scores", |device, _| check_all(device, Portable, windows())),
+        Check::portable("prefill_attention_lse", |device, _| check_all(device, Portable, lse_layouts())),
         Check::portable("prefill_attention_random", |device, seed| {
             check_all(device, Portable, (0..8).map(|n| Case::random(seed * 8 + n, &[64, 64, 96, 128, 256])))
         }),
@@ -717,6 +734,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
             check_all(device, Hopper, lengths().into_iter().chain(long_lengths()))
         }),
         Check::hopper("sm90_attention_shapes", |device, _| check_all(device, Hopper, shapes())),
+        Check::hopper("sm90_attention_lse", |device, _| check_all(device, Hopper, lse_layouts())),
         Check::hopper("sm90_attention_positions", |device, _| check_all(device, Hopper, positions())),
         Check::hopper("sm90_attention_extremes", |device, _| check_all(device, Hopper, extremes())),
         Check::hopper("sm90_attention_scores", |device, _| check_all(device, Hopper, windows())),
@@ -868,6 +886,19 @@ fn windows() -> Vec<Case> {
             ..with(Window::Last(10), ScoreHeads::Query, bf16(128, [1, 3], &[(70, 160)]))
         },
     ]
+}
+
+/// LSE in every place and of either kind, which scores are made of; of sequences with other lengths, and of the same.
+fn lse_layouts() -> Vec<Case> {
+    let packed = Case::plain(DType::BF16, 64, [2, 2], &[(70, 140), (0, 5), (20, 20)]);
+    let dense = Case { layout: Layout::HeadMajor, ..Case::plain(DType::F16, 128, [1, 3], &[(37, 37); 2]) };
+    LseLayout::each()
+        .zip([packed, dense].iter().cycle())
+        .flat_map(|(lse_layout, case)| {
+            let scores = Some((Window::Last(8), ScoreHeads::Query));
+            [Case { lse_layout, ..case.clone() }, Case { lse_layout, scores, ..case.clone() }]
+        })
+        .collect()
 }
 
 /// NaN and infinities in queries, keys and values, each kind in kv heads of its own: rows that see them have what IEEE
@@ -1086,14 +1117,11 @@ fn same_scores<D: Device>(device: &D, form: Form, seed: u64) -> Result<(), Strin
         let mut memory = Memory::new(device);
         let queries = case.tensor(case.query_heads(), case.queries());
         let keys = case.tensor(case.kv_heads, case.keys());
-        // `Written` has LSE sequence after sequence, the kernel wants it head after head.
-        let lse: Vec<u32> = (0..4)
-            .flat_map(|head| {
-                let first = &fused.lse[head * 70..(head + 1) * 70];
-                let second = &fused.lse[280 + head * 20..280 + (head + 1) * 20];
-                [first, second].concat()
-            })
-            .collect();
+        let lse_queries = case.lse_queries(70);
+        let mut lse = vec![0; 4 * 90];
+        for (place, bits) in LseLayout::PLAIN.places(&lse_queries).into_iter().zip(&fused.lse) {
+            lse[place] = *bits;
+        }
         let count = if heads == ScoreHeads::Query { 4 } else { 1 };
         let base = memory.untouched(2 * count * 140 * 4);
         let work = WindowScores {
@@ -1109,7 +1137,7 @@ fn same_scores<D: Device>(device: &D, form: Form, seed: u64) -> Result<(), Strin
             positions: 0,
             scale: default_scale(head_dim as u32),
             bias: None,
-            lse: Some(Lse { base: memory.put(bytemuck::cast_slice(&lse)), stride: 90 }),
+            lse: Some(LseLayout::PLAIN.describe(memory.put(bytemuck::cast_slice(&lse)), &lse_queries)),
             scores: Scores { base, sequence_stride: count as i64 * 140, head_stride: 140, window, heads },
             workspace: 0,
             workspace_bytes: 0,
@@ -1145,6 +1173,7 @@ fn hostile<D: Device>(device: &D, form: Form) -> Result<(), String> {
         form: Some(form),
         ..Case::plain(DType::BF16, 64, [1, 2], &[(40, 80), (30, 50), (0, 0)])
     };
+    let padded = Case { lse_layout: LseLayout { order: Order::Padded, ..case.lse_layout }, ..case.clone() };
     let inputs = Inputs::new(&case);
     for starts in [
         [i32::MIN, i32::MAX, -1, 70],
@@ -1153,7 +1182,9 @@ fn hostile<D: Device>(device: &D, form: Form) -> Result<(), String> {
         [0, 70, 70, 70],
         [i32::MAX, i32::MAX, i32::MAX, i32::MAX],
     ] {
-        launch_with(device, &case, &inputs, Some(&starts))?;
+        for case in [&case, &padded] {
+            launch_with(device, case, &inputs, Some(&starts))?;
+        }
     }
     Ok(())
 }

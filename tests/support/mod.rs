@@ -15,6 +15,7 @@ pub(crate) mod faults;
 pub(crate) mod forward;
 pub(crate) mod gather;
 pub(crate) mod llama;
+pub(crate) mod lse;
 pub(crate) mod matmul;
 pub(crate) mod memory;
 pub(crate) mod number;

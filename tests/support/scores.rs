@@ -13,6 +13,7 @@ use half::{bf16, f16};
 
 use super::{
     Check, all,
+    lse::{LseLayout, Queries},
     memory::{Memory, UNTOUCHED},
     random::Random,
     recorder::{Recorded, Recorder},
@@ -43,6 +44,8 @@ pub(crate) struct Case {
     pub(crate) heads: ScoreHeads,
     /// Whether LSE is given; otherwise the driver finds it.
     pub(crate) lse: bool,
+    /// Where it is.
+    pub(crate) lse_layout: LseLayout,
     /// How queries count, where it is sums over columns.
     pub(crate) columns: Option<Columns>,
     pub(crate) seed: u64,
@@ -71,6 +74,7 @@ impl Case {
             bias: None,
             heads: ScoreHeads::Query,
             lse: true,
+            lse_layout: LseLayout::PLAIN,
             columns: None,
             seed: (head_dim * 31 + group * 7 + window * 1000 + keys) as u64,
         }
@@ -111,6 +115,7 @@ impl Case {
             bias: (random.below(3) == 0).then(|| random.symmetric() * 5.0),
             heads: random.of(&[ScoreHeads::Query, ScoreHeads::Group]),
             lse: window == Window::All || random.below(2) == 0,
+            lse_layout: LseLayout::random(&mut random),
             columns: None,
             seed,
         }
@@ -416,10 +421,7 @@ fn run_by<D: Device>(
         positions: case.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
         scale: default_scale(case.head_dim as u32),
         bias: case.bias.map(|value| put_bias(&mut memory, case, value)),
-        lse: case.lse.then(|| Lse {
-            base: memory.put(bytemuck::cast_slice(&inputs.lse)),
-            stride: case.before(count, 0) as i64,
-        }),
+        lse: case.lse.then(|| put_lse(&mut memory, case, &inputs.lse)),
         scores: Scores {
             base: memory.untouched(score_bytes),
             sequence_stride: sequence_stride as i64,
@@ -454,6 +456,23 @@ fn run_by<D: Device>(
         None => Ok(scores),
         Some(at) => Err(format!("element {at} of the scores belongs to no key and was written")),
     }
+}
+
+/// Puts LSE where the case has it, with NaN in between.
+fn put_lse<D: Device>(memory: &mut Memory<'_, D>, case: &Case, lse: &[f32]) -> Lse {
+    let counts: Vec<_> = case.sequences.iter().map(|lengths| lengths[0]).collect();
+    let queries = Queries { heads: case.query_heads(), counts, room: case.longest(0) };
+    let total = case.before(case.sequences.len(), 0);
+    let in_order = (0..case.sequences.len()).flat_map(|sequence| {
+        (0..case.query_heads()).flat_map(move |head| {
+            (0..case.sequences[sequence][0]).map(move |query| head * total + case.before(sequence, 0) + query)
+        })
+    });
+    let mut stored = vec![f32::NAN; case.lse_layout.elements(&queries)];
+    for (place, from) in case.lse_layout.places(&queries).into_iter().zip(in_order) {
+        stored[place] = case.lse_layout.value(lse[from].into()) as f32;
+    }
+    case.lse_layout.describe(memory.put(bytemuck::cast_slice(&stored)), &queries)
 }
 
 fn put_bias<D: Device>(memory: &mut Memory<'_, D>, case: &Case, value: f32) -> Bias {
@@ -573,6 +592,7 @@ fn edges() -> Vec<Case> {
         let positions = (0..keys).map(|query| ((query * 37 + 5) % (keys + 3)) as i32 - 1).collect();
         cases.push(Case { window: Window::All, positions: Some(positions), ..plain });
     }
+    cases.extend(lse_layouts());
     // Sequences without queries, without keys, with more queries than keys.
     for lse in [true, false] {
         cases.push(Case {
@@ -631,7 +651,20 @@ fn column_edges() -> Vec<Case> {
         ..Case::plain(DType::BF16, 64, 3, 9, 0)
     };
     cases.push(packed.summed());
+    let columns = Some(Columns { weight: 1.0, step: 0.125, band: None });
+    cases.extend(lse_layouts().into_iter().map(|case| Case { columns, ..case }.summed()));
     cases
+}
+
+/// LSE in every place and of either kind, with queries before the window and sequences before the last.
+fn lse_layouts() -> Vec<Case> {
+    let case = |lse_layout, number: usize| {
+        let layout = [Layout::Packed, Layout::TokenMajor][number % 2];
+        let sequences =
+            if layout == Layout::Packed { vec![[13, 40], [0, 7], [30, 61]] } else { vec![[21, 50]; 2] };
+        Case { lse_layout, layout, sequences, kv_heads: 2, ..Case::plain(DType::BF16, 64, 3, 9, 0) }
+    };
+    LseLayout::each().enumerate().flat_map(|(n, layout)| [case(layout, n), case(layout, n + 1)]).collect()
 }
 
 /// A score has the same bits whatever the block, its memory and the rest of the batch; and the score of a
@@ -773,7 +806,7 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
         [90, 100, 101, 200],
         [3, 9, 10, 100],
     ] {
-        for lse in [true, false] {
+        for lse in [None, Some(Lse::head_major(0, 100)), Some(Lse::padded(0, 4, 60))] {
             let mut memory = Memory::new(device);
             let cu_seqlens = memory.put(bytemuck::cast_slice(&starts));
             let lengths = Lengths::packed(cu_seqlens, 100, 60);
@@ -793,7 +826,7 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
                 positions: memory.put(bytemuck::cast_slice(&positions)),
                 scale: 1.0,
                 bias: None,
-                lse: lse.then(|| Lse { base: memory.put(&[0; 1600]), stride: 100 }),
+                lse: lse.map(|lse| Lse { base: memory.put(&[0; 3 * 4 * 60 * 4]), ..lse }),
                 scores: Scores {
                     base: memory.reserve(3 * 4 * 60 * 4),
                     sequence_stride: 240,

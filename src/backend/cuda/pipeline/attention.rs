@@ -34,7 +34,7 @@ impl<D: MatrixProduct + Debug> Beside<'_, D> {
 
     /// The LSE of the query heads from `first` on.
     pub(super) fn lse(&self, first: usize, rows: usize) -> Option<Lse> {
-        self.lse.map(|lse| Lse { base: lse.address() + 4 * (first * rows) as u64, stride: rows as i64 })
+        self.lse.map(|lse| Lse::head_major(lse.address() + 4 * (first * rows) as u64, rows as u32))
     }
 }
 
