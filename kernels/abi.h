@@ -719,12 +719,16 @@ typedef struct fastkv_silu_mul_params {
 typedef struct fastkv_window_scores_params {
     /** Queries, `[sequence][query head][token][d]`. */
     fastkv_rows q;
-    /** Keys, `[sequence][kv head][token][d]`. */
+    /** Keys, `[sequence][kv head][token][d]`, or `[page][kv head][slot][d]` where they lie in pages. */
     fastkv_rows k;
+    /** Where keys in pages lie; a key without a page is seen by nobody. Table 0: there are no pages. */
+    fastkv_pages pages;
     /** i32 `[sequences + 1]`: first query of each sequence on the token axis. 0: `q_tokens` each. */
     uint64_t cu_seqlens_q;
-    /** i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each. */
+    /** i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each. Pages: 0. */
     uint64_t cu_seqlens_k;
+    /** i32 `[sequences]`: keys of each sequence, at most those described above. 0: as many. */
+    uint64_t k_lengths;
     /**
      * i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
      * in any order; below 0 it sees none. 0: the queries are the last of the keys.
@@ -922,6 +926,8 @@ typedef struct fastkv_pool_scores_params {
     int64_t head_stride;
     /** i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `tokens` each. */
     uint64_t cu_seqlens;
+    /** i32 `[sequences]`: keys of each sequence, at most those described above. 0: as many. */
+    uint64_t lengths;
     /** Receives f32 `[sequence][kv head][key]`, sums over groups. 0: not wanted. */
     uint64_t groups;
     /** Elements of `groups` from one sequence to the next. */

@@ -27,6 +27,12 @@ __device__ __forceinline__ Span span_of(uint64_t cu_seqlens, int32_t tokens, int
     return {first, min(end - first, longest), first};
 }
 
+// The keys of a sequence, of which there may be fewer than its span has room for.
+__device__ __forceinline__ int32_t keys_of(const Span& span, uint64_t lengths, int32_t sequence) {
+    return lengths ? max(0, min(span.tokens, __ldg(reinterpret_cast<const int32_t*>(lengths) + sequence)))
+                   : span.tokens;
+}
+
 // The address of a row of 16-bit elements.
 __device__ __forceinline__ uint64_t row_address(const fastkv_rows& rows, int32_t sequence, int32_t head,
                                                 int32_t token) {
@@ -61,6 +67,7 @@ __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, i
     window.q_token_stride = p.q.token_stride;
     window.k = row_address(p.k, sequence, kv_head, keys.first);
     window.k_token_stride = p.k.token_stride;
+    window.pages.table = 0;
     window.lse = reinterpret_cast<const float*>(p.lse.base) +
                  lse_place(p.lse, sequence, queries, kv_head * heads, first);
     window.lse_head_stride = p.lse.head_stride;
@@ -78,6 +85,21 @@ __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, i
     window.first_head = kv_head * heads;
     window.bias = p.bias;
     window.scale = p.scale;
+    return window;
+}
+
+// The same of scores by themselves, whose keys may lie in pages and have lengths of their own.
+__device__ __forceinline__ Window score_window_of(const fastkv_window_scores_params& p, int32_t sequence,
+                                                  int32_t kv_head) {
+    Window window = window_of(p, sequence, kv_head);
+    window.keys = keys_of({0, window.keys, 0}, p.k_lengths, sequence);
+    window.first_sees = window.keys - window.queries;
+    if (p.pages.table) {
+        window.k = row_address(p.k, 0, kv_head, 0);
+        window.k_page_stride = p.k.sequence_stride;
+        window.pages = p.pages;
+        window.sequence = sequence;
+    }
     return window;
 }
 

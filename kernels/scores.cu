@@ -12,8 +12,8 @@
 #include "scoring/window.cuh"
 
 static_assert(sizeof(fastkv_pooling) == 8, "src/abi.rs was generated for another layout");
-static_assert(sizeof(fastkv_window_scores_params) == 240, "src/abi.rs was generated for another layout");
-static_assert(sizeof(fastkv_pool_scores_params) == 104, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_window_scores_params) == 272, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_pool_scores_params) == 112, "src/abi.rs was generated for another layout");
 
 namespace {
 
@@ -22,7 +22,7 @@ constexpr int WARPS = FASTKV_SCORES_THREADS / 32;
 // The window, and its LSE: that of the first pass has no queries before the window's.
 __device__ __forceinline__ Window own_window_of(const fastkv_window_scores_params& p, int32_t sequence,
                                                 int32_t kv_head) {
-    Window window = window_of(p, sequence, kv_head);
+    Window window = score_window_of(p, sequence, kv_head);
     if (p.partials) {
         window.lse = reinterpret_cast<const float*>(p.lse.base) +
                      lse_place(p.lse, sequence, {}, kv_head * window.heads, 0);
@@ -59,7 +59,7 @@ __device__ __forceinline__ void window_partials(const fastkv_window_scores_param
     const int32_t tile = blockIdx.x % parts * Partials::TILES;
     const int32_t kv_head = blockIdx.y;
     const int32_t sequence = blockIdx.z;
-    Window window = window_of(p, sequence, kv_head);
+    Window window = score_window_of(p, sequence, kv_head);
     window.lse = nullptr; // that is what is to be found
     const int32_t first = chunk * FASTKV_PARTIAL_KEYS;
     if (first < window.keys && tile < window.heads * window.tiles()) {
@@ -133,7 +133,8 @@ extern "C" __global__ void __launch_bounds__(FASTKV_POOL_THREADS)
     constexpr int WIDTH = FASTKV_POOL_THREADS / 32;
     __shared__ float sums[WIDTH][FASTKV_POOL_KEYS];
     const int32_t sequence = blockIdx.y;
-    const int32_t keys = span_of(p.cu_seqlens, p.tokens, p.max_tokens, sequence).tokens - p.tail;
+    const Span span = span_of(p.cu_seqlens, p.tokens, p.max_tokens, sequence);
+    const int32_t keys = keys_of(span, p.lengths, sequence) - p.tail;
     const int32_t first = blockIdx.x * FASTKV_POOL_KEYS;
     if (first >= keys) {
         return;

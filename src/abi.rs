@@ -1506,12 +1506,16 @@ const _: () = {
 pub struct WindowScoresParams {
     /// Queries, `[sequence][query head][token][d]`.
     pub q: Rows,
-    /// Keys, `[sequence][kv head][token][d]`.
+    /// Keys, `[sequence][kv head][token][d]`, or `[page][kv head][slot][d]` where they lie in pages.
     pub k: Rows,
+    /// Where keys in pages lie; a key without a page is seen by nobody. Table 0: there are no pages.
+    pub pages: Pages,
     /// i32 `[sequences + 1]`: first query of each sequence on the token axis. 0: `q_tokens` each.
     pub cu_seqlens_q: u64,
-    /// i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each.
+    /// i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each. Pages: 0.
     pub cu_seqlens_k: u64,
+    /// i32 `[sequences]`: keys of each sequence, at most those described above. 0: as many.
+    pub k_lengths: u64,
     /** i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
  in any order; below 0 it sees none. 0: the queries are the last of the keys.*/
     pub positions: u64,
@@ -1566,7 +1570,7 @@ pub struct WindowScoresParams {
 const _: () = {
     [
         "Size of WindowScoresParams",
-    ][::core::mem::size_of::<WindowScoresParams>() - 240usize];
+    ][::core::mem::size_of::<WindowScoresParams>() - 272usize];
     [
         "Alignment of WindowScoresParams",
     ][::core::mem::align_of::<WindowScoresParams>() - 8usize];
@@ -1577,80 +1581,86 @@ const _: () = {
         "Offset of field: WindowScoresParams::k",
     ][::core::mem::offset_of!(WindowScoresParams, k) - 32usize];
     [
+        "Offset of field: WindowScoresParams::pages",
+    ][::core::mem::offset_of!(WindowScoresParams, pages) - 64usize];
+    [
         "Offset of field: WindowScoresParams::cu_seqlens_q",
-    ][::core::mem::offset_of!(WindowScoresParams, cu_seqlens_q) - 64usize];
+    ][::core::mem::offset_of!(WindowScoresParams, cu_seqlens_q) - 88usize];
     [
         "Offset of field: WindowScoresParams::cu_seqlens_k",
-    ][::core::mem::offset_of!(WindowScoresParams, cu_seqlens_k) - 72usize];
+    ][::core::mem::offset_of!(WindowScoresParams, cu_seqlens_k) - 96usize];
+    [
+        "Offset of field: WindowScoresParams::k_lengths",
+    ][::core::mem::offset_of!(WindowScoresParams, k_lengths) - 104usize];
     [
         "Offset of field: WindowScoresParams::positions",
-    ][::core::mem::offset_of!(WindowScoresParams, positions) - 80usize];
+    ][::core::mem::offset_of!(WindowScoresParams, positions) - 112usize];
     [
         "Offset of field: WindowScoresParams::lse",
-    ][::core::mem::offset_of!(WindowScoresParams, lse) - 88usize];
+    ][::core::mem::offset_of!(WindowScoresParams, lse) - 120usize];
     [
         "Offset of field: WindowScoresParams::bias_heads",
-    ][::core::mem::offset_of!(WindowScoresParams, bias_heads) - 128usize];
+    ][::core::mem::offset_of!(WindowScoresParams, bias_heads) - 160usize];
     [
         "Offset of field: WindowScoresParams::bias_keys",
-    ][::core::mem::offset_of!(WindowScoresParams, bias_keys) - 136usize];
+    ][::core::mem::offset_of!(WindowScoresParams, bias_keys) - 168usize];
     [
         "Offset of field: WindowScoresParams::bias_key_stride",
-    ][::core::mem::offset_of!(WindowScoresParams, bias_key_stride) - 144usize];
+    ][::core::mem::offset_of!(WindowScoresParams, bias_key_stride) - 176usize];
     [
         "Offset of field: WindowScoresParams::scores",
-    ][::core::mem::offset_of!(WindowScoresParams, scores) - 152usize];
+    ][::core::mem::offset_of!(WindowScoresParams, scores) - 184usize];
     [
         "Offset of field: WindowScoresParams::score_sequence_stride",
-    ][::core::mem::offset_of!(WindowScoresParams, score_sequence_stride) - 160usize];
+    ][::core::mem::offset_of!(WindowScoresParams, score_sequence_stride) - 192usize];
     [
         "Offset of field: WindowScoresParams::score_head_stride",
-    ][::core::mem::offset_of!(WindowScoresParams, score_head_stride) - 168usize];
+    ][::core::mem::offset_of!(WindowScoresParams, score_head_stride) - 200usize];
     [
         "Offset of field: WindowScoresParams::partials",
-    ][::core::mem::offset_of!(WindowScoresParams, partials) - 176usize];
+    ][::core::mem::offset_of!(WindowScoresParams, partials) - 208usize];
     [
         "Offset of field: WindowScoresParams::scale",
-    ][::core::mem::offset_of!(WindowScoresParams, scale) - 184usize];
+    ][::core::mem::offset_of!(WindowScoresParams, scale) - 216usize];
     [
         "Offset of field: WindowScoresParams::bias",
-    ][::core::mem::offset_of!(WindowScoresParams, bias) - 188usize];
+    ][::core::mem::offset_of!(WindowScoresParams, bias) - 220usize];
     [
         "Offset of field: WindowScoresParams::sequences",
-    ][::core::mem::offset_of!(WindowScoresParams, sequences) - 192usize];
+    ][::core::mem::offset_of!(WindowScoresParams, sequences) - 224usize];
     [
         "Offset of field: WindowScoresParams::query_heads",
-    ][::core::mem::offset_of!(WindowScoresParams, query_heads) - 196usize];
+    ][::core::mem::offset_of!(WindowScoresParams, query_heads) - 228usize];
     [
         "Offset of field: WindowScoresParams::kv_heads",
-    ][::core::mem::offset_of!(WindowScoresParams, kv_heads) - 200usize];
+    ][::core::mem::offset_of!(WindowScoresParams, kv_heads) - 232usize];
     [
         "Offset of field: WindowScoresParams::q_tokens",
-    ][::core::mem::offset_of!(WindowScoresParams, q_tokens) - 204usize];
+    ][::core::mem::offset_of!(WindowScoresParams, q_tokens) - 236usize];
     [
         "Offset of field: WindowScoresParams::k_tokens",
-    ][::core::mem::offset_of!(WindowScoresParams, k_tokens) - 208usize];
+    ][::core::mem::offset_of!(WindowScoresParams, k_tokens) - 240usize];
     [
         "Offset of field: WindowScoresParams::max_q_tokens",
-    ][::core::mem::offset_of!(WindowScoresParams, max_q_tokens) - 212usize];
+    ][::core::mem::offset_of!(WindowScoresParams, max_q_tokens) - 244usize];
     [
         "Offset of field: WindowScoresParams::max_k_tokens",
-    ][::core::mem::offset_of!(WindowScoresParams, max_k_tokens) - 216usize];
+    ][::core::mem::offset_of!(WindowScoresParams, max_k_tokens) - 248usize];
     [
         "Offset of field: WindowScoresParams::window",
-    ][::core::mem::offset_of!(WindowScoresParams, window) - 220usize];
+    ][::core::mem::offset_of!(WindowScoresParams, window) - 252usize];
     [
         "Offset of field: WindowScoresParams::score_heads",
-    ][::core::mem::offset_of!(WindowScoresParams, score_heads) - 224usize];
+    ][::core::mem::offset_of!(WindowScoresParams, score_heads) - 256usize];
     [
         "Offset of field: WindowScoresParams::block_keys",
-    ][::core::mem::offset_of!(WindowScoresParams, block_keys) - 228usize];
+    ][::core::mem::offset_of!(WindowScoresParams, block_keys) - 260usize];
     [
         "Offset of field: WindowScoresParams::slots",
-    ][::core::mem::offset_of!(WindowScoresParams, slots) - 232usize];
+    ][::core::mem::offset_of!(WindowScoresParams, slots) - 264usize];
     [
         "Offset of field: WindowScoresParams::partial_columns",
-    ][::core::mem::offset_of!(WindowScoresParams, partial_columns) - 236usize];
+    ][::core::mem::offset_of!(WindowScoresParams, partial_columns) - 268usize];
 };
 /** Parameters of `fastkv_column_sums_*`: probabilities of all queries, which are the last of the keys, summed
  with weights over the queries and the GQA group.*/
@@ -1671,7 +1681,7 @@ pub struct ColumnSumsParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ColumnSumsParams"][::core::mem::size_of::<ColumnSumsParams>() - 256usize];
+    ["Size of ColumnSumsParams"][::core::mem::size_of::<ColumnSumsParams>() - 288usize];
     [
         "Alignment of ColumnSumsParams",
     ][::core::mem::align_of::<ColumnSumsParams>() - 8usize];
@@ -1680,16 +1690,16 @@ const _: () = {
     ][::core::mem::offset_of!(ColumnSumsParams, sums) - 0usize];
     [
         "Offset of field: ColumnSumsParams::weight",
-    ][::core::mem::offset_of!(ColumnSumsParams, weight) - 240usize];
+    ][::core::mem::offset_of!(ColumnSumsParams, weight) - 272usize];
     [
         "Offset of field: ColumnSumsParams::step",
-    ][::core::mem::offset_of!(ColumnSumsParams, step) - 244usize];
+    ][::core::mem::offset_of!(ColumnSumsParams, step) - 276usize];
     [
         "Offset of field: ColumnSumsParams::band",
-    ][::core::mem::offset_of!(ColumnSumsParams, band) - 248usize];
+    ][::core::mem::offset_of!(ColumnSumsParams, band) - 280usize];
     [
         "Offset of field: ColumnSumsParams::reserved",
-    ][::core::mem::offset_of!(ColumnSumsParams, reserved) - 252usize];
+    ][::core::mem::offset_of!(ColumnSumsParams, reserved) - 284usize];
 };
 /// Scores of keys, f32 `[head][key]`.
 #[repr(C)]
@@ -2019,6 +2029,8 @@ pub struct PoolScoresParams {
     pub head_stride: i64,
     /// i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `tokens` each.
     pub cu_seqlens: u64,
+    /// i32 `[sequences]`: keys of each sequence, at most those described above. 0: as many.
+    pub lengths: u64,
     /// Receives f32 `[sequence][kv head][key]`, sums over groups. 0: not wanted.
     pub groups: u64,
     /// Elements of `groups` from one sequence to the next.
@@ -2046,7 +2058,7 @@ pub struct PoolScoresParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PoolScoresParams"][::core::mem::size_of::<PoolScoresParams>() - 104usize];
+    ["Size of PoolScoresParams"][::core::mem::size_of::<PoolScoresParams>() - 112usize];
     [
         "Alignment of PoolScoresParams",
     ][::core::mem::align_of::<PoolScoresParams>() - 8usize];
@@ -2063,41 +2075,44 @@ const _: () = {
         "Offset of field: PoolScoresParams::cu_seqlens",
     ][::core::mem::offset_of!(PoolScoresParams, cu_seqlens) - 24usize];
     [
+        "Offset of field: PoolScoresParams::lengths",
+    ][::core::mem::offset_of!(PoolScoresParams, lengths) - 32usize];
+    [
         "Offset of field: PoolScoresParams::groups",
-    ][::core::mem::offset_of!(PoolScoresParams, groups) - 32usize];
+    ][::core::mem::offset_of!(PoolScoresParams, groups) - 40usize];
     [
         "Offset of field: PoolScoresParams::group_sequence_stride",
-    ][::core::mem::offset_of!(PoolScoresParams, group_sequence_stride) - 40usize];
+    ][::core::mem::offset_of!(PoolScoresParams, group_sequence_stride) - 48usize];
     [
         "Offset of field: PoolScoresParams::group_head_stride",
-    ][::core::mem::offset_of!(PoolScoresParams, group_head_stride) - 48usize];
+    ][::core::mem::offset_of!(PoolScoresParams, group_head_stride) - 56usize];
     [
         "Offset of field: PoolScoresParams::total",
-    ][::core::mem::offset_of!(PoolScoresParams, total) - 56usize];
+    ][::core::mem::offset_of!(PoolScoresParams, total) - 64usize];
     [
         "Offset of field: PoolScoresParams::total_sequence_stride",
-    ][::core::mem::offset_of!(PoolScoresParams, total_sequence_stride) - 64usize];
+    ][::core::mem::offset_of!(PoolScoresParams, total_sequence_stride) - 72usize];
     [
         "Offset of field: PoolScoresParams::pooling",
-    ][::core::mem::offset_of!(PoolScoresParams, pooling) - 72usize];
+    ][::core::mem::offset_of!(PoolScoresParams, pooling) - 80usize];
     [
         "Offset of field: PoolScoresParams::sequences",
-    ][::core::mem::offset_of!(PoolScoresParams, sequences) - 80usize];
+    ][::core::mem::offset_of!(PoolScoresParams, sequences) - 88usize];
     [
         "Offset of field: PoolScoresParams::query_heads",
-    ][::core::mem::offset_of!(PoolScoresParams, query_heads) - 84usize];
+    ][::core::mem::offset_of!(PoolScoresParams, query_heads) - 92usize];
     [
         "Offset of field: PoolScoresParams::kv_heads",
-    ][::core::mem::offset_of!(PoolScoresParams, kv_heads) - 88usize];
+    ][::core::mem::offset_of!(PoolScoresParams, kv_heads) - 96usize];
     [
         "Offset of field: PoolScoresParams::tokens",
-    ][::core::mem::offset_of!(PoolScoresParams, tokens) - 92usize];
+    ][::core::mem::offset_of!(PoolScoresParams, tokens) - 100usize];
     [
         "Offset of field: PoolScoresParams::max_tokens",
-    ][::core::mem::offset_of!(PoolScoresParams, max_tokens) - 96usize];
+    ][::core::mem::offset_of!(PoolScoresParams, max_tokens) - 104usize];
     [
         "Offset of field: PoolScoresParams::tail",
-    ][::core::mem::offset_of!(PoolScoresParams, tail) - 100usize];
+    ][::core::mem::offset_of!(PoolScoresParams, tail) - 108usize];
 };
 /** Parameters of the selection kernels. Each sequence has `rows` rows, whose items are the keys of the
  sequence, or pages of them. Of a sequence's keys the last `window` have no score, and of those the

@@ -1,4 +1,4 @@
-//! Scores by themselves: of a window, with and without its LSE, and of all queries; and their pooling.
+//! Scores by themselves: of a window, with and without its LSE, of keys in pages, and of all queries; and their pooling.
 
 use anyhow::Result;
 use fastkv::{
@@ -21,10 +21,11 @@ use crate::{
 pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<Work<'a>>> {
     let mut works = Vec::new();
     for tokens in [4096, 8192, 16_384, 32_768, 65_536, 131_072] {
-        works.push(window(device, shape, tokens, true)?);
+        works.push(window(device, shape, tokens, true, false)?);
     }
     for tokens in [8192, 32_768, 131_072] {
-        works.push(window(device, shape, tokens, false)?);
+        works.push(window(device, shape, tokens, true, true)?);
+        works.push(window(device, shape, tokens, false, false)?);
         works.push(columns(device, shape, tokens, None)?);
         // FastGen's local keys.
         works.push(columns(device, shape, tokens, Some(0.3))?);
@@ -53,16 +54,13 @@ fn described<D: Device>(
         dtype: DType::BF16,
         queries: Lengths::dense(tokens),
         keys: Lengths::dense(tokens),
-        positions: 0,
         scale: default_scale(head_dim),
-        bias: None,
         lse: match lse {
             true => Some(Lse::head_major(lse_of_all()?, tokens)),
             false => None,
         },
         scores,
-        workspace: 0,
-        workspace_bytes: 0,
+        ..Default::default()
     };
     work.workspace_bytes = window_scores_workspace(&work)?;
     work.workspace = memory.filled(work.workspace_bytes, 0)?;
@@ -70,19 +68,30 @@ fn described<D: Device>(
 }
 
 /// As an engine wants them that has its own attention. With its LSE keys are read once, otherwise twice.
-fn window<'a, D: Device>(device: &'a D, shape: &Shape, tokens: u32, lse: bool) -> Result<Work<'a>> {
+fn window<'a, D: Device>(
+    device: &'a D,
+    shape: &Shape,
+    tokens: u32,
+    lse: bool,
+    paged: bool,
+) -> Result<Work<'a>> {
     let tokens = shape.length(tokens);
     let memory = Memory::new(device);
     let heads = (shape.query_heads, ScoreHeads::Query);
     let scores = scores(&memory, tokens, Window::Last(WINDOW), heads)?;
-    let work = described(&memory, shape, tokens, lse, scores)?;
+    let mut work = described(&memory, shape, tokens, lse, scores)?;
+    if paged {
+        let cache = shape.paged_cache(&memory, 1, tokens)?;
+        (work.k, work.pages, work.lengths) = (cache.k, cache.pages, cache.lengths);
+    }
     let (passes, words) = if lse { (1, "LSE given") } else { (2, "two passes") };
     let keys = f64::from(passes * 2) * shape.key_elements(tokens) as f64;
     let bytes = keys + 4.0 * f64::from(tokens * shape.query_heads);
     let flops = f64::from(passes * 2 * WINDOW) * shape.query_elements(tokens) as f64;
     // SAFETY: every address is a block of `memory`, of the size that its field states.
     let run = move || unsafe { window_scores(device, &work) };
-    let name = format!("window_scores/{tokens} tokens, {words}");
+    let pages = if paged { ", paged" } else { "" };
+    let name = format!("window_scores/{tokens} tokens, {words}{pages}");
     Ok(Work::new(name, bytes, memory, run).with_flops(flops))
 }
 
@@ -131,6 +140,7 @@ fn pool<'a, D: Device>(device: &'a D, shape: &Shape, keys: u32) -> Result<Work<'
         pooling: Pooling::max(7),
         groups: Some(rows(room(kv_heads)?, kv_heads)),
         total: Some(rows(room(1)?, 1)),
+        ..Default::default()
     };
     let bytes = 4.0 * f64::from((query_heads + kv_heads + 1) * (keys - WINDOW));
     // SAFETY: as above.

@@ -49,7 +49,7 @@ struct WindowPartials {
 
         end = min(end, window.keys);
         products.load_queries(0, tile, tiles, 0, window.tiles());
-        products.load_keys(first, end);
+        uint32_t next_present = products.load_keys(first, end);
         cp_async_commit();
         for (int32_t column = threadIdx.x % 32; column < COLUMNS; column += 32) {
             state[column] = {-CUDART_INF_F, 0.0f};
@@ -64,8 +64,9 @@ struct WindowPartials {
             }
             products.take_keys();
             __syncwarp();
+            const uint32_t present = next_present;
             if (step + Products::STEP < end) {
-                products.load_keys(step + Products::STEP, end);
+                next_present = products.load_keys(step + Products::STEP, end);
             }
             cp_async_commit();
             float bias[M][2];
@@ -79,7 +80,7 @@ struct WindowPartials {
                     if (pair + j < tiles) {
                         const bool head_biased =
                             biased && products.head_is_biased((tile + pair + j) / window.tiles());
-                        add(products, s[j], bias, head_biased, step, end, (pair + j) * 8, state);
+                        add(products, s[j], bias, head_biased, present, step, end, (pair + j) * 8, state);
                     }
                 }
             }
@@ -95,10 +96,10 @@ struct WindowPartials {
         }
     }
 
-    // Adds the warp's keys to a tile's partials.
+    // Adds the warp's keys, those that are `present`, to a tile's partials.
     static __device__ __forceinline__ void add(const Products& products, const float (&s)[M][4],
-                                               const float (&bias)[M][2], bool biased, int32_t step,
-                                               int32_t end, int32_t tile_column, Partial* state) {
+                                               const float (&bias)[M][2], bool biased, uint32_t present,
+                                               int32_t step, int32_t end, int32_t tile_column, Partial* state) {
         const int lane = threadIdx.x % 32;
         const int32_t column = tile_column + lane % 4 * 2;
         const float factor = products.window.scale * LOG2_E;
@@ -114,7 +115,9 @@ struct WindowPartials {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float logit = fmaf(s[m][2 * half + i], factor, biased ? bias[m][half] : 0.0f);
-                    logits[2 * m + half] = 16 * m + 8 * half <= last ? logit : -CUDART_INF_F;
+                    const int row = 16 * m + 8 * half;
+                    const bool seen = row <= last && present >> (row + lane / 4) & 1;
+                    logits[2 * m + half] = seen ? logit : -CUDART_INF_F;
                     most = fmaxf(most, logits[2 * m + half]);
                 }
             }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../abi.h"
+#include "../cache.cuh"
 #include "../primitives/cp_async.cuh"
 #include "../primitives/ldmatrix.cuh"
 #include "../primitives/mma.cuh"
@@ -21,8 +22,11 @@ struct Window {
     uint64_t q; // first query of the window, first head of the group
     int64_t q_head_stride;
     int64_t q_token_stride;
-    uint64_t k; // first key of the sequence
+    uint64_t k; // first key of the sequence, or where there are pages the first slot of page 0
     int64_t k_token_stride;
+    int64_t k_page_stride; // where there are pages, here and below
+    fastkv_pages pages;    // table 0: there are none
+    int32_t sequence;      // of the table
     const float* lse; // first query of the window, first head of the group; or null
     int64_t lse_head_stride;
     int64_t lse_token_stride;
@@ -78,20 +82,44 @@ struct WindowProducts {
         return step + threadIdx.x / 32 * WARP_KEYS;
     }
 
-    // Copies this warp's keys of a step without waiting; keys from `end` on become zeros.
-    __device__ __forceinline__ void load_keys(int32_t step, int32_t end) const {
+    // Copies this warp's keys of a step without waiting, zeros for those from `end` on and for those without a
+    // page. Returns a bit for each key, set unless it has no page.
+    __device__ __forceinline__ uint32_t load_keys(int32_t step, int32_t end) const {
         constexpr int ROWS = 32 / LANES;
         const int lane = threadIdx.x % 32;
         const int32_t first = warp_first(step);
+        if (!window.pages.table) {
+#pragma unroll
+            for (int pass = 0; pass < WARP_KEYS / ROWS; ++pass) {
+                const int row = pass * ROWS + lane / LANES;
+                const bool wanted = first + row < end;
+                copy_key(row, (wanted ? first + row : 0) * window.k_token_stride, wanted);
+            }
+            return ~0u;
+        }
+        // Each lane finds one key.
+        int32_t page = -1, slot = 0;
+        if (lane < WARP_KEYS && first + lane < end) {
+            page = page_of(window.pages, window.sequence, first + lane);
+            slot = uint32_t(first + lane) % uint32_t(window.pages.page_size);
+        }
 #pragma unroll
         for (int pass = 0; pass < WARP_KEYS / ROWS; ++pass) {
             const int row = pass * ROWS + lane / LANES;
-            const bool wanted = first + row < end;
-            const uint64_t key = window.k + 2 * (wanted ? first + row : 0) * window.k_token_stride;
+            const int32_t of_row = __shfl_sync(~0u, page, row);
+            const int64_t in_page = __shfl_sync(~0u, slot, row) * window.k_token_stride;
+            const bool wanted = of_row >= 0;
+            copy_key(row, wanted ? of_row * window.k_page_stride + in_page : 0, wanted);
+        }
+        return __ballot_sync(~0u, page >= 0);
+    }
+
+    // Copies this lane's part of a key that stands so many elements behind the first, or of zeros.
+    __device__ __forceinline__ void copy_key(int row, int64_t element, bool wanted) const {
+        const uint64_t key = window.k + 2 * element;
 #pragma unroll
-            for (int chunk = lane % LANES; chunk < Rows<d>::CHUNKS; chunk += LANES) {
-                cp_async(warp_keys + Rows<d>::offset(row, chunk), key + chunk * 16, wanted);
-            }
+        for (int chunk = threadIdx.x % LANES; chunk < Rows<d>::CHUNKS; chunk += LANES) {
+            cp_async(warp_keys + Rows<d>::offset(row, chunk), key + chunk * 16, wanted);
         }
     }
 

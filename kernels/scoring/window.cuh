@@ -65,6 +65,7 @@ struct WindowScores {
 
     // This step's keys.
     int32_t warp_first;
+    uint32_t present; // those of the warp that there are
     bool keys_biased; // any of the warp's
     float bias[M][2]; // of this lane's
 
@@ -84,7 +85,7 @@ struct WindowScores {
         if (first >= end) {
             return;
         }
-        products.load_keys(first, end);
+        uint32_t next_present = products.load_keys(first, end);
         wait();
         if (resident) {
             products.load_queries(0, 0, window.heads * tiles, 0, tiles);
@@ -123,8 +124,9 @@ struct WindowScores {
             }
             products.take_keys();
             __syncwarp();
+            present = next_present;
             if (step + Products::STEP < end) {
-                products.load_keys(step + Products::STEP, end);
+                next_present = products.load_keys(step + Products::STEP, end);
             }
             cp_async_commit();
 
@@ -295,7 +297,7 @@ struct WindowScores {
         const int lane = threadIdx.x % 32;
         const int32_t key = warp_first + lane / 4 + 8 * (lane % (2 * M));
         if (lane % 4 < 2 * M && key < end) {
-            row[key] = score;
+            row[key] = present >> (key - warp_first) & 1 ? score : 0.0f;
         }
     }
 };

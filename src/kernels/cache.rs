@@ -27,8 +27,13 @@ pub(super) fn lists(cache: &Cache) -> Result<u32, Error> {
     Ok(lists as u32)
 }
 
-/// Checks pages that reach `tokens` of each sequence.
-pub(super) fn pages(name: &str, pages: &Pages, sequences: i32, tokens: (&str, i32)) -> Result<(), Error> {
+/// Checks pages that reach `tokens` of each sequence, and returns the addresses of their table.
+pub(super) fn pages(
+    name: &str,
+    pages: &Pages,
+    sequences: i32,
+    tokens: (&str, i32),
+) -> Result<Range<u64>, Error> {
     for (what, size) in
         [("pages", pages.pages), ("page_size", pages.page_size), ("table_pages", pages.table_pages)]
     {
@@ -43,7 +48,7 @@ pub(super) fn pages(name: &str, pages: &Pages, sequences: i32, tokens: (&str, i3
         return Err(Error::argument(tokens.0, tokens.1, expected));
     }
     let table = i128::from(sequences) * i128::from(pages.table_pages);
-    range(&format!("{name}.table"), pages.table, table, 4, Presence::Needed).map(drop)
+    range(&format!("{name}.table"), pages.table, table, 4, Presence::Needed)
 }
 
 /// Slots of all pages, which kernels count in 32 bits.

@@ -41,8 +41,8 @@
 //!   bounds and scalars become part of the graph; what lies on the device is read at each launch.
 //! * **Results** are the same bits in every run, whatever else is in the batch. What is wrong in a description is an
 //!   [`Error::Argument`] before anything is launched; what is wrong on the device, such as a length, is clipped.
-//! * **What there is not**: attention or scores of a prompt over pages (a prefix in pages is gathered first, by
-//!   [`gather_kv`](gather::gather_kv)), sliding windows, caps of logits, 8-bit caches, head sizes other than 64, 96,
+//! * **What there is not**: attention of a prompt over pages (a prefix in pages is gathered first, by
+//!   [`gather_kv`](gather::gather_kv); scores read pages), sliding windows, caps of logits, 8-bit caches, head sizes other than 64, 96,
 //!   128 and 256, more than 16 query heads of a kv head, windows of scores of more than 64 queries, different numbers
 //!   of new tokens in a step of decoding.
 //! * **Keys are rotated** when they come, and keep the rotation of their original position; the position of a new token

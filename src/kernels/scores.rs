@@ -11,9 +11,10 @@ use std::ops::Range;
 use super::{
     DType, Error, Kernel, Launch, Launcher,
     batch::{self, Bias, Lengths, Lse, ScoreRows, Scores, Window},
+    cache,
     check::{self, MAX_GRID_YZ, Presence, Shape, apart, range},
 };
-use crate::abi::{self, PoolScoresParams, Pooling, Rows, WindowScoresParams};
+use crate::abi::{self, Pages, PoolScoresParams, Pooling, Rows, WindowScoresParams};
 
 /// Softmax probabilities of the last queries of every sequence, summed over these queries, for every key
 /// of `sequences` x `kv_heads`. Query i of a sequence sees keys `0..=positions[i]`, and its softmax is over
@@ -26,8 +27,11 @@ pub struct WindowScores {
     /// Queries, `[sequence][query head][token][head_dim]`. The window's are enough where no LSE is given; with one,
     /// describe all that it has.
     pub q: Rows,
-    /// Keys, `[sequence][kv head][token][head_dim]`.
+    /// Keys, `[sequence][kv head][token][head_dim]`, or `[page][kv head][slot][head_dim]` where they lie in pages.
     pub k: Rows,
+    /// Where keys in pages lie; all zero where they are not. A key whose page is none, -1 by convention, is seen by
+    /// no query and scores 0.
+    pub pages: Pages,
     /// Sequences in the batch.
     pub sequences: u32,
     /// Query heads: 1 to 16 times `kv_heads`.
@@ -40,8 +44,11 @@ pub struct WindowScores {
     pub dtype: DType,
     /// How many queries each sequence has.
     pub queries: Lengths,
-    /// How many keys each sequence has.
+    /// How many keys each sequence has: [`Lengths::dense`] where they lie in pages.
     pub keys: Lengths,
+    /// Address of i32 `[sequences]`: how many keys each sequence has, where `keys` only says how many it has at most,
+    /// as for keys in pages. 0: as `keys` says.
+    pub lengths: u64,
     /// Address of i32, one for each query, sequence after sequence: the last key that the query sees,
     /// within its sequence, in any order; below 0 it sees none. 0: the queries are the last of the keys.
     pub positions: u64,
@@ -75,6 +82,9 @@ pub struct PoolScores {
     pub kv_heads: u32,
     /// How many keys each sequence has.
     pub keys: Lengths,
+    /// Address of i32 `[sequences]`: how many keys each sequence has, where `keys` only says how many it has at most.
+    /// 0: as `keys` says.
+    pub lengths: u64,
     /// Last keys of each sequence to leave out, neither read nor written: the window, as
     /// [`SelectTopk::window`](super::select::SelectTopk::window) counts it.
     pub tail: u32,
@@ -183,8 +193,10 @@ pub(super) fn prepare(work: &WindowScores) -> Result<Option<Prepared>, Error> {
     let params = WindowScoresParams {
         q: work.q,
         k: work.k,
+        pages: work.pages,
         cu_seqlens_q: work.queries.cu_seqlens,
         cu_seqlens_k: work.keys.cu_seqlens,
+        k_lengths: work.lengths,
         positions: work.positions,
         lse: lse.into(),
         bias_heads: bias.heads,
@@ -236,6 +248,7 @@ pub unsafe fn pool_scores<D: Launcher + ?Sized>(device: &D, work: &PoolScores) -
         sequence_stride: work.scores.sequence_stride,
         head_stride: work.scores.head_stride,
         cu_seqlens: work.keys.cu_seqlens,
+        lengths: work.lengths,
         groups: groups.base,
         group_sequence_stride: groups.sequence_stride,
         group_head_stride: groups.head_stride,
@@ -393,10 +406,15 @@ fn check_addresses(work: &WindowScores, workspace_bytes: usize) -> Result<(), Er
         packed: lengths.cu_seqlens != 0,
     };
     let mut inputs = vec![
-        ("k", check::rows("k", &work.k, shape(kv_heads, keys))?),
+        ("lengths", range("lengths", work.lengths, sequences.into(), 4, Presence::Optional)?),
         ("queries.cu_seqlens", queries.check_starts("queries", sequences)?),
         ("keys.cu_seqlens", keys.check_starts("keys", sequences)?),
     ];
+    let key_shape = shape(kv_heads, keys);
+    match work.pages.table {
+        0 => inputs.push(("k", check::rows("k", &work.k, key_shape)?)),
+        _ => inputs.extend(check_pages(work, key_shape)?),
+    }
     let rows = queries.rows(sequences);
     if rows > 0 {
         inputs.push(("q", check::rows("q", &work.q, shape(query_heads, queries))?));
@@ -416,6 +434,18 @@ fn check_addresses(work: &WindowScores, workspace_bytes: usize) -> Result<(), Er
         outputs.push(("workspace", check_workspace(work, workspace_bytes)?));
     }
     apart(&outputs, &inputs)
+}
+
+/// Keys in pages, and the table of these.
+fn check_pages(work: &WindowScores, shape: Shape) -> Result<[(&'static str, Range<u64>); 2], Error> {
+    let WindowScores { pages, keys, .. } = work;
+    if keys.cu_seqlens != 0 {
+        let value = format_args!("{:#x}", keys.cu_seqlens);
+        return Err(Error::argument("keys.cu_seqlens", value, "0 where keys lie in pages"));
+    }
+    let table = cache::pages("pages", pages, shape.sequences, ("keys.tokens", shape.tokens))?;
+    let shape = Shape { sequences: pages.pages, tokens: pages.page_size, ..shape };
+    Ok([("k", check::rows("k", &work.k, shape)?), ("pages.table", table)])
 }
 
 fn check_workspace(work: &WindowScores, needed: usize) -> Result<Range<u64>, Error> {
@@ -455,6 +485,7 @@ fn check_pool_addresses(work: &PoolScores) -> Result<(), Error> {
     let PoolScores { sequences, query_heads, kv_heads, keys, .. } = *work;
     let inputs = [
         ("scores", work.scores.check("scores", sequences, query_heads, keys)?),
+        ("lengths", range("lengths", work.lengths, sequences.into(), 4, Presence::Optional)?),
         ("keys.cu_seqlens", keys.check_starts("keys", sequences)?),
     ];
     let mut outputs = Vec::new();

@@ -424,7 +424,7 @@ fn refuses() {
     // The last element of the last sequence is the output's first.
     refuses(
         |w| w.lse = Some(Lse::padded(w.out.base + 4 - 4 * (2 * 32 * 1010 - 10), 32, 1010)),
-        "lse is 0x3fffffffc0f2c..0x4000000000004; it must be apart from out, 0x4000000000000..0x4000000fa0000",
+        "lse is 0x3fffffffc0e2c..0x4000000000004; it must be apart from out, 0x4000000000000..0x4000000fa0000",
     );
 
     refuses(

@@ -24,9 +24,7 @@ fn work() -> ColumnSums {
             dtype: DType::BF16,
             queries: Lengths::dense(4096),
             keys: Lengths::dense(10_000),
-            positions: 0,
             scale: default_scale(128),
-            bias: None,
             lse: Some(Lse::head_major(1 << 42, 4096)),
             scores: Scores {
                 base: 1 << 50,
@@ -35,8 +33,7 @@ fn work() -> ColumnSums {
                 window: Window::All,
                 heads: ScoreHeads::Group,
             },
-            workspace: 0,
-            workspace_bytes: 0,
+            ..Default::default()
         },
         weight: 1.0,
         step: 0.25,

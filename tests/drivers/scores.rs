@@ -6,7 +6,7 @@ use crate::support::{
     scores::{Case, check},
 };
 use fastkv::{
-    abi::{self, PoolScoresParams, Pooling, Rows, WindowScoresParams},
+    abi::{self, Pages, PoolScoresParams, Pooling, Rows, WindowScoresParams},
     kernels::{
         DType, Kernel,
         batch::{Bias, Lengths, Lse, ScoreHeads, ScoreRows, Scores, Window, default_scale},
@@ -167,6 +167,48 @@ fn nothing_to_score_launches_nothing() {
         unsafe { scores::pool_scores(&recorder, &work) }.unwrap();
     }
     assert!(recorder.launches().is_empty());
+}
+
+/// 63 pages of 16 keys, of which two sequences have at most 40 each.
+#[test]
+fn keys_may_lie_in_pages() {
+    let recorder = Recorder::default();
+    let work = paged();
+    // SAFETY: the recorder touches no memory.
+    unsafe { scores::window_scores(&recorder, &work) }.unwrap();
+    let Recorded { kernel, grid, params, .. } = recorder.last();
+    assert_eq!((kernel, grid), (Kernel::WindowScoresBf16D128, [3, 8, 2]));
+    let params: WindowScoresParams = bytemuck::pod_read_unaligned(&params);
+    assert_eq!((params.k, params.pages, params.k_lengths), (work.k, work.pages, 1 << 45));
+    assert_eq!((params.cu_seqlens_k, params.k_tokens, params.max_k_tokens), (0, 640, 640));
+
+    let refuses = |change: fn(&mut scores::WindowScores), message: &str| {
+        Recorder::refuses(scores::window_scores, paged(), change, message)
+    };
+    refuses(|w| w.keys.cu_seqlens = 4096, "keys.cu_seqlens is 0x1000; it must be 0 where keys lie in pages");
+    refuses(
+        |w| (w.keys, w.scores.head_stride, w.scores.sequence_stride) = (Lengths::dense(641), 641, 32 * 641),
+        "keys.tokens is 641; it must be at most pages.table_pages * pages.page_size = 640",
+    );
+    refuses(|w| w.pages.pages = 0, "pages.pages is 0; it must be 1 or more where there are pages");
+    refuses(|w| w.pages.page_size = -1, "pages.page_size is -1; it must be 1 or more where there are pages");
+    refuses(|w| w.pages.table = 2, "pages.table is 0x2; it must be a device address, a multiple of 4");
+    refuses(|w| w.lengths = 3, "lengths is 0x3; it must be a device address, a multiple of 4");
+    refuses(
+        |w| w.lengths = w.scores.base + 4,
+        "scores is 0x4000000000000..0x4000000028000; it must be apart from lengths, \
+         0x4000000000004..0x400000000000c",
+    );
+    refuses(
+        |w| w.pages.table = w.scores.base,
+        "scores is 0x4000000000000..0x4000000028000; it must be apart from pages.table, \
+         0x4000000000000..0x4000000000140",
+    );
+    // The last page ends in the scores.
+    refuses(
+        |w| w.k.base = w.scores.base + 16 - 63 * 16 * 8 * 128 * 2,
+        "scores is 0x4000000000000..0x4000000028000; it must be apart from k, 0x3ffffffe08010..0x4000000000010",
+    );
 }
 
 /// Keys that no query observes score 0, and there need be nothing of the queries.
@@ -333,6 +375,7 @@ fn pool_scores_fills_its_params() {
         sequence_stride: 32_000,
         head_stride: 1000,
         cu_seqlens: 0,
+        lengths: 0,
         groups: 1 << 41,
         group_sequence_stride: 8000,
         group_head_stride: 1000,
@@ -379,6 +422,7 @@ fn pool_scores_refuses() {
         |w| w.keys.longest = 7,
         "keys.longest is 7; it must be without cu_seqlens the tokens there are, 1000",
     );
+    refuses(|w| w.lengths = 2, "lengths is 0x2; it must be a device address, a multiple of 4");
     refuses(|w| w.scores.base = 0, "scores is 0x0; it must be a device address, a multiple of 4");
     refuses(
         |w| w.scores.head_stride = 0,
@@ -424,9 +468,7 @@ fn window_scores() -> scores::WindowScores {
         dtype: DType::BF16,
         queries: Lengths::dense(64),
         keys: Lengths::dense(1000),
-        positions: 0,
         scale: default_scale(128),
-        bias: None,
         lse: Some(Lse::head_major(1 << 42, 64)),
         scores: Scores {
             base: 1 << 50,
@@ -435,8 +477,22 @@ fn window_scores() -> scores::WindowScores {
             window: Window::Last(32),
             heads: ScoreHeads::Query,
         },
-        workspace: 0,
-        workspace_bytes: 0,
+        ..Default::default()
+    }
+}
+
+/// The same keys in pages of 16, `[page][slot][kv head]`, of two sequences.
+fn paged() -> scores::WindowScores {
+    scores::WindowScores {
+        q: Rows::token_major(1 << 40, 64, 32, 128),
+        k: Rows::token_major(1 << 41, 16, 8, 128),
+        pages: Pages { table: 1 << 46, table_pages: 40, pages: 63, page_size: 16, reserved: 0 },
+        sequences: 2,
+        keys: Lengths::dense(640),
+        lengths: 1 << 45,
+        lse: Some(Lse::padded(1 << 42, 32, 64)),
+        scores: Scores { sequence_stride: 32 * 640, head_stride: 640, ..window_scores().scores },
+        ..window_scores()
     }
 }
 
@@ -458,5 +514,6 @@ fn pool_scores() -> scores::PoolScores {
         pooling: Pooling::max(7),
         groups: Some(rows(1 << 41, 8)),
         total: Some(ScoreRows { head_stride: 0, ..rows(1 << 42, 1) }),
+        ..Default::default()
     }
 }

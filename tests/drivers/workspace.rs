@@ -67,13 +67,9 @@ fn workspaces(launcher: &Recorder, bounds: Bounds, group: u32, window: u32, page
         dtype: DType::F16,
         queries: Lengths::dense(window.min(longest)),
         keys: lengths,
-        positions: 0,
         scale: 1.0,
-        bias: None,
-        lse: None,
         scores,
-        workspace: 0,
-        workspace_bytes: 0,
+        ..Default::default()
     };
     let selection = SelectTopk {
         scores: ScoreRows { base: 0, sequence_stride: 0, head_stride: 0 },

@@ -1134,13 +1134,10 @@ fn same_scores<D: Device>(device: &D, form: Form, seed: u64) -> Result<(), Strin
             dtype: case.dtype,
             queries: case.lengths_of(&case.queries(), |starts| memory.put(bytemuck::cast_slice(starts))),
             keys: case.lengths_of(&case.keys(), |starts| memory.put(bytemuck::cast_slice(starts))),
-            positions: 0,
             scale: default_scale(head_dim as u32),
-            bias: None,
             lse: Some(LseLayout::PLAIN.describe(memory.put(bytemuck::cast_slice(&lse)), &lse_queries)),
             scores: Scores { base, sequence_stride: count as i64 * 140, head_stride: 140, window, heads },
-            workspace: 0,
-            workspace_bytes: 0,
+            ..Default::default()
         };
         // SAFETY: every address is a block of `memory` of the size that its field states.
         unsafe { scores::window_scores(device, &work) }.map_err(|error| error.to_string())?;

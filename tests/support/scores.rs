@@ -2,7 +2,7 @@
 //! out, and runs on a device.
 
 use fastkv::{
-    abi::{Pooling, Rows, WindowScoresParams},
+    abi::{Pages, Pooling, Rows, WindowScoresParams},
     kernels::{
         DType, Device, Error, Launch,
         batch::{Bias, Lengths, Lse, ScoreHeads, ScoreRows, Scores, Window, default_scale},
@@ -35,8 +35,12 @@ pub(crate) struct Case {
     pub(crate) head_dim: usize,
     pub(crate) kv_heads: usize,
     pub(crate) group: usize,
-    /// Queries and keys of each sequence; all the same unless packed.
+    /// Queries and keys of each sequence; all the same unless packed, but for keys with `lengths`.
     pub(crate) sequences: Vec<[usize; 2]>,
+    /// Whether the device alone knows how many keys a sequence has.
+    pub(crate) lengths: bool,
+    /// Pages that the keys lie in, with `lengths`.
+    pub(crate) pages: Option<Paging>,
     pub(crate) window: Window,
     /// Of every query, sequence after sequence.
     pub(crate) positions: Option<Vec<i32>>,
@@ -49,6 +53,15 @@ pub(crate) struct Case {
     /// How queries count, where it is sums over columns.
     pub(crate) columns: Option<Columns>,
     pub(crate) seed: u64,
+}
+
+/// How keys lie in pages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Paging {
+    /// Slots of a page.
+    pub(crate) size: usize,
+    /// Whether some pages of a sequence are nowhere.
+    pub(crate) holes: bool,
 }
 
 /// Weight of the first query, what the next ones weigh more, and the keys that each counts on.
@@ -69,6 +82,8 @@ impl Case {
             kv_heads: 1,
             group,
             sequences: vec![[window.min(keys), keys]],
+            lengths: false,
+            pages: None,
             window: Window::Last(window as u32),
             positions: None,
             bias: None,
@@ -94,8 +109,14 @@ impl Case {
             [queries, keys]
         };
         let uniform = lengths(&mut random);
+        let on_device = random.below(3) == 0;
+        let paged = Paging { size: 1 + random.below(40), holes: random.below(2) == 0 };
         let sequences: Vec<_> = (0..1 + random.below(3))
-            .map(|_| if layout == Layout::Packed { lengths(&mut random) } else { uniform })
+            .map(|_| match layout {
+                Layout::Packed => lengths(&mut random),
+                _ if on_device => [uniform[0], random.below(300)],
+                _ => uniform,
+            })
             .collect();
         let window =
             if random.below(4) == 0 { Window::All } else { Window::Last(1 + random.below(64) as u32) };
@@ -110,6 +131,8 @@ impl Case {
             kv_heads: 1 + random.below(2),
             group: random.of(&[1, 2, 3, 4, 5, 8]),
             sequences,
+            lengths: on_device,
+            pages: (on_device && random.below(2) == 0).then_some(paged),
             window,
             positions,
             bias: (random.below(3) == 0).then(|| random.symmetric() * 5.0),
@@ -150,6 +173,16 @@ impl Case {
 
     fn query_heads(&self) -> usize {
         self.kv_heads * self.group
+    }
+
+    /// Whether a page of a sequence is nowhere.
+    fn is_hole(&self, sequence: usize, page: usize) -> bool {
+        self.pages.is_some_and(|pages| pages.holes && (page + sequence) % 3 == 1)
+    }
+
+    /// Whether a key is nowhere, with its page.
+    fn is_absent(&self, sequence: usize, key: usize) -> bool {
+        self.pages.is_some_and(|pages| self.is_hole(sequence, key / pages.size))
     }
 
     /// Tokens of the sequences before one.
@@ -226,7 +259,10 @@ impl Case {
     fn tensor(&self, salt: u64, heads: usize, axis: usize) -> Tensor {
         let mut random = Random(self.seed ^ salt);
         let rows = self.rows(0, heads, axis);
-        let tokens: usize = self.sequences.iter().map(|lengths| lengths[axis]).sum();
+        let tokens = match self.layout {
+            Layout::Packed => self.before(self.sequences.len(), axis),
+            _ => self.sequences.len() * self.longest(axis),
+        };
         let mut tensor =
             Tensor { dtype: self.dtype, bits: vec![0x7FFF; tokens * heads * (self.head_dim + 8)] };
         for (sequence, lengths) in self.sequences.iter().enumerate() {
@@ -255,6 +291,9 @@ impl Case {
                     let q_row = self.element(&q_rows, 0, [sequence, head, query]);
                     let logits: Vec<_> = (0..self.seen(sequence, query))
                         .map(|key| {
+                            if self.is_absent(sequence, key) {
+                                return Bounded { value: f64::NEG_INFINITY, error: 0.0 };
+                            }
                             let k_row = self.element(&k_rows, 1, [sequence, head / self.group, key]);
                             let products = (0..self.head_dim).map(|i| q.get(q_row + i) * k.get(k_row + i));
                             let bias =
@@ -270,7 +309,8 @@ impl Case {
                         .collect();
                     let most = logits.iter().map(|logit| logit.value).fold(f64::NEG_INFINITY, f64::max);
                     let sum: f64 = logits.iter().map(|logit| (logit.value - most).exp()).sum();
-                    let lse = if logits.is_empty() { f64::NEG_INFINITY } else { most + sum.ln() };
+                    let sees_none = most == f64::NEG_INFINITY;
+                    let lse = if sees_none { most } else { most + sum.ln() };
                     // Rounded when given, and once more in the kernel. When found: as far off as a logit and
                     // the sum, which has at most 512 / 128 + 8 additions in a block and one for each block.
                     let mut lse_error = 3.0 * lse.abs() * ULP;
@@ -280,7 +320,7 @@ impl Case {
                         lse_error += logit + additions * ULP + 2.0 * APPROXIMATION + 2.0 * lse.abs() * ULP;
                     }
                     oracle.lse.push(lse);
-                    if self.window(sequence).contains(&query) {
+                    if self.window(sequence).contains(&query) && !sees_none {
                         for (key, (score, logit)) in scores.iter_mut().zip(&logits).enumerate() {
                             let probability = (logit.value - lse).exp();
                             let weight = self.weight(query, logits.len(), key);
@@ -402,15 +442,31 @@ fn run_by<D: Device>(
             Lengths::dense(longest)
         }
     };
-    let (queries, keys) = (lengths(0), lengths(1));
+    let queries = lengths(0);
+    let (keys, key_lengths) = if case.lengths {
+        let each: Vec<_> = case.sequences.iter().map(|lengths| lengths[1] as i32).collect();
+        let at_most =
+            if case.pages.is_some() || !packed { Lengths::dense(case.longest(1) as u32) } else { lengths(1) };
+        (at_most, memory.put(bytemuck::cast_slice(&each)))
+    } else {
+        (lengths(1), 0)
+    };
     let score_heads = if case.heads == ScoreHeads::Query { case.query_heads() } else { case.kv_heads };
+    let (k, pages) = match case.pages {
+        Some(paging) => put_pages(&mut memory, case, paging, &inputs.k),
+        None => {
+            let base = memory.put(bytemuck::cast_slice(&inputs.k.bits));
+            (case.rows(base, case.kv_heads, 1), Pages::default())
+        }
+    };
     // Rows stand apart, and not in steps of vectors.
     let head_stride = case.longest(1) + 3;
     let sequence_stride = score_heads * head_stride + 5;
     let score_bytes = (count * sequence_stride).max(1) * 4;
     let mut work = scores::WindowScores {
         q: case.rows(memory.put(bytemuck::cast_slice(&inputs.q.bits)), case.query_heads(), 0),
-        k: case.rows(memory.put(bytemuck::cast_slice(&inputs.k.bits)), case.kv_heads, 1),
+        k,
+        pages,
         sequences: count as u32,
         query_heads: case.query_heads() as u32,
         kv_heads: case.kv_heads as u32,
@@ -418,6 +474,7 @@ fn run_by<D: Device>(
         dtype: case.dtype,
         queries,
         keys,
+        lengths: key_lengths,
         positions: case.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
         scale: default_scale(case.head_dim as u32),
         bias: case.bias.map(|value| put_bias(&mut memory, case, value)),
@@ -429,8 +486,7 @@ fn run_by<D: Device>(
             window: case.window,
             heads: case.heads,
         },
-        workspace: 0,
-        workspace_bytes: 0,
+        ..Default::default()
     };
     work.workspace_bytes = scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
     work.workspace = memory.reserve(work.workspace_bytes);
@@ -456,6 +512,61 @@ fn run_by<D: Device>(
         None => Ok(scores),
         Some(at) => Err(format!("element {at} of the scores belongs to no key and was written")),
     }
+}
+
+/// Puts keys into pages of a pool that has others too, all in no order, with NaN where no key is.
+fn put_pages<D: Device>(
+    memory: &mut Memory<'_, D>,
+    case: &Case,
+    Paging { size, .. }: Paging,
+    keys: &Tensor,
+) -> (Rows, Pages) {
+    let width = case.head_dim + 8;
+    let of_keys = case.rows(0, case.kv_heads, 1);
+    // As the tensor's rows: the heads of a token together, or the tokens of a head.
+    let [head_stride, token_stride] = match case.layout {
+        Layout::HeadMajor => [size * width, width],
+        _ => [width, case.kv_heads * width],
+    };
+    let page_stride = case.kv_heads * size * width + 16;
+    let table_pages = case.longest(1).div_ceil(size) + 2;
+    let pages = case.sequences.len() * table_pages + 3;
+    let page_of = |sequence: usize, page: usize| {
+        if page * size >= case.sequences[sequence][1] || case.is_hole(sequence, page) {
+            [-1, i32::MIN, pages as i32, i32::MAX][(sequence + page) % 4]
+        } else {
+            // Neighbours lie apart.
+            (pages - 1 - (sequence + page * case.sequences.len())) as i32
+        }
+    };
+    let table: Vec<_> = (0..case.sequences.len())
+        .flat_map(|sequence| (0..table_pages).map(move |page| page_of(sequence, page)))
+        .collect();
+    let mut pool = vec![0x7FFF; pages * page_stride];
+    for (sequence, lengths) in case.sequences.iter().enumerate() {
+        for key in (0..lengths[1]).filter(|key| !case.is_absent(sequence, *key)) {
+            let page = table[sequence * table_pages + key / size] as usize;
+            for head in 0..case.kv_heads {
+                let from = case.element(&of_keys, 1, [sequence, head, key]);
+                let to = page * page_stride + head * head_stride + key % size * token_stride;
+                pool[to..to + case.head_dim].copy_from_slice(&keys.bits[from..from + case.head_dim]);
+            }
+        }
+    }
+    let rows = Rows {
+        base: memory.put(bytemuck::cast_slice(&pool)),
+        sequence_stride: page_stride as i64,
+        head_stride: head_stride as i64,
+        token_stride: token_stride as i64,
+    };
+    let pages = Pages {
+        table: memory.put(bytemuck::cast_slice(&table)),
+        table_pages: table_pages as i32,
+        pages: pages as i32,
+        page_size: size as i32,
+        reserved: 0,
+    };
+    (rows, pages)
 }
 
 /// Puts LSE where the case has it, with NaN in between.
@@ -593,6 +704,7 @@ fn edges() -> Vec<Case> {
         cases.push(Case { window: Window::All, positions: Some(positions), ..plain });
     }
     cases.extend(lse_layouts());
+    cases.extend(paged());
     // Sequences without queries, without keys, with more queries than keys.
     for lse in [true, false] {
         cases.push(Case {
@@ -653,6 +765,43 @@ fn column_edges() -> Vec<Case> {
     cases.push(packed.summed());
     let columns = Some(Columns { weight: 1.0, step: 0.125, band: None });
     cases.extend(lse_layouts().into_iter().map(|case| Case { columns, ..case }.summed()));
+    cases.extend(paged().into_iter().step_by(2).map(|case| Case { columns, ..case }.summed()));
+    cases
+}
+
+/// Keys in pages of any size, of sequences with lengths of their own, all there or not; and such lengths alone.
+fn paged() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (number, size) in [1, 7, 16, 32, 64, 100, 256].into_iter().enumerate() {
+        for holes in [false, true] {
+            cases.push(Case {
+                layout: [Layout::Packed, Layout::HeadMajor, Layout::TokenMajor][number % 3],
+                kv_heads: 2,
+                sequences: vec![[9, 300], [9, 0], [9, 129]],
+                lengths: true,
+                pages: Some(Paging { size, holes }),
+                lse: number % 2 == usize::from(holes),
+                bias: (number % 3 == 0).then_some(1.5),
+                ..Case::plain([DType::F16, DType::BF16][number % 2], [64, 96, 128, 256][number % 4], 3, 9, 0)
+            });
+        }
+    }
+    for layout in [Layout::HeadMajor, Layout::TokenMajor, Layout::Packed] {
+        let sequences = vec![[12, 70], [12, 0], [12, 7]];
+        let plain = Case::plain(DType::F16, 64, 2, 8, 0);
+        cases.push(Case { layout, sequences, lengths: true, ..plain });
+    }
+    // A sequence of which there is nothing, and a page in the middle of the one before.
+    for lse in [false, true] {
+        cases.push(Case {
+            layout: Layout::Packed,
+            sequences: vec![[5, 90], [3, 40]],
+            lengths: true,
+            pages: Some(Paging { size: 40, holes: true }),
+            lse,
+            ..Case::plain(DType::F16, 64, 2, 8, 0)
+        });
+    }
     cases
 }
 
@@ -682,6 +831,12 @@ fn order_of_sums<D: Device>(device: &D) -> Result<(), String> {
         for (block_keys, slots) in [(32, 2), (64, 3), (96, 9), (128, 2), (512, 2), (512, 6)] {
             let found = run_by(device, case, &inputs, |work| divided(device, work, block_keys, slots))?;
             same("other blocks", &found, &apart)?;
+        }
+
+        for size in [16, 48] {
+            let pages = Some(Paging { size, holes: false });
+            let paged = Case { lengths: true, pages, ..case.clone() };
+            same("in pages", &run(device, &paged, &inputs)?, &apart)?;
         }
 
         let group = Case { heads: ScoreHeads::Group, ..case.clone() };
@@ -825,7 +980,6 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
                 keys: lengths,
                 positions: memory.put(bytemuck::cast_slice(&positions)),
                 scale: 1.0,
-                bias: None,
                 lse: lse.map(|lse| Lse { base: memory.put(&[0; 3 * 4 * 60 * 4]), ..lse }),
                 scores: Scores {
                     base: memory.reserve(3 * 4 * 60 * 4),
@@ -834,8 +988,7 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
                     window: Window::Last(9),
                     heads: ScoreHeads::Query,
                 },
-                workspace: 0,
-                workspace_bytes: 0,
+                ..Default::default()
             };
             work.workspace_bytes =
                 scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
@@ -845,6 +998,44 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
                 .map_err(|error| format!("{starts:?}: {error}"))?;
             device.synchronize().map_err(|error| error.to_string())?;
         }
+    }
+    // Pages that are nowhere, and lengths that no sequence has.
+    for lengths in [[i32::MIN, -1, i32::MAX], [61, 60, 0]] {
+        let mut memory = Memory::new(device);
+        let table = [i32::MIN, -1, 4, i32::MAX, 5, 3].repeat(6);
+        let mut work = scores::WindowScores {
+            q: Rows::token_major(memory.put(&[0; 3 * 9 * 4 * 64 * 2]), 9, 4, 64),
+            k: Rows::token_major(memory.put(&[0; 4 * 5 * 2 * 64 * 2]), 5, 2, 64),
+            pages: Pages {
+                table: memory.put(bytemuck::cast_slice(&table)),
+                table_pages: 12,
+                pages: 4,
+                page_size: 5,
+                reserved: 0,
+            },
+            sequences: 3,
+            query_heads: 4,
+            kv_heads: 2,
+            head_dim: 64,
+            dtype: DType::F16,
+            queries: Lengths::dense(9),
+            keys: Lengths::dense(60),
+            lengths: memory.put(bytemuck::cast_slice(&lengths)),
+            scale: 1.0,
+            scores: Scores {
+                base: memory.reserve(3 * 4 * 60 * 4),
+                sequence_stride: 240,
+                head_stride: 60,
+                window: Window::Last(9),
+                heads: ScoreHeads::Query,
+            },
+            ..Default::default()
+        };
+        work.workspace_bytes = scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
+        work.workspace = memory.reserve(work.workspace_bytes);
+        // SAFETY: every address is a block of `memory` of the size that its field states.
+        unsafe { scores::window_scores(device, &work) }.map_err(|error| format!("{lengths:?}: {error}"))?;
+        device.synchronize().map_err(|error| error.to_string())?;
     }
     Ok(())
 }
@@ -887,6 +1078,8 @@ pub(crate) struct PoolCase {
     group: usize,
     packed: bool,
     keys: Vec<usize>,
+    /// Whether the device alone knows how many these are: there is room for some more.
+    lengths: bool,
     tail: usize,
     pooling: Pooling,
     groups: bool,
@@ -902,14 +1095,16 @@ impl PoolCase {
         let packed = random.below(2) == 0;
         let keys = |random: &mut Random| random.of(&[0, 1, 3, 7, 8, 127, 128, 129, 300]) + random.below(3);
         let uniform = keys(&mut random);
+        let on_device = random.below(2) == 0;
         let kernel = random.of(&[1, 3, 5, 7, 9, 21, 31, 63]);
         Self {
             kv_heads: random.of(&[1, 2, 7, 8, 9, 17]),
             group: random.of(&[1, 2, 3, 4, 7]),
             packed,
             keys: (0..1 + random.below(3))
-                .map(|_| if packed { keys(&mut random) } else { uniform })
+                .map(|_| if packed || on_device { keys(&mut random) } else { uniform })
                 .collect(),
+            lengths: on_device,
             tail: random.of(&[0, 1, 8, 64]),
             pooling: if random.below(2) == 0 { Pooling::max(kernel) } else { Pooling::average(kernel) },
             groups: random.below(4) > 0,
@@ -924,7 +1119,8 @@ impl PoolCase {
 pub(crate) fn check_pool<D: Device>(device: &D, case: &PoolCase) -> Result<(), String> {
     let mut memory = Memory::new(device);
     let mut random = Random(case.seed);
-    let longest = case.keys.iter().copied().max().unwrap_or(0);
+    let room = if case.lengths { 5 } else { 0 };
+    let longest = case.keys.iter().copied().max().unwrap_or(0) + room;
     let sequences = case.keys.len();
     let query_heads = case.kv_heads * case.group;
     let stride = if case.aligned { longest.next_multiple_of(4) } else { longest + 1 };
@@ -933,13 +1129,19 @@ pub(crate) fn check_pool<D: Device>(device: &D, case: &PoolCase) -> Result<(), S
         .collect();
     let mut starts = vec![0];
     for keys in &case.keys {
-        starts.push(starts.last().unwrap() + *keys as i32);
+        starts.push(starts.last().unwrap() + (keys + room) as i32);
     }
     let keys = if case.packed {
         let total = *starts.last().unwrap() as u32;
         Lengths::packed(memory.put(bytemuck::cast_slice(&starts)), total, longest as u32)
     } else {
         Lengths::dense(longest as u32)
+    };
+    let lengths = if case.lengths {
+        let each: Vec<_> = case.keys.iter().map(|keys| *keys as i32).collect();
+        memory.put(bytemuck::cast_slice(&each))
+    } else {
+        0
     };
     let mut rows = |heads: usize, contents: Option<&[f32]>| {
         let sequence_stride = heads * stride;
@@ -957,6 +1159,7 @@ pub(crate) fn check_pool<D: Device>(device: &D, case: &PoolCase) -> Result<(), S
         query_heads: query_heads as u32,
         kv_heads: case.kv_heads as u32,
         keys,
+        lengths,
         tail: case.tail as u32,
         pooling: case.pooling,
         groups: case.groups.then(|| rows(case.kv_heads, None)),

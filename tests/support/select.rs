@@ -389,10 +389,10 @@ fn check_fused<D: Device>(device: &D) -> Result<(), String> {
             query_heads: HEADS as u32,
             kv_heads: 3,
             keys: batch::Lengths::dense(KEYS as u32),
-            tail: 0,
             pooling,
             groups: (rows == 3).then_some(out),
             total: (rows == 1).then_some(out),
+            ..Default::default()
         };
         // SAFETY: every address is a block of `memory` of the size that its field states.
         unsafe { scores::pool_scores(device, &work) }.map_err(|error| error.to_string())?;

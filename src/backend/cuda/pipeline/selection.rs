@@ -68,10 +68,9 @@ fn pool<D: MatrixProduct + Debug>(
         query_heads: scores.heads as u32,
         kv_heads: out.heads as u32,
         keys: Lengths::dense(out.keys as u32),
-        tail: 0,
         pooling,
         groups: Some(out.rows()),
-        total: None,
+        ..Default::default()
     };
     // SAFETY: live blocks of the sizes stated, in stream order.
     Ok(unsafe { pool_scores(backend.device(), &work) }?)
