@@ -51,7 +51,7 @@ pub struct Bias {
 ///
 /// | attention that leaves it | shape | |
 /// |---|---|---|
-/// | [`prefill_attention`](super::attention::prefill_attention), flash-attn's varlen | `[heads, tokens]` | [`Lse::head_major`] |
+/// | of this crate, flash-attn's varlen | `[heads, tokens]` | [`Lse::head_major`] |
 /// | flash-attn, cuDNN, PyTorch, with room for more queries too | `[sequences, heads, room]` | [`Lse::padded`] |
 /// | FlashInfer, of base 2 | `[tokens, heads]` | [`Lse::token_major`] with [`Logarithm::Binary`] |
 ///

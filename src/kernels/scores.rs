@@ -5,6 +5,17 @@
 //! for other batches within the same bounds. The kernels clip them to what is described here; they can be
 //! wrong, but they cannot make a kernel read or write elsewhere. A score depends on its own sequence and
 //! heads alone, to the bit, and is what attention with scores in the same launch gives for the same LSE.
+//!
+//! A prompt that is read in chunks is scored behind its last one, whose queries observe: all keys are there then, and
+//! the scores are those of the prompt in one piece.
+//!
+//! The example is what an engine does behind attention of its own that reads a paged cache and leaves LSE as FlashInfer
+//! does: scores of keys where they lie, one choice for all heads, and what is kept moved to pages of its own, so that the
+//! pages of the prompt are free. The tests of this crate run it as it stands.
+//!
+//! ```
+#![doc = include_str!("example_pages.rs")]
+//! ```
 
 use std::ops::Range;
 

@@ -10,6 +10,7 @@ pub(crate) mod batch;
 pub(crate) mod decode;
 pub(crate) mod emulator;
 pub(crate) mod example;
+pub(crate) mod example_pages;
 #[cfg(feature = "pipeline")]
 pub(crate) mod faults;
 pub(crate) mod forward;
@@ -77,6 +78,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         attention::checks(),
         decode::checks(),
         example::checks(),
+        example_pages::checks(),
         gather::checks(),
         llama::checks(),
         matmul::checks(),
