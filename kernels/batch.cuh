@@ -53,7 +53,8 @@ __device__ __forceinline__ void store_lse(const fastkv_lse& lse, int64_t place, 
         lse.logarithm == FASTKV_LOGARITHM_BINARY ? natural * LOG2_E : natural;
 }
 
-// The last `p.window` queries of a sequence for the heads of a GQA group.
+// The last `p.window` queries of a sequence for the heads of a GQA group, and how many keys there are. Where these
+// lie is still to be said.
 template <typename Params>
 __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, int32_t kv_head) {
     const Span queries = span_of(p.cu_seqlens_q, p.q_tokens, p.max_q_tokens, sequence);
@@ -65,9 +66,7 @@ __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, i
     window.q = row_address(p.q, sequence, kv_head * heads, queries.first + first);
     window.q_head_stride = p.q.head_stride;
     window.q_token_stride = p.q.token_stride;
-    window.k = row_address(p.k, sequence, kv_head, keys.first);
     window.k_token_stride = p.k.token_stride;
-    window.pages.table = 0;
     window.lse = reinterpret_cast<const float*>(p.lse.base) +
                  lse_place(p.lse, sequence, queries, kv_head * heads, first);
     window.lse_head_stride = p.lse.head_stride;
@@ -88,10 +87,20 @@ __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, i
     return window;
 }
 
+// The same, and keys by sequences.
+template <typename Params>
+__device__ __forceinline__ Window dense_window_of(const Params& p, int32_t sequence, int32_t kv_head) {
+    Window window = window_of(p, sequence, kv_head);
+    const Span keys = span_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
+    window.k = row_address(p.k, sequence, kv_head, keys.first);
+    window.pages.table = 0;
+    return window;
+}
+
 // The same of scores by themselves, whose keys may lie in pages and have lengths of their own.
 __device__ __forceinline__ Window score_window_of(const fastkv_window_scores_params& p, int32_t sequence,
                                                   int32_t kv_head) {
-    Window window = window_of(p, sequence, kv_head);
+    Window window = p.pages.table ? window_of(p, sequence, kv_head) : dense_window_of(p, sequence, kv_head);
     window.keys = keys_of({0, window.keys, 0}, p.k_lengths, sequence);
     window.first_sees = window.keys - window.queries;
     if (p.pages.table) {

@@ -73,7 +73,7 @@ __device__ __forceinline__ void window_partials(const fastkv_window_scores_param
 // Grid: x = blocks of keys, y = kv heads, z = sequences; shared memory for the keys of a step and `slots`
 // of queries.
 #define FASTKV_WINDOW_SCORES(name, type, d)                                                                \
-    extern "C" __global__ void __launch_bounds__(FASTKV_SCORES_THREADS, 3)                                \
+    extern "C" __global__ void __launch_bounds__(FASTKV_SCORES_THREADS, d == 64 ? 4 : 3)                   \
         fastkv_window_scores_##name##_##d(__grid_constant__ const fastkv_window_scores_params p) {         \
         window_scores<type, d>(p);                                                                         \
     }
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SCORES_THREADS)
     fastkv_window_lse(__grid_constant__ const fastkv_window_scores_params p) {
     const int32_t kv_head = blockIdx.y;
     const int32_t sequence = blockIdx.z;
-    const Window window = own_window_of(p, sequence, kv_head);
+    const Window window = score_window_of(p, sequence, kv_head);
     const int32_t column = blockIdx.x * FASTKV_SCORES_THREADS + threadIdx.x;
     const int32_t head = column / (window.tiles() * 8);
     const int32_t query = column % (window.tiles() * 8);

@@ -18,14 +18,23 @@ use crate::{
     shape::Shape,
 };
 
+/// Whether LSE is given, and whether keys lie in pages.
+#[derive(Clone, Copy)]
+struct Variant {
+    lse: bool,
+    paged: bool,
+}
+
+const LSE_GIVEN: Variant = Variant { lse: true, paged: false };
+
 pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<Work<'a>>> {
     let mut works = Vec::new();
     for tokens in [4096, 8192, 16_384, 32_768, 65_536, 131_072] {
-        works.push(window(device, shape, tokens, true, false)?);
+        works.push(window(device, shape, tokens, LSE_GIVEN)?);
     }
     for tokens in [8192, 32_768, 131_072] {
-        works.push(window(device, shape, tokens, true, true)?);
-        works.push(window(device, shape, tokens, false, false)?);
+        works.push(window(device, shape, tokens, Variant { paged: true, ..LSE_GIVEN })?);
+        works.push(window(device, shape, tokens, Variant { lse: false, ..LSE_GIVEN })?);
         works.push(columns(device, shape, tokens, None)?);
         // FastGen's local keys.
         works.push(columns(device, shape, tokens, Some(0.3))?);
@@ -72,8 +81,7 @@ fn window<'a, D: Device>(
     device: &'a D,
     shape: &Shape,
     tokens: u32,
-    lse: bool,
-    paged: bool,
+    Variant { lse, paged }: Variant,
 ) -> Result<Work<'a>> {
     let tokens = shape.length(tokens);
     let memory = Memory::new(device);

@@ -49,7 +49,8 @@ struct WindowPartials {
 
         end = min(end, window.keys);
         products.load_queries(0, tile, tiles, 0, window.tiles());
-        uint32_t next_present = products.load_keys(first, end);
+        uint32_t next_present = products.load_keys(first, end, products.page_at(first, end));
+        int32_t next_page = products.page_at(first + Products::STEP, end);
         cp_async_commit();
         for (int32_t column = threadIdx.x % 32; column < COLUMNS; column += 32) {
             state[column] = {-CUDART_INF_F, 0.0f};
@@ -66,7 +67,8 @@ struct WindowPartials {
             __syncwarp();
             const uint32_t present = next_present;
             if (step + Products::STEP < end) {
-                next_present = products.load_keys(step + Products::STEP, end);
+                next_present = products.load_keys(step + Products::STEP, end, next_page);
+                next_page = products.page_at(step + 2 * Products::STEP, end);
             }
             cp_async_commit();
             float bias[M][2];

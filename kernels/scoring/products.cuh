@@ -24,9 +24,9 @@ struct Window {
     int64_t q_token_stride;
     uint64_t k; // first key of the sequence, or where there are pages the first slot of page 0
     int64_t k_token_stride;
-    int64_t k_page_stride; // where there are pages, here and below
-    fastkv_pages pages;    // table 0: there are none
-    int32_t sequence;      // of the table
+    fastkv_pages pages; // table 0: there are none, and neither are the next two
+    int64_t k_page_stride;
+    int32_t sequence; // of the table
     const float* lse; // first query of the window, first head of the group; or null
     int64_t lse_head_stride;
     int64_t lse_token_stride;
@@ -82,9 +82,18 @@ struct WindowProducts {
         return step + threadIdx.x / 32 * WARP_KEYS;
     }
 
-    // Copies this warp's keys of a step without waiting, zeros for those from `end` on and for those without a
-    // page. Returns a bit for each key, set unless it has no page.
-    __device__ __forceinline__ uint32_t load_keys(int32_t step, int32_t end) const {
+    // The page of this lane's key of a step, below 0 where there is none: asked for a step before it is needed.
+    __device__ __forceinline__ int32_t page_at(int32_t step, int32_t end) const {
+        const int lane = threadIdx.x % 32;
+        const int32_t key = warp_first(step) + lane;
+        return window.pages.table && lane < WARP_KEYS && key < end
+                   ? page_of(window.pages, window.sequence, key)
+                   : -1;
+    }
+
+    // Copies this warp's keys of a step, given `page_at`, without waiting; zeros for those from `end` on and for
+    // those without a page. Returns a bit for each key, set unless it has no page.
+    __device__ __forceinline__ uint32_t load_keys(int32_t step, int32_t end, int32_t page) const {
         constexpr int ROWS = 32 / LANES;
         const int lane = threadIdx.x % 32;
         const int32_t first = warp_first(step);
@@ -97,12 +106,7 @@ struct WindowProducts {
             }
             return ~0u;
         }
-        // Each lane finds one key.
-        int32_t page = -1, slot = 0;
-        if (lane < WARP_KEYS && first + lane < end) {
-            page = page_of(window.pages, window.sequence, first + lane);
-            slot = uint32_t(first + lane) % uint32_t(window.pages.page_size);
-        }
+        const int32_t slot = uint32_t(first + lane) % uint32_t(window.pages.page_size);
 #pragma unroll
         for (int pass = 0; pass < WARP_KEYS / ROWS; ++pass) {
             const int row = pass * ROWS + lane / LANES;

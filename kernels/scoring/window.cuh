@@ -85,7 +85,8 @@ struct WindowScores {
         if (first >= end) {
             return;
         }
-        uint32_t next_present = products.load_keys(first, end);
+        uint32_t next_present = products.load_keys(first, end, products.page_at(first, end));
+        int32_t next_page = products.page_at(first + Products::STEP, end);
         wait();
         if (resident) {
             products.load_queries(0, 0, window.heads * tiles, 0, tiles);
@@ -126,7 +127,8 @@ struct WindowScores {
             __syncwarp();
             present = next_present;
             if (step + Products::STEP < end) {
-                next_present = products.load_keys(step + Products::STEP, end);
+                next_present = products.load_keys(step + Products::STEP, end, next_page);
+                next_page = products.page_at(step + 2 * Products::STEP, end);
             }
             cp_async_commit();
 
@@ -186,8 +188,8 @@ struct WindowScores {
                 for (int i = 0; i < 2; ++i) {
                     const float given = __uint_as_float(i ? lse.y : lse.x);
                     offset[j][i] = -given * products.window.lse_factor;
-                    // A query that saw nothing has no probabilities.
-                    last[j][i] = given == -CUDART_INF_F ? -1 : int32_t(i ? sees.y : sees.x);
+                    // A query that saw nothing has no probabilities: kernels of attention say so by either infinity.
+                    last[j][i] = fabsf(given) == CUDART_INF_F ? -1 : int32_t(i ? sees.y : sees.x);
                     if (!weighed || last[j][i] - weights.band < warp_first + Products::WARP_KEYS - 1) {
                         furthest = max(furthest, last[j][i]);
                     }

@@ -47,7 +47,8 @@ pub struct Bias {
 }
 
 /// Where the logarithm of each query's softmax denominator is (LSE), f32: query i of a sequence and a query head
-/// stands at `base + sequence * sequence_stride + head * head_stride + i * token_stride`.
+/// stands at `base + sequence * sequence_stride + head * head_stride + i * token_stride`. What lies between them is
+/// neither read nor written.
 ///
 /// | attention that leaves it | shape | |
 /// |---|---|---|
@@ -55,13 +56,13 @@ pub struct Bias {
 /// | flash-attn, cuDNN, PyTorch, with room for more queries too | `[sequences, heads, room]` | [`Lse::padded`] |
 /// | FlashInfer, of base 2 | `[tokens, heads]` | [`Lse::token_major`] with [`Logarithm::Binary`] |
 ///
-/// Of the queries that are described: where keys of the prompt were cached before, those that are new.
+/// Queries are those of the description, which need not be all that the prompt has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lse {
     /// Address of the first.
     pub base: u64,
-    /// Elements from one sequence to the next. 0: all sequences stand in one row, and i counts on from one to the
-    /// next, with `cu_seqlens` or without.
+    /// Elements from one sequence to the next. 0: all sequences stand in one row, and i is the query's place on the token
+    /// axis: `cu_seqlens` says where a sequence begins, and without it each has room for `tokens`.
     pub sequence_stride: i64,
     /// Elements from one query head to the next.
     pub head_stride: i64,
@@ -246,10 +247,11 @@ impl Lse {
         Self { base, head_stride: 1, token_stride: heads.into(), ..Self::default() }
     }
 
-    /// `[sequences, heads, tokens]`: room for `tokens` queries in each sequence, however many it has.
-    pub fn padded(base: u64, heads: u32, tokens: u32) -> Self {
-        let head_stride = i64::from(tokens);
-        let sequence_stride = i64::from(heads) * head_stride;
+    /// `[sequences, heads, room]`: room for so many queries in each sequence, however many it has.
+    pub fn padded(base: u64, heads: u32, room: u32) -> Self {
+        let head_stride = i64::from(room);
+        // 0 would put all in one row.
+        let sequence_stride = (i64::from(heads) * head_stride).max(1);
         Self { base, sequence_stride, head_stride, token_stride: 1, ..Self::default() }
     }
 

@@ -51,6 +51,21 @@ pub(super) fn pages(
     range(&format!("{name}.table"), pages.table, table, 4, Presence::Needed)
 }
 
+/// The shape of keys or values, which are described by sequences, as they are stored in pages, and the addresses of
+/// the table; `names` of the tokens of each and of their `cu_seqlens`.
+pub(super) fn in_pages(
+    pages: &Pages,
+    shape: Shape,
+    names: [&str; 2],
+    cu_seqlens: u64,
+) -> Result<(Shape, Range<u64>), Error> {
+    if cu_seqlens != 0 {
+        return Err(Error::argument(names[1], format_args!("{cu_seqlens:#x}"), "0 where there are pages"));
+    }
+    let table = self::pages("pages", pages, shape.sequences, (names[0], shape.tokens))?;
+    Ok((Shape { sequences: pages.pages, tokens: pages.page_size, ..shape }, table))
+}
+
 /// Slots of all pages, which kernels count in 32 bits.
 pub(super) fn slots(name: &str, pages: i32, page_size: i32) -> Result<i32, Error> {
     let slots = i64::from(pages) * i64::from(page_size);

@@ -9,19 +9,20 @@ const DTYPE: DType = DType::BF16;
 /// Queries at the end of each prompt, by which its keys are scored.
 const WINDOW: u32 = 8;
 
-/// A layer's cache, and the largest batch of prompts that it is to take.
+/// A layer's cache, and the largest batch of prompts that it is to take: lengths lie on the device and may be less. A
+/// place that is not in use has a length of 0 and an empty chunk.
 #[derive(Clone, Copy)]
 pub struct Layer {
     pub query_heads: u32,
     pub kv_heads: u32,
     pub head_dim: u32,
     pub sequences: u32,
-    /// Tokens of the last chunks of all prompts together, and of one.
+    /// Tokens of the last chunks of all prompts together, and of one, which is no more.
     pub chunk_tokens: u32,
     pub longest_chunk: u32,
-    /// Tokens of a prompt.
+    /// Tokens of a prompt, at most `table_pages * page_size`.
     pub longest: u32,
-    /// Tokens that are kept of a prompt.
+    /// Tokens that are kept of a prompt, the window's among them; a prompt that has no more is kept as it is.
     pub capacity: u32,
     pub page_size: u32,
     pub pages: u32,
@@ -51,15 +52,17 @@ pub struct Prompts {
 /// Device addresses of what is kept of every prompt, one set of tokens for all heads.
 #[derive(Clone, Copy)]
 pub struct Choice {
-    /// f32 `[sequences, query_heads, longest]`.
+    /// Receives f32 `[sequences, query_heads, longest]`.
     pub scores: u64,
-    /// i32 `[sequences, capacity]`, and how many these are, `[sequences]`: the lengths from now on.
+    /// Receives i32 `[sequences, capacity]`, ascending, -1 behind the last.
     pub kept: u64,
+    /// Receives i32 `[sequences]`: how many these are, the lengths of the cache from now on. The position of the next
+    /// token still counts what was read.
     pub kept_lengths: u64,
-    /// i64 `[sequences, capacity]`: where each kept token goes, page x page size + place in it. The pages may be of the
-    /// same pool, but none that a prompt of this batch lies in.
+    /// i64 `[sequences, capacity]`, given: where each kept token goes, page x page size + place in it. The pages may be
+    /// of the same pool, but none that a prompt of this batch lies in. What stands behind the last does not matter.
     pub slots: u64,
-    /// i64 `[sequences, kv_heads]`: `sequence * capacity` for every head, so that heads share slots.
+    /// i64 `[sequences, kv_heads]`, given: `sequence * capacity` for every head, so that heads share slots.
     pub starts: u64,
 }
 
@@ -71,7 +74,7 @@ pub struct Workspace {
 }
 
 impl Layer {
-    /// What [`compress`](Self::compress) can do with.
+    /// What [`compress`](Self::compress) can do with. Only sizes count here, so addresses may be 0.
     pub fn workspace(
         &self,
         launcher: &impl Launcher,
@@ -83,7 +86,8 @@ impl Layer {
         Ok(scores.max(select_topk_workspace(launcher, &self.selection(prompts, choice, none))?))
     }
 
-    /// Scores of all keys where they lie, the choice, and the kept keys and values in pages of their own.
+    /// Scores of all keys where they lie, the choice, and the kept keys and values in pages of their own. Can be
+    /// captured in a graph. Pages of a prompt are free when every layer that shares its table is done.
     ///
     /// # Safety
     /// Every address holds what is said of it until the work is done, and nobody else touches what is written.

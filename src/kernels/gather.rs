@@ -389,12 +389,8 @@ fn kv_source_shape(work: &GatherKv) -> Result<Shape, Error> {
     if pages.table == 0 {
         return Ok(shape);
     }
-    if kept.cu_seqlens != 0 {
-        let value = format_args!("{:#x}", kept.cu_seqlens);
-        return Err(Error::argument("kept.cu_seqlens", value, "0 where sources are paged"));
-    }
-    cache::pages("pages", pages, kept.sequences, ("kept.tokens", kept.tokens))?;
-    Ok(Shape { sequences: pages.pages, tokens: pages.page_size, ..shape })
+    let names = ["kept.tokens", "kept.cu_seqlens"];
+    cache::in_pages(pages, shape, names, kept.cu_seqlens).map(|(stored, _)| stored)
 }
 
 fn check_kv_out(name: &str, base: u64, work: &GatherKv, row_bytes: i32) -> Result<Range<u64>, Error> {

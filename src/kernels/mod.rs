@@ -42,15 +42,16 @@
 //! * **Results** are the same bits in every run, whatever else is in the batch. What is wrong in a description is an
 //!   [`Error::Argument`] before anything is launched; what is wrong on the device, such as a length, is clipped.
 //! * **What there is not**: attention of a prompt over pages (a prefix in pages is gathered first, by
-//!   [`gather_kv`](gather::gather_kv); scores read pages), sliding windows, caps of logits, 8-bit caches, head sizes other than 64, 96,
-//!   128 and 256, more than 16 query heads of a kv head, windows of scores of more than 64 queries, different numbers
-//!   of new tokens in a step of decoding.
+//!   [`gather_kv`](gather::gather_kv); scores read pages), pages by lists and offsets instead of a table, sliding windows,
+//!   caps of logits, 8-bit caches, head sizes other than 64, 96, 128 and 256, more than 16 query heads of a kv head,
+//!   windows of scores of more than 64 queries, different numbers of new tokens in a step of decoding.
 //! * **Keys are rotated** when they come, and keep the rotation of their original position; the position of a new token
 //!   counts what was read, not what was kept.
 //!
 //! The example is a layer of an engine with packed prompts and a paged cache, in which every kv head keeps keys and pages
 //! of its own: attention with scores, selection and gather, the hidden states that go on behind the TSP layer, and
-//! decoding. The tests of this crate run it as it stands.
+//! decoding. An engine that has attention of its own, over a paged cache, finds its example in [`scores`]. The tests of
+//! this crate run both as they stand.
 //!
 //! ```
 #![doc = include_str!("example.rs")]

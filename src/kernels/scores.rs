@@ -6,12 +6,13 @@
 //! wrong, but they cannot make a kernel read or write elsewhere. A score depends on its own sequence and
 //! heads alone, to the bit, and is what attention with scores in the same launch gives for the same LSE.
 //!
-//! A prompt that is read in chunks is scored behind its last one, whose queries observe: all keys are there then, and
-//! the scores are those of the prompt in one piece.
+//! A prompt that is read in chunks is scored behind its last one: all keys are there then, and with the same LSE the
+//! scores are those of the prompt in one piece. The queries that observe have to be there too: a last chunk has the
+//! window's or more, or comes with queries and LSE of the one before it. Of fewer queries only these are summed.
 //!
 //! The example is what an engine does behind attention of its own that reads a paged cache and leaves LSE as FlashInfer
-//! does: scores of keys where they lie, one choice for all heads, and what is kept moved to pages of its own, so that the
-//! pages of the prompt are free. The tests of this crate run it as it stands.
+//! does: scores of keys where they lie, one choice for all heads, and what is kept moved to pages of its own. The tests of
+//! this crate run it as it stands.
 //!
 //! ```
 #![doc = include_str!("example_pages.rs")]
@@ -35,13 +36,14 @@ use crate::abi::{self, Pages, PoolScoresParams, Pooling, Rows, WindowScoresParam
 /// query's LSE, are NaN.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct WindowScores {
-    /// Queries, `[sequence][query head][token][head_dim]`. The window's are enough where no LSE is given; with one,
-    /// describe all that it has.
+    /// Queries, `[sequence][query head][token][head_dim]`. The window's are enough where no LSE is given; else those
+    /// that have one.
     pub q: Rows,
     /// Keys, `[sequence][kv head][token][head_dim]`, or `[page][kv head][slot][head_dim]` where they lie in pages.
     pub k: Rows,
     /// Where keys in pages lie; all zero where they are not. A key whose page is none, -1 by convention, is seen by
-    /// no query and scores 0.
+    /// no query and scores 0. It may be chosen all the same, as a neighbour of a key that pooling spreads, or in the
+    /// window: where something is chosen by these scores, every page has to be there.
     pub pages: Pages,
     /// Sequences in the batch.
     pub sequences: u32,
@@ -422,10 +424,15 @@ fn check_addresses(work: &WindowScores, workspace_bytes: usize) -> Result<(), Er
         ("keys.cu_seqlens", keys.check_starts("keys", sequences)?),
     ];
     let key_shape = shape(kv_heads, keys);
-    match work.pages.table {
-        0 => inputs.push(("k", check::rows("k", &work.k, key_shape)?)),
-        _ => inputs.extend(check_pages(work, key_shape)?),
-    }
+    let stored = if work.pages.table == 0 {
+        key_shape
+    } else {
+        let names = ["keys.tokens", "keys.cu_seqlens"];
+        let (stored, table) = cache::in_pages(&work.pages, key_shape, names, keys.cu_seqlens)?;
+        inputs.push(("pages.table", table));
+        stored
+    };
+    inputs.push(("k", check::rows("k", &work.k, stored)?));
     let rows = queries.rows(sequences);
     if rows > 0 {
         inputs.push(("q", check::rows("q", &work.q, shape(query_heads, queries))?));
@@ -445,18 +452,6 @@ fn check_addresses(work: &WindowScores, workspace_bytes: usize) -> Result<(), Er
         outputs.push(("workspace", check_workspace(work, workspace_bytes)?));
     }
     apart(&outputs, &inputs)
-}
-
-/// Keys in pages, and the table of these.
-fn check_pages(work: &WindowScores, shape: Shape) -> Result<[(&'static str, Range<u64>); 2], Error> {
-    let WindowScores { pages, keys, .. } = work;
-    if keys.cu_seqlens != 0 {
-        let value = format_args!("{:#x}", keys.cu_seqlens);
-        return Err(Error::argument("keys.cu_seqlens", value, "0 where keys lie in pages"));
-    }
-    let table = cache::pages("pages", pages, shape.sequences, ("keys.tokens", shape.tokens))?;
-    let shape = Shape { sequences: pages.pages, tokens: pages.page_size, ..shape };
-    Ok([("k", check::rows("k", &work.k, shape)?), ("pages.table", table)])
 }
 
 fn check_workspace(work: &WindowScores, needed: usize) -> Result<Range<u64>, Error> {

@@ -152,7 +152,7 @@ fn gather_kv_refuses() {
             w.pages = Pages { table: 4096, table_pages: 63, pages: 100, page_size: 16, reserved: 0 };
             w.kept.cu_seqlens = 4096;
         },
-        "kept.cu_seqlens is 0x1000; it must be 0 where sources are paged",
+        "kept.cu_seqlens is 0x1000; it must be 0 where there are pages",
     );
     refuses(
         |w| w.slots = Slots { pages: 0, ..slots() },

@@ -185,7 +185,7 @@ fn keys_may_lie_in_pages() {
     let refuses = |change: fn(&mut scores::WindowScores), message: &str| {
         Recorder::refuses(scores::window_scores, paged(), change, message)
     };
-    refuses(|w| w.keys.cu_seqlens = 4096, "keys.cu_seqlens is 0x1000; it must be 0 where keys lie in pages");
+    refuses(|w| w.keys.cu_seqlens = 4096, "keys.cu_seqlens is 0x1000; it must be 0 where there are pages");
     refuses(
         |w| (w.keys, w.scores.head_stride, w.scores.sequence_stride) = (Lengths::dense(641), 641, 32 * 641),
         "keys.tokens is 641; it must be at most pages.table_pages * pages.page_size = 640",

@@ -198,7 +198,7 @@ impl Case {
 
     /// Those whose LSE is wanted, where sequences have room for `longest`.
     fn lse_queries(&self, longest: u32) -> Queries {
-        Queries { heads: self.query_heads(), counts: self.queries(), room: longest as usize }
+        Queries { heads: self.query_heads(), skipped: 0, counts: self.queries(), room: longest as usize }
     }
 
     /// The last key that a query sees, -1 for none.
@@ -892,12 +892,17 @@ fn windows() -> Vec<Case> {
 fn lse_layouts() -> Vec<Case> {
     let packed = Case::plain(DType::BF16, 64, [2, 2], &[(70, 140), (0, 5), (20, 20)]);
     let dense = Case { layout: Layout::HeadMajor, ..Case::plain(DType::F16, 128, [1, 3], &[(37, 37); 2]) };
+    let scores = Some((Window::Last(8), ScoreHeads::Query));
+    // More items than there are blocks: one that scored a head scores another, whose LSE stands between that head's.
+    let lse_layout = LseLayout { order: Order::TokenMajor, ..LseLayout::PLAIN };
+    let many = Case::plain(DType::BF16, 64, [8, 1], &[(9, 12); 40]);
+    let many = Case { lse_layout, scores, ..many };
     LseLayout::each()
         .zip([packed, dense].iter().cycle())
         .flat_map(|(lse_layout, case)| {
-            let scores = Some((Window::Last(8), ScoreHeads::Query));
             [Case { lse_layout, ..case.clone() }, Case { lse_layout, scores, ..case.clone() }]
         })
+        .chain([many])
         .collect()
 }
 

@@ -26,33 +26,39 @@ const KV_HEADS: usize = 2;
 const GROUP: usize = 3;
 const QUERY_HEADS: usize = KV_HEADS * GROUP;
 const WINDOW: usize = 8;
-/// Of each prompt, and of its last chunk.
-const TOKENS: [usize; 3] = [70, 5, 37];
-const CHUNKS: [usize; 3] = [16, 5, 37];
+/// Tokens of each prompt, and of its last chunk: longer than what is kept, shorter than the window; then as long as what
+/// is kept, an unused place, as long as the window.
+const BATCHES: [[[usize; 3]; 2]; 2] = [[[70, 5, 37], [16, 5, 37]], [[20, 0, 8], [9, 0, 8]]];
 const CAPACITY: usize = 20;
 const PAGE_SIZE: usize = 8;
 const TABLE_PAGES: usize = 10;
+/// Of the last chunks of all prompts, at most.
+const CHUNK_TOKENS: usize = 64;
 const KEPT_PAGES: usize = CAPACITY.div_ceil(PAGE_SIZE);
 /// LSE comes rounded to f32, and a logit is a sum of 64 products.
 const TOLERANCE: f64 = 1e-4;
 
 fn run<D: Device>(device: &D, seed: u64) -> Result<(), String> {
+    BATCHES.into_iter().try_for_each(|[tokens, chunks]| compress(device, seed, tokens, chunks))
+}
+
+fn compress<D: Device>(device: &D, seed: u64, tokens: [usize; 3], chunks: [usize; 3]) -> Result<(), String> {
     let mut random = Random(seed);
     let mut memory = Memory::new(device);
-    let sequences = TOKENS.len();
+    let sequences = tokens.len();
     let mut vectors = |tokens: usize, heads: usize| -> Vec<Vec<Vec<f64>>> {
         let mut one = || decode(DType::BF16, &encode(DType::BF16, [(2.0 * random.symmetric()).into()]))[0];
         (0..tokens).map(|_| (0..heads).map(|_| (0..HEAD_DIM).map(|_| one()).collect()).collect()).collect()
     };
     // Of each prompt: `[token][head]`.
-    let [keys, values] = [(); 2].map(|()| TOKENS.map(|tokens| vectors(tokens, KV_HEADS)));
-    let queries = CHUNKS.map(|tokens| vectors(tokens, QUERY_HEADS));
+    let [keys, values] = [(); 2].map(|()| tokens.map(|tokens| vectors(tokens, KV_HEADS)));
+    let queries = chunks.map(|tokens| vectors(tokens, QUERY_HEADS));
 
-    // Half of the pages hold prompts, in no order; the other half is free.
+    // Prompts lie in the first half of the pages, as these are counted here, which is in no order.
     let pages = 2 * sequences * TABLE_PAGES;
     let page = |at: usize| (at * 7 + 3) % pages;
     let table: Vec<i32> = (0..sequences * TABLE_PAGES)
-        .map(|at| if at % TABLE_PAGES * PAGE_SIZE < TOKENS[at / TABLE_PAGES] { page(at) as i32 } else { -1 })
+        .map(|at| if at % TABLE_PAGES * PAGE_SIZE < tokens[at / TABLE_PAGES] { page(at) as i32 } else { -1 })
         .collect();
     let row = |slot: usize| slot * KV_HEADS * HEAD_DIM..(slot + 1) * KV_HEADS * HEAD_DIM;
     let slot_of =
@@ -85,7 +91,7 @@ fn run<D: Device>(device: &D, seed: u64) -> Result<(), String> {
     let mut lse = Vec::new();
     for (sequence, queries) in queries.iter().enumerate() {
         for (query, heads) in queries.iter().enumerate() {
-            let seen = TOKENS[sequence] - CHUNKS[sequence] + query + 1;
+            let seen = tokens[sequence] - chunks[sequence] + query + 1;
             lse.extend(heads.iter().enumerate().map(|(head, query)| {
                 let keys = of_head(&keys[sequence], head / GROUP);
                 let logits =
@@ -96,14 +102,13 @@ fn run<D: Device>(device: &D, seed: u64) -> Result<(), String> {
     }
 
     // Bounds above what this batch has, as a graph that serves others would have them.
-    let chunk_tokens: usize = CHUNKS.iter().sum();
     let longest = TABLE_PAGES * PAGE_SIZE;
     let layer = Layer {
         query_heads: QUERY_HEADS as u32,
         kv_heads: KV_HEADS as u32,
         head_dim: HEAD_DIM as u32,
         sequences: sequences as u32,
-        chunk_tokens: chunk_tokens as u32,
+        chunk_tokens: CHUNK_TOKENS as u32,
         longest_chunk: 40,
         longest: longest as u32,
         capacity: CAPACITY as u32,
@@ -113,15 +118,20 @@ fn run<D: Device>(device: &D, seed: u64) -> Result<(), String> {
     };
     let i32s =
         |numbers: &[usize]| -> Vec<u8> { numbers.iter().flat_map(|n| (*n as i32).to_ne_bytes()).collect() };
-    let boundaries: Vec<usize> = (0..=sequences).map(|n| CHUNKS[..n].iter().sum()).collect();
+    let boundaries: Vec<usize> = (0..=sequences).map(|n| chunks[..n].iter().sum()).collect();
+    let room = |mut bytes: Vec<u8>, row: usize| {
+        bytes.resize(CHUNK_TOKENS * row, 0xFF);
+        bytes
+    };
+    let q = encode(DType::BF16, queries.concat().concat().concat());
     let prompts = Prompts {
-        q: memory.put(&encode(DType::BF16, queries.concat().concat().concat())),
-        lse: memory.put(&encode(DType::F32, lse)),
+        q: memory.put(&room(q, QUERY_HEADS * HEAD_DIM * 2)),
+        lse: memory.put(&room(encode(DType::F32, lse), QUERY_HEADS * 4)),
         cu_seqlens: memory.put(&i32s(&boundaries)),
         k_pages: memory.put(&encode(DType::BF16, k_pool.iter().copied())),
         v_pages: memory.put(&encode(DType::BF16, v_pool.iter().copied())),
         table: memory.put(bytemuck::cast_slice(&table)),
-        lengths: memory.put(&i32s(&TOKENS)),
+        lengths: memory.put(&i32s(&tokens)),
     };
     let choice = Choice {
         scores: memory.reserve(sequences * QUERY_HEADS * longest * 4),
@@ -139,14 +149,14 @@ fn run<D: Device>(device: &D, seed: u64) -> Result<(), String> {
     let (mut k_expected, mut v_expected) = (k_pool, v_pool);
     let mut lists = Vec::new();
     let mut lengths = Vec::new();
-    for (sequence, tokens) in TOKENS.into_iter().enumerate() {
+    for (sequence, tokens) in tokens.into_iter().enumerate() {
         let scored = tokens.saturating_sub(WINDOW);
         let mut pooled = Vec::new();
         for head in 0..QUERY_HEADS {
             let at = (sequence * QUERY_HEADS + head) * longest * 4;
             let found = oracle::wide(&memory.floats(choice.scores + at as u64, tokens)?);
             let observing =
-                of_head(&queries[sequence], head).split_off(CHUNKS[sequence].saturating_sub(WINDOW));
+                of_head(&queries[sequence], head).split_off(chunks[sequence].saturating_sub(WINDOW));
             let expected = oracle::window_scores(&observing, &of_head(&keys[sequence], head / GROUP));
             let expected: Vec<_> = expected.into_iter().map(|score| (score, TOLERANCE)).collect();
             within(&format!("scores of head {head} of prompt {sequence}"), &found, &expected)?;

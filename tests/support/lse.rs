@@ -27,10 +27,19 @@ pub(crate) struct LseLayout {
 /// Whose LSE it is.
 pub(crate) struct Queries {
     pub(crate) heads: usize,
+    /// Tokens of no sequence before the first.
+    pub(crate) skipped: usize,
     /// Of each sequence.
     pub(crate) counts: Vec<usize>,
     /// Queries that a sequence has room for.
     pub(crate) room: usize,
+}
+
+impl Queries {
+    /// Along the token axis.
+    fn tokens(&self) -> usize {
+        self.skipped + self.counts.iter().sum::<usize>()
+    }
 }
 
 impl LseLayout {
@@ -56,7 +65,7 @@ impl LseLayout {
         let Self { order, gap, logarithm } = self;
         let row = |width: usize| (width + gap) as i64;
         let [sequence_stride, head_stride, token_stride] = match order {
-            Order::HeadMajor => [0, row(queries.counts.iter().sum()), 1],
+            Order::HeadMajor => [0, row(queries.tokens()), 1],
             Order::TokenMajor => [0, 1, row(queries.heads)],
             Order::Padded => [row(queries.heads * (queries.room + gap)), row(queries.room), 1],
         };
@@ -65,10 +74,10 @@ impl LseLayout {
 
     /// The element of every query of every head of every sequence, in this order.
     pub(crate) fn places(self, queries: &Queries) -> Vec<usize> {
-        let Queries { heads, counts, room } = queries;
-        let tokens: usize = counts.iter().sum();
+        let Queries { heads, skipped, counts, room } = queries;
+        let tokens = queries.tokens();
         let mut places = Vec::new();
-        let mut before = 0;
+        let mut before = *skipped;
         for (sequence, count) in counts.iter().enumerate() {
             for head in 0..*heads {
                 places.extend((0..*count).map(|query| match self.order {

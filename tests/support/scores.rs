@@ -37,6 +37,8 @@ pub(crate) struct Case {
     pub(crate) group: usize,
     /// Queries and keys of each sequence; all the same unless packed, but for keys with `lengths`.
     pub(crate) sequences: Vec<[usize; 2]>,
+    /// Tokens of no sequence before the first, where sequences are packed.
+    pub(crate) skipped: usize,
     /// Whether the device alone knows how many keys a sequence has.
     pub(crate) lengths: bool,
     /// Pages that the keys lie in, with `lengths`.
@@ -82,6 +84,7 @@ impl Case {
             kv_heads: 1,
             group,
             sequences: vec![[window.min(keys), keys]],
+            skipped: 0,
             lengths: false,
             pages: None,
             window: Window::Last(window as u32),
@@ -120,8 +123,10 @@ impl Case {
             .collect();
         let window =
             if random.below(4) == 0 { Window::All } else { Window::Last(1 + random.below(64) as u32) };
+        let skipped = if layout == Layout::Packed { random.of(&[0, 0, 5]) } else { 0 };
         let positions = (random.below(3) == 0).then(|| {
             let keys = sequences.iter().flat_map(|&[queries, keys]| std::iter::repeat_n(keys, queries));
+            let keys = std::iter::repeat_n(1, skipped).chain(keys);
             keys.map(|keys| random.below(keys + 8) as i32 - 4).collect()
         });
         Self {
@@ -131,6 +136,7 @@ impl Case {
             kv_heads: 1 + random.below(2),
             group: random.of(&[1, 2, 3, 4, 5, 8]),
             sequences,
+            skipped,
             lengths: on_device,
             pages: (on_device && random.below(2) == 0).then_some(paged),
             window,
@@ -185,9 +191,9 @@ impl Case {
         self.pages.is_some_and(|pages| self.is_hole(sequence, key / pages.size))
     }
 
-    /// Tokens of the sequences before one.
+    /// Tokens before those of a sequence.
     fn before(&self, sequence: usize, axis: usize) -> usize {
-        self.sequences[..sequence].iter().map(|lengths| lengths[axis]).sum()
+        self.skipped + self.sequences[..sequence].iter().map(|lengths| lengths[axis]).sum::<usize>()
     }
 
     fn longest(&self, axis: usize) -> usize {
@@ -392,7 +398,7 @@ impl Tensor {
 struct Inputs {
     q: Tensor,
     k: Tensor,
-    /// `[query head][query]`.
+    /// `[query head][query]`, those of no sequence left out.
     lse: Vec<f32>,
 }
 
@@ -572,11 +578,12 @@ fn put_pages<D: Device>(
 /// Puts LSE where the case has it, with NaN in between.
 fn put_lse<D: Device>(memory: &mut Memory<'_, D>, case: &Case, lse: &[f32]) -> Lse {
     let counts: Vec<_> = case.sequences.iter().map(|lengths| lengths[0]).collect();
-    let queries = Queries { heads: case.query_heads(), counts, room: case.longest(0) };
-    let total = case.before(case.sequences.len(), 0);
+    let queries = Queries { heads: case.query_heads(), skipped: case.skipped, counts, room: case.longest(0) };
+    let before = |sequence: usize| case.before(sequence, 0) - case.skipped;
+    let total = before(case.sequences.len());
     let in_order = (0..case.sequences.len()).flat_map(|sequence| {
         (0..case.query_heads()).flat_map(move |head| {
-            (0..case.sequences[sequence][0]).map(move |query| head * total + case.before(sequence, 0) + query)
+            (0..case.sequences[sequence][0]).map(move |query| head * total + before(sequence) + query)
         })
     });
     let mut stored = vec![f32::NAN; case.lse_layout.elements(&queries)];
@@ -765,24 +772,35 @@ fn column_edges() -> Vec<Case> {
     cases.push(packed.summed());
     let columns = Some(Columns { weight: 1.0, step: 0.125, band: None });
     cases.extend(lse_layouts().into_iter().map(|case| Case { columns, ..case }.summed()));
-    cases.extend(paged().into_iter().step_by(2).map(|case| Case { columns, ..case }.summed()));
+    cases.extend(paged().into_iter().step_by(3).map(|case| Case { columns, ..case }.summed()));
+    // Queries that stream past keys in pages, some of which are nowhere, of sequences shorter than there is room for.
+    let streaming = Case {
+        layout: Layout::TokenMajor,
+        sequences: vec![[200, 260], [200, 231]],
+        lengths: true,
+        pages: Some(Paging { size: 24, holes: true }),
+        columns: Some(Columns { weight: 0.5, step: 0.01, band: Some(90) }),
+        ..Case::plain(DType::F16, 64, 4, 9, 0)
+    };
+    cases.push(streaming.summed());
     cases
 }
 
 /// Keys in pages of any size, of sequences with lengths of their own, all there or not; and such lengths alone.
 fn paged() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (number, size) in [1, 7, 16, 32, 64, 100, 256].into_iter().enumerate() {
-        for holes in [false, true] {
+    for (number, size) in [1, 7, 16, 24, 64, 100, 256].into_iter().enumerate() {
+        for (other, head_dim) in [64, 96, 128, 256].into_iter().enumerate() {
+            let turn = number + other;
             cases.push(Case {
-                layout: [Layout::Packed, Layout::HeadMajor, Layout::TokenMajor][number % 3],
+                layout: [Layout::Packed, Layout::HeadMajor, Layout::TokenMajor][turn % 3],
                 kv_heads: 2,
                 sequences: vec![[9, 300], [9, 0], [9, 129]],
                 lengths: true,
-                pages: Some(Paging { size, holes }),
-                lse: number % 2 == usize::from(holes),
+                pages: Some(Paging { size, holes: turn % 2 == 0 }),
+                lse: (turn / 2 + other) % 2 == 0,
                 bias: (number % 3 == 0).then_some(1.5),
-                ..Case::plain([DType::F16, DType::BF16][number % 2], [64, 96, 128, 256][number % 4], 3, 9, 0)
+                ..Case::plain([DType::F16, DType::BF16][number % 2], head_dim, 3, 9, 0)
             });
         }
     }
@@ -837,6 +855,12 @@ fn order_of_sums<D: Device>(device: &D) -> Result<(), String> {
             let pages = Some(Paging { size, holes: false });
             let paged = Case { lengths: true, pages, ..case.clone() };
             same("in pages", &run(device, &paged, &inputs)?, &apart)?;
+            if case.window != Window::All {
+                let found = Case { lse: false, ..case.clone() };
+                let found_in_pages = Case { lse: false, ..paged };
+                let expected = run(device, &found, &inputs)?;
+                same("LSE in pages", &run(device, &found_in_pages, &inputs)?, &expected)?;
+            }
         }
 
         let group = Case { heads: ScoreHeads::Group, ..case.clone() };
@@ -934,6 +958,10 @@ fn nan<D: Device>(device: &D) -> Result<(), String> {
         for lse in &mut infinite.lse[..19] {
             *lse = f32::INFINITY;
         }
+        // Of the first head the last query alone is left; what only others see is nothing to it.
+        for inputs in [&mut without, &mut infinite] {
+            inputs.q.set(7 * 2 * 72 + 3, f32::NAN);
+        }
         let (without, infinite) = (run(device, &case, &without)?, run(device, &case, &infinite)?);
         same("LSE of infinity", &infinite, &without)?;
         let given: f64 = without[0][0].iter().map(|score| f64::from(*score)).sum();
@@ -999,13 +1027,26 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
             device.synchronize().map_err(|error| error.to_string())?;
         }
     }
-    // Pages that are nowhere, and lengths that no sequence has.
-    for lengths in [[i32::MIN, -1, i32::MAX], [61, 60, 0]] {
+    hostile_pages(device)?;
+    hostile_lengths(device)
+}
+
+/// Pages that are nowhere, and lengths that no sequence has.
+fn hostile_pages<D: Device>(device: &D) -> Result<(), String> {
+    let lengths: [[i32; 3]; 2] = [[i32::MIN, -1, i32::MAX], [61, 60, 0]];
+    for (lengths, head_dim, lse) in lengths
+        .into_iter()
+        .flat_map(|lengths| [(lengths, 64, true), (lengths, 256, false), (lengths, 128, true)])
+    {
         let mut memory = Memory::new(device);
         let table = [i32::MIN, -1, 4, i32::MAX, 5, 3].repeat(6);
+        let rows = |memory: &mut Memory<'_, D>, tokens: usize, heads: u32| {
+            let elements = tokens * heads as usize * head_dim as usize;
+            Rows::token_major(memory.put(&vec![0; elements * 2]), 1, heads, head_dim)
+        };
         let mut work = scores::WindowScores {
-            q: Rows::token_major(memory.put(&[0; 3 * 9 * 4 * 64 * 2]), 9, 4, 64),
-            k: Rows::token_major(memory.put(&[0; 4 * 5 * 2 * 64 * 2]), 5, 2, 64),
+            q: Rows { sequence_stride: i64::from(9 * 4 * head_dim), ..rows(&mut memory, 3 * 9, 4) },
+            k: Rows { sequence_stride: i64::from(5 * 2 * head_dim), ..rows(&mut memory, 4 * 5, 2) },
             pages: Pages {
                 table: memory.put(bytemuck::cast_slice(&table)),
                 table_pages: 12,
@@ -1016,12 +1057,19 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
             sequences: 3,
             query_heads: 4,
             kv_heads: 2,
-            head_dim: 64,
+            head_dim,
             dtype: DType::F16,
             queries: Lengths::dense(9),
             keys: Lengths::dense(60),
             lengths: memory.put(bytemuck::cast_slice(&lengths)),
+            bias: Some(Bias {
+                heads: memory.put(&[0xFF; 4]),
+                keys: memory.put(&[0xFF; 3 * 8]),
+                key_stride: 2,
+                value: 1.0,
+            }),
             scale: 1.0,
+            lse: lse.then(|| Lse::head_major(memory.put(&[0; 4 * 27 * 4]), 27)),
             scores: Scores {
                 base: memory.reserve(3 * 4 * 60 * 4),
                 sequence_stride: 240,
@@ -1033,8 +1081,72 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
         };
         work.workspace_bytes = scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
         work.workspace = memory.reserve(work.workspace_bytes);
-        // SAFETY: every address is a block of `memory` of the size that its field states.
+        // SAFETY: every address is a block of `memory` of the size that its field states, here and below.
         unsafe { scores::window_scores(device, &work) }.map_err(|error| format!("{lengths:?}: {error}"))?;
+        if lse {
+            let scores = Scores { window: Window::All, heads: ScoreHeads::Group, ..work.scores };
+            let sums = scores::WindowScores { scores, ..work };
+            let work = columns::ColumnSums { sums, weight: 1.0, step: 0.5, band: Some(7) };
+            // SAFETY: as above.
+            unsafe { columns::column_sums(device, &work) }
+                .map_err(|error| format!("{lengths:?}: {error}"))?;
+        }
+        device.synchronize().map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+/// Lengths that no sequence has, of packed keys and of scores that are pooled.
+fn hostile_lengths<D: Device>(device: &D) -> Result<(), String> {
+    for lengths in [[i32::MIN, -1, i32::MAX], [31, 0, 30]] {
+        let mut memory = Memory::new(device);
+        let lengths = memory.put(bytemuck::cast_slice(&lengths));
+        let packed = Lengths::packed(memory.put(bytemuck::cast_slice(&[0, 30, 50, 90])), 90, 40);
+        let room = ScoreRows { base: memory.reserve(3 * 4 * 40 * 4), sequence_stride: 160, head_stride: 40 };
+        let mut work = scores::WindowScores {
+            q: Rows::packed(memory.put(&[0; 90 * 4 * 64 * 2]), 4, 64),
+            k: Rows::packed(memory.put(&[0; 90 * 2 * 64 * 2]), 2, 64),
+            sequences: 3,
+            query_heads: 4,
+            kv_heads: 2,
+            head_dim: 64,
+            dtype: DType::BF16,
+            queries: packed,
+            keys: packed,
+            lengths,
+            scale: 1.0,
+            scores: Scores {
+                base: room.base,
+                sequence_stride: room.sequence_stride,
+                head_stride: room.head_stride,
+                window: Window::Last(9),
+                heads: ScoreHeads::Query,
+            },
+            ..Default::default()
+        };
+        work.workspace_bytes = scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
+        work.workspace = memory.reserve(work.workspace_bytes);
+        let pooling = scores::PoolScores {
+            scores: room,
+            sequences: 3,
+            query_heads: 4,
+            kv_heads: 2,
+            keys: packed,
+            lengths,
+            tail: 8,
+            pooling: Pooling::max(7),
+            groups: Some(ScoreRows {
+                base: memory.reserve(3 * 2 * 40 * 4),
+                sequence_stride: 80,
+                head_stride: 40,
+            }),
+            total: Some(ScoreRows { base: memory.reserve(3 * 40 * 4), sequence_stride: 40, head_stride: 40 }),
+        };
+        // SAFETY: every address is a block of `memory` of the size that its field states.
+        unsafe {
+            scores::window_scores(device, &work).map_err(|error| error.to_string())?;
+            scores::pool_scores(device, &pooling).map_err(|error| error.to_string())?;
+        }
         device.synchronize().map_err(|error| error.to_string())?;
     }
     Ok(())
