@@ -5,16 +5,14 @@ use fastkv::kernels::{DType, Device};
 #[allow(unreachable_pub)]
 #[path = "../../src/kernels/example.rs"]
 mod engine;
-#[path = "../oracle/mod.rs"]
-mod oracle;
 
 use engine::{Choice, Layer, Prompts, Step, Workspace};
-use oracle::Pool;
 
 use super::{
     Check,
     memory::Memory,
     number::{decode, encode, within},
+    oracle::{self, Pool},
     random::Random,
 };
 

@@ -5,8 +5,6 @@ use fastkv::kernels::{DType, Device};
 #[allow(unreachable_pub)]
 #[path = "../../src/kernels/example_pages.rs"]
 mod engine;
-#[path = "../oracle/mod.rs"]
-mod oracle;
 
 use engine::{Choice, Layer, Prompts, Workspace};
 
@@ -14,6 +12,7 @@ use super::{
     Check,
     memory::Memory,
     number::{decode, encode, within},
+    oracle,
     random::Random,
 };
 

@@ -20,6 +20,8 @@ pub(crate) mod lse;
 pub(crate) mod matmul;
 pub(crate) mod memory;
 pub(crate) mod number;
+#[path = "../oracle/mod.rs"]
+pub(crate) mod oracle;
 #[cfg(feature = "pipeline")]
 #[path = "../tiny/probe.rs"]
 pub(crate) mod probe;
