@@ -186,7 +186,7 @@ const _: () = {
 };
 /** Where the logarithms of the softmax denominators of queries lie (LSE), f32: query i of a sequence and a head
  at `base + sequence * sequence_stride + head * head_stride + i * token_stride`. Where `sequence_stride` is 0
- all sequences stand in one row: i counts on from sequence to sequence.*/
+ all sequences stand in one row, and i is the query's place on the token axis.*/
 #[repr(C)]
 #[derive(
     Debug,
