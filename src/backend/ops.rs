@@ -55,6 +55,11 @@ pub trait Backend: Debug {
         let _ = bytes;
     }
 
+    /// Bytes that a stored tensor takes when it is usable: as many as in the file, which may be it.
+    fn weight_bytes(&self, stored: &StoredTensor) -> u64 {
+        stored.bytes().len() as u64
+    }
+
     /// Makes a stored tensor usable.
     fn weight(&self, stored: &StoredTensor) -> Result<Self::Weight, BackendError>;
 

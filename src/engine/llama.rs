@@ -1,10 +1,11 @@
 //! A Llama decoder on a backend: the steps of a layer, for any rows of the residual stream.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::ops::Range;
 
 use super::EngineError;
-use crate::backend::{Backend, BackendError};
+use crate::backend::Backend;
 use crate::model::{LlamaConfig, ModelDir};
 use crate::policy::ModelShape;
 
@@ -15,7 +16,8 @@ pub(super) struct Llama<B: Backend> {
     pub(super) embedding: B::Weight,
     pub(super) layers: Vec<Layer<B>>,
     norm: B::Weight,
-    lm_head: B::Weight,
+    /// The embedding where there is none.
+    lm_head: Option<B::Weight>,
 }
 
 /// The weights of a decoder layer.
@@ -84,19 +86,32 @@ struct Linear<B: Backend> {
 }
 
 impl<B: Backend> Llama<B> {
-    pub(super) fn load(backend: &B, model: &ModelDir) -> Result<Self, EngineError> {
+    /// `progress` is told of the stored bytes so far, and of how many there are.
+    pub(super) fn load(
+        backend: &B,
+        model: &ModelDir,
+        mut progress: impl FnMut(u64, u64) -> ControlFlow<()>,
+    ) -> Result<Self, EngineError> {
         let weights = &model.weights;
         let stored: HashMap<_, _> = weights.tensors().map(|tensor| (tensor.name(), tensor)).collect();
-        // Only the output projection can be missing, where it is the embedding.
-        Self::new(model.config.clone(), |name, _| {
-            backend.weight(stored.get(name).copied().unwrap_or(&weights.lm_head))
+        let (mut done, total) = (0, weights.total_bytes());
+        Self::new(model.config.clone(), weights.tied, |name, _| {
+            let stored = stored[name];
+            let weight = backend.weight(stored)?;
+            done += stored.bytes().len() as u64;
+            match progress(done, total) {
+                ControlFlow::Continue(()) => Ok(weight),
+                ControlFlow::Break(()) => Err(EngineError::Cancelled),
+            }
         })
     }
 
-    /// Weights by the names that Hugging Face gives them, each of the shape that is told.
+    /// Weights by the names that Hugging Face gives them, each of the shape that is told. Where the output projection
+    /// is the embedding (`tied`), it is not asked for.
     pub(super) fn new(
         config: LlamaConfig,
-        mut weight: impl FnMut(&str, &[usize]) -> Result<B::Weight, BackendError>,
+        tied: bool,
+        mut weight: impl FnMut(&str, &[usize]) -> Result<B::Weight, EngineError>,
     ) -> Result<Self, EngineError> {
         let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
         Ok(Self {
@@ -105,7 +120,10 @@ impl<B: Backend> Llama<B> {
                 .map(|layer| Layer::new(&config, layer, &mut weight))
                 .collect::<Result<_, _>>()?,
             norm: weight("model.norm.weight", &[hidden])?,
-            lm_head: weight("lm_head.weight", &[vocabulary, hidden])?,
+            lm_head: match tied {
+                true => None,
+                false => Some(weight("lm_head.weight", &[vocabulary, hidden])?),
+            },
             config,
         })
     }
@@ -136,7 +154,7 @@ impl<B: Backend> Llama<B> {
     pub(super) fn logits_of(&self, backend: &B, hidden: &B::Tensor) -> Result<B::Tensor, EngineError> {
         let rows = backend.rows(hidden);
         let normed = backend.rms_norm(hidden, 0..rows, &self.norm, self.config.rms_norm_eps)?;
-        Ok(backend.logits(&normed, &self.lm_head)?)
+        Ok(backend.logits(&normed, self.lm_head.as_ref().unwrap_or(&self.embedding))?)
     }
 
     /// Row by row. Waits for the device.
@@ -164,7 +182,7 @@ impl<B: Backend> Layer<B> {
     fn new(
         config: &LlamaConfig,
         layer: usize,
-        weight: &mut impl FnMut(&str, &[usize]) -> Result<B::Weight, BackendError>,
+        weight: &mut impl FnMut(&str, &[usize]) -> Result<B::Weight, EngineError>,
     ) -> Result<Self, EngineError> {
         let &LlamaConfig { hidden_size: hidden, intermediate_size: inner, .. } = config;
         let (queries, keys) = (config.query_heads * config.head_dim, config.kv_heads * config.head_dim);

@@ -20,6 +20,8 @@ mod sampler;
 mod settling;
 mod trace;
 
+use std::ops::ControlFlow;
+
 use crate::backend::{Backend, BackendError};
 use crate::model::{LlamaConfig, ModelDir};
 use crate::policy::ModelShape;
@@ -49,12 +51,25 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// Where the backend has no room for them.
     pub fn load(backend: B, model: &ModelDir) -> Result<Self, EngineError> {
-        let llama = Llama::load(&backend, model)?;
+        Self::load_with(backend, model, |_, _| ControlFlow::Continue(()))
+    }
+
+    /// The same, which can take some seconds where weights go to a memory of their own: `progress` is told of the bytes
+    /// of the file so far, and of how many there are.
+    ///
+    /// # Errors
+    /// [`EngineError::Cancelled`] after `progress` said `Break`.
+    pub fn load_with(
+        backend: B,
+        model: &ModelDir,
+        progress: impl FnMut(u64, u64) -> ControlFlow<()>,
+    ) -> Result<Self, EngineError> {
+        let llama = Llama::load(&backend, model, progress)?;
         Ok(Self { backend, llama })
     }
 
     /// A model whose weights are no file's: `weight` makes each, given the name that Hugging Face has for it and
-    /// its shape.
+    /// its shape. With tied embeddings there is no `lm_head.weight`.
     ///
     /// # Errors
     /// What `weight` says.
@@ -63,7 +78,8 @@ impl<B: Backend> Engine<B> {
         config: LlamaConfig,
         mut weight: impl FnMut(&B, &str, &[usize]) -> Result<B::Weight, BackendError>,
     ) -> Result<Self, EngineError> {
-        let llama = Llama::new(config, |name, shape| weight(&backend, name, shape))?;
+        let tied = config.tie_word_embeddings;
+        let llama = Llama::new(config, tied, |name, shape| Ok(weight(&backend, name, shape)?))?;
         Ok(Self { backend, llama })
     }
 

@@ -2,6 +2,7 @@
 //! whole models. Numbers are stored in 16 bits, so both begin with the same ones.
 
 use std::fmt::Debug;
+use std::ops::ControlFlow;
 
 use fastkv::backend::cpu::CpuBackend;
 use fastkv::backend::cuda::CudaBackend;
@@ -29,6 +30,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
         Check::hopper("backend_operations", operations),
         Check::hopper("backend_models", models),
         Check::portable("backend_bad_operands", bad_operands),
+        Check::portable("backend_weights_take_what_is_told", |device, _| weights(device)),
     ]
 }
 
@@ -603,6 +605,44 @@ fn models<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(),
     // Chunks of 64 rows: the prompt takes two.
     read_prompts(device, seed, &tiny, [100, 64], &readings)?;
     if seed == 0 { settles(device, &tiny) } else { Ok(()) }
+}
+
+/// Weights take as many bytes as are told before they are loaded: a tied output projection none, f32 half.
+fn weights<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(), String> {
+    for (tied, stored, dtype) in [
+        (true, Stored::Bf16, DType::BF16),
+        (false, Stored::F16, DType::F16),
+        (true, Stored::F32, DType::BF16),
+    ] {
+        let directory = Tiny { tied, stored, ..Tiny::default() }.write();
+        let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
+        let backend = cuda(device, dtype)?;
+        let before = backend.memory().0;
+        let told: u64 = model.weights.tensors().map(|tensor| backend.weight_bytes(tensor)).sum();
+        let mut heard = Vec::new();
+        let engine = Engine::load_with(backend, &model, |done, total| {
+            heard.push(done);
+            if total == model.weights.total_bytes() {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
+        });
+        let engine = engine.map_err(|error| error.to_string())?;
+        let taken = (engine.backend().memory().0 - before) as u64;
+        if taken != told || told != 2 * model.weights.tensors().map(|tensor| tensor.len() as u64).sum::<u64>()
+        {
+            return Err(format!("tied: {tied}, {stored:?}: {taken} bytes, where {told} were told"));
+        }
+        if !heard.is_sorted() || heard.last() != Some(&model.weights.total_bytes()) {
+            return Err(format!("the bar of progress went {heard:?}"));
+        }
+        let cancelled = Engine::load_with(cuda(device, dtype)?, &model, |_, _| ControlFlow::Break(()));
+        if !matches!(cancelled, Err(EngineError::Cancelled)) {
+            return Err("loaded although it was cancelled".into());
+        }
+    }
+    Ok(())
 }
 
 /// The TSP layer is picked on the device, and all else is as with one that is fixed there.

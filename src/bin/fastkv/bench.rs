@@ -24,7 +24,7 @@ use fastkv::report::{Bench, BenchSettings, Measured, Skipped};
 
 use crate::device::{Needs, on};
 use crate::exit::Usage;
-use crate::loading::MachineOptions;
+use crate::loading::{self, MachineOptions};
 use crate::options::{PolicyName, PolicyOptions};
 use crate::output::{self, OverwriteOptions};
 use crate::{exit, progress};
@@ -217,9 +217,9 @@ impl Subject {
         }
     }
 
-    fn weight_bytes<B: Measurable>(&self) -> u64 {
+    fn weight_bytes<B: Measurable>(&self, backend: &B) -> u64 {
         match self {
-            Self::Model(model) => model.weights.total_bytes(),
+            Self::Model(model) => loading::weight_bytes(model, backend),
             Self::Shape(_, config) => parameters(config) * B::WEIGHT_ELEMENT_BYTES as u64,
         }
     }
@@ -259,7 +259,7 @@ fn measure<B: Measurable>(
         Subject::Model(model) => (Some(model.path.to_string_lossy().into_owned()), None),
         Subject::Shape(name, _) => (None, Some(name.clone())),
     };
-    let weights_bytes = subject.weight_bytes::<B>();
+    let weights_bytes = subject.weight_bytes(&backend);
     let mut report = Bench {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         model,

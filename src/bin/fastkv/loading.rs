@@ -86,7 +86,13 @@ impl MachineOptions {
         cancel: &Cancel,
     ) -> Result<Engine<B>> {
         check_weights(model, self.threads.map_or(0, usize::from), hide_progress, cancel)?;
-        Ok(Engine::load(backend, model)?)
+        let bar = progress::bar(hide_progress, model.weights.total_bytes(), "loading weights");
+        let engine = Engine::load_with(backend, model, |done, _| {
+            bar.set_position(done);
+            if cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        bar.finish_and_clear();
+        Ok(engine?)
     }
 
     /// The CPU, where a GPU would bring nothing.
@@ -130,7 +136,12 @@ pub(crate) fn estimate(
 /// What a run of the model takes besides its plan; no more tokens follow than its context takes.
 pub(crate) fn memory_options(model: &ModelDir, more_tokens: usize, backend: &impl Backend) -> MemoryOptions {
     let more_tokens = more_tokens.min(model.config.context_limit().tokens);
-    MemoryOptions::new(backend, model.weights.total_bytes(), more_tokens)
+    MemoryOptions::new(backend, weight_bytes(model, backend), more_tokens)
+}
+
+/// Bytes of the weights as the backend holds them.
+pub(crate) fn weight_bytes(model: &ModelDir, backend: &impl Backend) -> u64 {
+    model.weights.tensors().map(|tensor| backend.weight_bytes(tensor)).sum()
 }
 
 fn check_weights(model: &ModelDir, threads: usize, hide_progress: bool, cancel: &Cancel) -> Result<()> {

@@ -35,17 +35,19 @@ pub struct Recording<D: Device> {
     graph: Option<Box<dyn Graph>>,
     /// Why nothing is captured, where that is so.
     declined: Option<String>,
+    /// Rotary frequencies that the graph reads, which are otherwise the backend's.
+    frequencies: Option<Arc<Block<D>>>,
 }
 
 impl<D: Device> Default for Recording<D> {
     fn default() -> Self {
-        Self { pool: None, graph: None, declined: None }
+        Self { pool: None, graph: None, declined: None, frequencies: None }
     }
 }
 
 impl<D: Device> Debug for Recording<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { pool, graph, declined } = self;
+        let Self { pool, graph, declined, .. } = self;
         let mut fields = f.debug_struct("Recording");
         fields.field("pool", pool).field("graph", graph).field("declined", declined).finish()
     }
@@ -166,9 +168,10 @@ pub(super) fn repeat<D: MatrixProduct + Debug, E: From<BackendError> + Display>(
     recording: &mut Recording<D>,
     mut work: impl FnMut() -> Result<(), E>,
 ) -> Result<(), E> {
-    let Recording { pool, graph, declined } = recording;
+    let Recording { pool, graph, declined, frequencies } = recording;
     let launch = |graph: &dyn Graph| {
-        // SAFETY: the pool keeps the memory of what was captured; handles that `work` uses are the caller's.
+        // SAFETY: the pool keeps the memory of what was captured, `frequencies` what the backend would let go of when it
+        // is asked for others; handles that `work` uses are the caller's.
         unsafe { graph.launch() }.map_err(|error| E::from(error.into()))
     };
     if let Some(graph) = graph {
@@ -189,7 +192,10 @@ pub(super) fn repeat<D: MatrixProduct + Debug, E: From<BackendError> + Display>(
         pool.captures.store(false, Relaxed);
         // A step that cannot be captured can still be done.
         *declined = Some(match captured {
-            Ok(Some(captured)) => return launch(graph.insert(captured).as_ref()),
+            Ok(Some(captured)) => {
+                *frequencies = backend.last_frequencies();
+                return launch(graph.insert(captured).as_ref());
+            }
             Ok(None) => "the device captures nothing".to_owned(),
             Err(error) => error.to_string(),
         });

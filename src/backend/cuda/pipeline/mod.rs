@@ -227,6 +227,12 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
         Ok(unsafe { self.device().matmul(&work) }?)
     }
 
+    /// Those that were asked for last.
+    fn last_frequencies(&self) -> Option<Arc<Block<D>>> {
+        let last = self.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
+        last.as_ref().map(|(_, block)| Arc::clone(block))
+    }
+
     fn frequencies(&self, values: &[f32]) -> Result<Arc<Block<D>>, BackendError> {
         let mut last = self.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
         match &*last {
@@ -388,6 +394,10 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
     fn reserve(&self, bytes: u64) {
         // A hint. A device that is lost says so again.
         let _ = usize::try_from(bytes).map(|bytes| self.device().reserve(bytes));
+    }
+
+    fn weight_bytes(&self, stored: &StoredTensor) -> u64 {
+        stored.len() as u64 * u64::from(self.dtype.bytes())
     }
 
     fn weight(&self, stored: &StoredTensor) -> Result<Weight<D>, BackendError> {
