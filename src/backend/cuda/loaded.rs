@@ -74,7 +74,13 @@ impl Loaded {
             multiprocessors: info.multiprocessors,
             reads_host_memory: false,
         };
-        loaded.load()?;
+        loaded.load().map_err(|failure| match failure {
+            // Of a chip newer than all machine code here, whose PTX the driver is to compile and is too old for.
+            Unavailable::Failed { code: 222, .. } => {
+                Unavailable::DriverTooOld { driver: driver.cuda_version, needs: built_by }
+            }
+            other => other,
+        })?;
         Ok(loaded)
     }
 
@@ -181,14 +187,22 @@ impl Drop for Loaded {
     fn drop(&mut self) {
         // Failures leave nothing to do: the process is ending, or the context is lost already.
         if let Ok(_current) = Current::enter(self.context) {
+            // On streams that others brought, too: code that runs must not be unloaded.
+            // SAFETY: waits in a context that is current.
+            let _ = unsafe { sys::cuCtxSynchronize() };
             self.products.take();
             for module in &self.modules {
-                // SAFETY: nothing can launch from it any more.
+                // SAFETY: nothing runs from it, and nothing can launch from it any more.
                 let _ = unsafe { sys::cuModuleUnload(*module) };
             }
             if !self.stream.is_null() {
-                // SAFETY: ours; the driver lets queued work finish first.
+                // SAFETY: ours, and done.
                 let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+            }
+            // The pool is the device's and stays: what lies idle there goes to whoever wants it.
+            if let Some(pool) = self.pool.get() {
+                // SAFETY: a pool that lives as long as the device; memory in use stays.
+                let _ = unsafe { sys::cuMemPoolTrimTo(*pool, 0) };
             }
         }
         // SAFETY: retained once, in `open`.

@@ -89,7 +89,13 @@ pub(crate) fn backend(
         Device::Cpu => "asked for".to_owned(),
         Device::Auto => match cuda_backend(model) {
             Ok(backend) => return Ok((backend, "a GPU is there".to_owned())),
-            Err(error) => format!("no CUDA: {error:#}"),
+            Err(error) => {
+                // Who has a GPU expects it to be used.
+                if !cuda().devices.is_empty() {
+                    eprintln!("note: this runs on the CPU, and not on the GPU: {error:#}");
+                }
+                format!("no CUDA: {error:#}")
+            }
         },
         Device::Cuda => {
             let backend = cuda_backend(model).map_err(|error| anyhow::anyhow!("--device cuda: {error:#}"))?;

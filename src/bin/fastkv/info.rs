@@ -163,7 +163,7 @@ impl<'a> Model<'a> {
 fn readable(report: &Report<'_>) -> Result<String> {
     let mut text = String::new();
     writeln!(text, "fastkv {}", report.version)?;
-    writeln!(text, "device     {}", report.device)?;
+    writeln!(text, "device     {} ({})", report.device, report.device_reason)?;
     for (index, gpu) in report.cuda.devices.iter().enumerate() {
         let (major, minor) = gpu.compute_capability;
         let memory = Bytes(gpu.memory_bytes);
