@@ -29,6 +29,7 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
 }
 
 
@@ -57,7 +58,9 @@ def main():
     for shape, peers in theirs.items():
         first, second = lookup(before, shape), lookup(after, shape)
         mine = (first + second) / 2
-        words = ", ".join(f"{name} {us:.1f} ({mine / us:.2f})" for name, us in peers.items() if us)
+        words = ", ".join(
+            f"{name} {us:.1f} ({mine / us:.2f})" if us else f"{name} not available" for name, us in peers.items()
+        )
         print(f"{shape:32} {first:10.1f} {second:10.1f}  {words}")
     if options.json:
         Path(options.json).write_text(json.dumps({"before": before, "theirs": theirs, "after": after}, indent=1))

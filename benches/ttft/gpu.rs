@@ -7,14 +7,16 @@ pub(crate) mod emulated;
 mod staged;
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
+use fastkv::backend::Backend;
 use fastkv::backend::cuda::{CudaBackend, CudaLauncher, probe};
-use fastkv::engine::{Control, Engine, PrefillOptions, Prompt};
+use fastkv::engine::{Control, Engine, EngineError, MemoryEstimate, MemoryOptions, PrefillOptions, Prompt};
 use fastkv::kernels::{DType, MatrixProduct};
 use fastkv::measure::{decode, median, prefill, prefill_flops, random_engine, random_prompts, shape};
-use fastkv::policy::{FastKv, GemFilter, Policy, SnapKv};
+use fastkv::policy::{FastKv, GemFilter, Plan, Policy, SnapKv};
 use serde::Serialize;
 
 use staged::{STAGES, Staged};
@@ -73,6 +75,16 @@ struct Report {
     weight_bytes: usize,
     stages: [&'static str; STAGES.len()],
     measured: Vec<Measured>,
+    skipped: Vec<Skipped>,
+}
+
+/// What does not fit into memory.
+#[derive(Serialize)]
+struct Skipped {
+    policy: &'static str,
+    batch: usize,
+    tokens: usize,
+    reason: String,
 }
 
 impl Case {
@@ -119,14 +131,22 @@ impl Setting {
 pub(crate) fn measure(device: CudaLauncher) -> Result<()> {
     let setting = Setting::from_environment()?;
     let name = probe::devices()?.devices.swap_remove(0).name;
-    let report = measure_all(device, name, &setting)?;
-    if let Some(path) = std::env::var_os("FASTKV_BENCH_JSON") {
-        std::fs::write(&path, serde_json::to_string_pretty(&report)?).with_context(|| format!("{path:?}"))?;
-    }
+    let path = std::env::var_os("FASTKV_BENCH_JSON");
+    measure_all(device, name, &setting, |report| match &path {
+        Some(path) => std::fs::write(path, serde_json::to_string_pretty(report)?)
+            .with_context(|| format!("{}", Path::new(path).display())),
+        None => Ok(()),
+    })?;
     Ok(())
 }
 
-fn measure_all<D: MatrixProduct + fmt::Debug>(device: D, name: String, setting: &Setting) -> Result<Report> {
+/// Measures every case that fits, and hands over what there is after each: the next one may end the program.
+fn measure_all<D: MatrixProduct + fmt::Debug>(
+    device: D,
+    name: String,
+    setting: &Setting,
+    mut save: impl FnMut(&Report) -> Result<()>,
+) -> Result<Report> {
     let backend = CudaBackend::new(Staged::new(device), &*name, DType::BF16)?;
     let config = shape(setting.shape).context(setting.shape)?;
     let engine = random_engine(backend, config, 1, |_| ())?;
@@ -145,20 +165,55 @@ fn measure_all<D: MatrixProduct + fmt::Debug>(device: D, name: String, setting: 
         "decode/s",
         STAGES.join(" / ")
     );
-    let mut measured = Vec::new();
+    let mut report =
+        Report { device: name, weight_bytes, stages: STAGES, measured: Vec::new(), skipped: Vec::new() };
     for case in &setting.cases {
         let mut full_s = None;
-        for policy in &setting.policies {
-            let line = measure_policy(&engine, setting, policy, *case, full_s)
-                .with_context(|| format!("{policy}, {case}"))?;
-            if *policy == "full" {
+        for name in &setting.policies {
+            let plan = policy(name).plan(engine.shape(), case.tokens)?;
+            if let Err(reason) = fits(&engine, weight_bytes, setting, *case, &plan) {
+                println!("{:5} {:7} {name:16} skipped: {reason}", case.batch, case.tokens);
+                let reason = reason.to_string();
+                report.skipped.push(Skipped { policy: name, batch: case.batch, tokens: case.tokens, reason });
+                continue;
+            }
+            let line = measure_policy(&engine, setting, name, *case, &plan, full_s)
+                .with_context(|| format!("{name}, {case}"))?;
+            if *name == "full" {
                 full_s = Some(line.ttft_s);
             }
             print(&line);
-            measured.push(line);
+            report.measured.push(line);
+            save(&report)?;
         }
     }
-    Ok(Report { device: name, weight_bytes, stages: STAGES, measured })
+    save(&report)?;
+    Ok(report)
+}
+
+/// Whether there is room for a case beside the weights, which are there.
+fn fits<D: MatrixProduct + fmt::Debug>(
+    engine: &Engine<Gpu<D>>,
+    weight_bytes: usize,
+    setting: &Setting,
+    case: Case,
+    plan: &Plan,
+) -> Result<(), EngineError> {
+    let backend = engine.backend();
+    let options = MemoryOptions::new(backend, weight_bytes as u64, setting.answer);
+    let estimate = MemoryEstimate::together(engine.config(), &vec![plan; case.batch], &options);
+    let free = backend.free_memory().unwrap_or(u64::MAX);
+    estimate.check(free.saturating_add(weight_bytes as u64))
+}
+
+fn policy(name: &str) -> Policy {
+    match name {
+        "fastkv" => Policy::FastKv(FastKv::proportional()),
+        "fastkv-constant" => Policy::FastKv(FastKv::constant()),
+        "snapkv" => Policy::SnapKv(SnapKv::default()),
+        "gemfilter" => Policy::GemFilter(GemFilter::default()),
+        _ => Policy::Full,
+    }
 }
 
 fn print(line: &Measured) {
@@ -186,22 +241,15 @@ fn measure_policy<D: MatrixProduct + fmt::Debug>(
     setting: &Setting,
     name: &'static str,
     case: Case,
+    plan: &Plan,
     full_s: Option<f64>,
 ) -> Result<Measured> {
-    let policy = match name {
-        "fastkv" => Policy::FastKv(FastKv::proportional()),
-        "fastkv-constant" => Policy::FastKv(FastKv::constant()),
-        "snapkv" => Policy::SnapKv(SnapKv::default()),
-        "gemfilter" => Policy::GemFilter(GemFilter::default()),
-        _ => Policy::Full,
-    };
     let Case { batch, tokens } = case;
-    let plan = policy.plan(engine.shape(), tokens)?;
     let backend = engine.backend();
     let ids = random_prompts(batch, tokens, engine.config().vocab_size, tokens as u64);
     let options = PrefillOptions { slack: setting.answer, ..PrefillOptions::default() };
     let control = Control::default();
-    let prompts: Vec<Prompt<'_>> = ids.iter().map(|ids| Prompt { ids, plan: &plan }).collect();
+    let prompts: Vec<Prompt<'_>> = ids.iter().map(|ids| Prompt { ids, plan }).collect();
     let prefill = || prefill(engine, &prompts, &options, &control);
     // Long prompts take their time; what a first run has to do beside is little there.
     if case.rows() <= 32_768 || name == "full" {
@@ -235,7 +283,7 @@ fn measure_policy<D: MatrixProduct + fmt::Debug>(
         true => decode(engine, &mut last, setting.answer, &control)?,
     };
     let full_plan = Policy::Full.plan(engine.shape(), tokens)?;
-    let [flops, of_full] = [&plan, &full_plan].map(|plan| prefill_flops(engine.config(), plan, true));
+    let [flops, of_full] = [plan, &full_plan].map(|plan| prefill_flops(engine.config(), plan, true));
     Ok(Measured {
         policy: name,
         batch,
