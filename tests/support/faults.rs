@@ -9,10 +9,10 @@ use std::rc::Rc;
 use fastkv::{
     abi,
     backend::cuda::CudaBackend,
-    engine::{Control, Engine, EngineError, PrefillOptions},
-    kernels::{DType, Device, Error, Launch, Launcher, Matmul, MatrixProduct, TensorMap},
+    engine::{Control, Engine, EngineError, GenerationOptions, PrefillOptions, Prompt, Turn},
+    kernels::{DType, Device, Error, Graph, Launch, Launcher, Matmul, MatrixProduct, TensorMap},
     model::ModelDir,
-    policy::{Budget, H2o, Plan, Policy, PolicyError, Saliency, Steering, Tsp},
+    policy::{AdaKv, Budget, FastKv, H2o, Plan, Policy, PolicyError, Saliency, Steering, Tsp},
 };
 
 use super::{
@@ -23,11 +23,20 @@ use super::{
 
 pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
     vec![
-        Check::portable("faults_of_memory", |device, seed| faults(device, seed, Fault::Memory)),
-        Check::portable("faults_of_launches", |device, seed| faults(device, seed, Fault::Launch)),
-        Check::portable("faults_of_lost_devices", |device, seed| faults(device, seed, Fault::Lost)),
-        Check::portable("faults_twice", |device, seed| faults(device, seed, Fault::Twice)),
+        Check::portable("faults_of_memory", |device, seed| faults(device, seed, Fault::Memory, alone)),
+        Check::portable("faults_of_launches", |device, seed| faults(device, seed, Fault::Launch, alone)),
+        Check::portable("faults_of_lost_devices", |device, seed| faults(device, seed, Fault::Lost, alone)),
+        Check::portable("faults_twice", |device, seed| faults(device, seed, Fault::Twice, alone)),
         Check::portable("faults_while_loading", loading),
+        Check::portable("faults_of_memory_in_batches", |device, seed| {
+            faults(device, seed, Fault::Memory, together)
+        }),
+        Check::portable("faults_of_launches_in_batches", |device, seed| {
+            faults(device, seed, Fault::Launch, together)
+        }),
+        Check::portable("faults_of_lost_devices_in_batches", |device, seed| {
+            faults(device, seed, Fault::Lost, together)
+        }),
     ]
 }
 
@@ -58,6 +67,8 @@ struct State {
     calls: Cell<usize>,
     /// Blocks that were not given back.
     live: Cell<usize>,
+    /// Whether something failed while it was captured.
+    captures: Cell<bool>,
 }
 
 impl<D> Faulty<D> {
@@ -160,6 +171,17 @@ impl<D: Device> Device for Faulty<D> {
 
     forward! { device after before: reserve upload download copy synchronize record elapsed_ms }
     forward! { device: free_memory }
+
+    unsafe fn capture(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), Error>,
+    ) -> Result<Option<Box<dyn Graph>>, Error> {
+        self.before("capture")?;
+        // SAFETY: the caller's promise.
+        let captured = unsafe { self.device.capture(work) };
+        self.state.captures.set(captured.is_err());
+        captured
+    }
 }
 
 impl<D: MatrixProduct> MatrixProduct for Faulty<D> {
@@ -168,18 +190,25 @@ impl<D: MatrixProduct> MatrixProduct for Faulty<D> {
 
 type Faulted<D> = Engine<CudaBackend<Faulty<D>>>;
 
+/// What an engine is made to do: numbers that are always the same, and a failure that it got over.
+type Outcome = Result<(Vec<f32>, Option<EngineError>), EngineError>;
+
 /// Seeds share the calls that fail.
-fn faults<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64, fault: Fault) -> Result<(), String> {
+fn faults<D: MatrixProduct + Clone + Debug>(
+    device: &D,
+    seed: u64,
+    fault: Fault,
+    work: fn(&Faulted<D>) -> Outcome,
+) -> Result<(), String> {
     let directory = tiny().write();
     let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
     let device = Faulty::new(device.clone());
     {
         let engine = load(&device, &model).map_err(|error| error.to_string())?;
-        let plan = plan(&engine).map_err(|error| error.to_string())?;
         // The first time something stays, such as the frequencies of rotations.
-        let (expected, _) = read(&engine, &plan).map_err(|error| error.to_string())?;
+        let (expected, _) = work(&engine).map_err(|error| error.to_string())?;
         device.fail(fault, usize::MAX);
-        read(&engine, &plan).map_err(|error| error.to_string())?;
+        work(&engine).map_err(|error| error.to_string())?;
         let calls = device.heal();
         let idle = device.state.live.get();
         // What is lost is lost in the same way everywhere.
@@ -187,8 +216,9 @@ fn faults<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64, fault: Fault)
         for at in (seed as usize % 4..calls).step_by(step) {
             let failed = |problem: String| format!("call {at} of {calls}: {problem}");
             device.fail(fault, at);
-            let outcome = read(&engine, &plan);
+            let outcome = work(&engine);
             let lost = device.is_lost();
+            let captures = device.state.captures.take();
             let live = device.state.live.get();
             device.heal();
             let message = match outcome {
@@ -196,6 +226,8 @@ fn faults<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64, fault: Fault)
                 // Behind a step that failed the same step works.
                 Ok((logits, Some(error))) if logits == expected => error.to_string(),
                 Ok((_, Some(error))) => return Err(failed(format!("{error}, and then other logits"))),
+                // What cannot be captured is done as it is.
+                Ok((numbers, None)) if captures && numbers == expected => continue,
                 Ok((_, None)) => return Err(failed("nothing failed".into())),
             };
             let words: &[&str] = match fault {
@@ -216,7 +248,7 @@ fn faults<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64, fault: Fault)
             }
             // A device that is lost stays so; here it is one that was only said to be.
             if !lost && at % 32 < 4 {
-                let (logits, _) = read(&engine, &plan).map_err(|error| failed(error.to_string()))?;
+                let (logits, _) = work(&engine).map_err(|error| failed(error.to_string()))?;
                 if logits != expected {
                     return Err(failed("other logits afterwards".into()));
                 }
@@ -283,12 +315,10 @@ fn plan<D: MatrixProduct + Clone + Debug>(engine: &Faulted<D>) -> Result<Plan, P
 
 /// Logits of a prompt and of a step. A step that fails is tried again, and its failure told: its cache is as it was, or
 /// known to be lost where some of it was evicted, or where the device failed again before it was as it had been.
-fn read<D: MatrixProduct + Clone + Debug>(
-    engine: &Faulted<D>,
-    plan: &Plan,
-) -> Result<(Vec<f32>, Option<EngineError>), EngineError> {
+fn alone<D: MatrixProduct + Clone + Debug>(engine: &Faulted<D>) -> Outcome {
     let control = Control::default();
-    let mut prefill = engine.prefill(&PROMPT, plan, &PrefillOptions::default(), &control)?;
+    let plan = plan(engine).expect("a plan of this model");
+    let mut prefill = engine.prefill(&PROMPT, &plan, &PrefillOptions::default(), &control)?;
     let mut logits = prefill.logits;
     let mut failure = None;
     logits.extend(match engine.append(&mut prefill.cache, &[3], &control) {
@@ -306,4 +336,27 @@ fn read<D: MatrixProduct + Clone + Debug>(
         logits => logits?,
     });
     Ok((logits, failure))
+}
+
+/// Answers to two prompts that are read and decoded together: steps of heads with lists of one length and of several, the
+/// later ones captured.
+fn together<D: MatrixProduct + Clone + Debug>(engine: &Faulted<D>) -> Outcome {
+    let control = Control::default();
+    let (retention, shape) = (Budget::Tokens(6), engine.shape());
+    let saliency = Saliency { window: 3, ..AdaKv::default().saliency };
+    let even = FastKv { saliency, retention, propagation: Budget::Tokens(8), ..FastKv::proportional() };
+    let uneven = AdaKv { saliency, retention, ..AdaKv::default() };
+    let readings = [(&PROMPT[..], Policy::FastKv(even)), (&PROMPT[3..], Policy::AdaKv(uneven))];
+    let plans = readings.each_ref().map(|(ids, policy)| policy.plan(shape, ids.len()).expect("a plan"));
+    let prompts = [0, 1].map(|prompt| Prompt { ids: readings[prompt].0, plan: &plans[prompt] });
+    let options = PrefillOptions { slack: 6, ..PrefillOptions::default() };
+    let mut prefills = engine.prefill_batch(&prompts, &options, &control)?;
+    let options = GenerationOptions { max_tokens: 5, ..GenerationOptions::default() };
+    let turns = prefills.iter_mut().map(|prefill| Turn {
+        cache: &mut prefill.cache,
+        logits: std::mem::take(&mut prefill.logits),
+        options: &options,
+    });
+    let answers = engine.generate_batch(turns.collect(), &control, |_, _| ())?;
+    Ok((answers.iter().flat_map(|answer| &answer.tokens).map(|token| *token as f32).collect(), None))
 }

@@ -28,6 +28,7 @@ pub(crate) mod probe;
 pub(crate) mod processors;
 pub(crate) mod random;
 pub(crate) mod recorder;
+pub(crate) mod replayed;
 #[cfg(feature = "pipeline")]
 pub(crate) mod reserve;
 pub(crate) mod scores;
@@ -84,6 +85,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         gather::checks(),
         llama::checks(),
         matmul::checks(),
+        replayed::checks(),
         scores::checks(),
         select::checks(),
         share::checks(),
