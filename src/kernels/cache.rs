@@ -74,17 +74,24 @@ pub(super) fn slots(name: &str, pages: i32, page_size: i32) -> Result<i32, Error
     })
 }
 
-/// Checks the lists, which are not none, and returns what K and V span.
-pub(super) fn check(
-    cache: &Cache,
-    width: u32,
-    dtype: DType,
-) -> Result<Vec<(&'static str, Range<u64>)>, Error> {
+/// The addresses of a cache, by their names.
+pub(super) struct Spans {
+    /// K and V, which may lie between each other. Empty where there is no entry.
+    pub(super) entries: Vec<(&'static str, Range<u64>)>,
+    /// Lengths and positions, which grow as lists do.
+    pub(super) state: [(&'static str, Range<u64>); 2],
+    /// What says where lists lie, which nothing writes.
+    pub(super) places: [(&'static str, Range<u64>); 3],
+}
+
+/// Checks the lists, which are not none, and returns what they span. Where they are `written` no two entries may be the
+/// same memory.
+pub(super) fn check(cache: &Cache, width: u32, dtype: DType, written: bool) -> Result<Spans, Error> {
     let lists = i128::from(cache.sequences) * i128::from(cache.heads);
     let capacity = i128::from(cache.capacity);
     let paged = cache.pages.table != 0;
-    let (rows, lengths) = if paged {
-        pages("cache.pages", &cache.pages, cache.sequences, ("cache.capacity", cache.capacity))?;
+    let (rows, lengths, table) = if paged {
+        let table = pages("cache.pages", &cache.pages, cache.sequences, ("cache.capacity", cache.capacity))?;
         for (what, address) in [("cache.starts", cache.starts), ("cache.capacities", cache.capacities)] {
             if address != 0 {
                 let value = format_args!("{address:#x}");
@@ -92,27 +99,33 @@ pub(super) fn check(
             }
         }
         let slots = i128::from(cache.pages.pages) * i128::from(cache.pages.page_size);
-        (slots * i128::from(cache.heads), i128::from(cache.sequences))
+        (slots * i128::from(cache.heads), i128::from(cache.sequences), table)
     } else {
         if cache.starts == 0 && i128::from(cache.rows) < lists * capacity {
             let expected =
                 format!("sequences * heads * capacity = {} or more where starts is absent", lists * capacity);
             return Err(Error::argument("cache.rows", cache.rows, expected));
         }
-        (cache.rows.into(), lists)
+        (cache.rows.into(), lists, 0..0)
     };
-    range("cache.lengths", cache.lengths, lengths, 4, Presence::Needed)?;
-    range("cache.starts", cache.starts, lists, 8, Presence::Optional)?;
-    range("cache.capacities", cache.capacities, lists, 4, Presence::Optional)?;
-    range("cache.positions", cache.positions, rows, 4, Presence::Optional)?;
+    let lengths = range("cache.lengths", cache.lengths, lengths, 4, Presence::Needed)?;
+    let starts = range("cache.starts", cache.starts, lists, 8, Presence::Optional)?;
+    let capacities = range("cache.capacities", cache.capacities, lists, 4, Presence::Optional)?;
+    let positions = range("cache.positions", cache.positions, rows, 4, Presence::Optional)?;
+    let mut spans = Spans {
+        entries: Vec::new(),
+        state: [("cache.lengths", lengths), ("cache.positions", positions)],
+        places: [("cache.starts", starts), ("cache.capacities", capacities), ("cache.pages.table", table)],
+    };
     if rows == 0 || capacity == 0 {
-        return Ok(Vec::new());
+        return Ok(spans);
     }
     let span = |name, tensor: &Rows| {
         let Cache { heads, pages: Pages { pages, page_size, .. }, .. } = *cache;
         if paged {
             let shape = Shape { sequences: pages, heads, tokens: page_size, width, dtype, packed: false };
-            return check::rows(name, tensor, shape);
+            let check = if written { check::rows_apart } else { check::rows };
+            return check(name, tensor, shape);
         }
         // There may be more rows than a token axis has: two of them show the stride.
         let shape = Shape { sequences: 1, heads: 1, tokens: rows.min(2) as i32, width, dtype, packed: false };
@@ -120,5 +133,6 @@ pub(super) fn check(
         let elements = (rows - 1) * i128::from(tensor.token_stride) + i128::from(width);
         range(name, tensor.base, elements, dtype.bytes(), Presence::Vectors)
     };
-    Ok(vec![("cache.k", span("cache.k", &cache.k)?), ("cache.v", span("cache.v", &cache.v)?)])
+    spans.entries = vec![("cache.k", span("cache.k", &cache.k)?), ("cache.v", span("cache.v", &cache.v)?)];
+    Ok(spans)
 }

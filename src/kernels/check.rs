@@ -75,6 +75,21 @@ pub(super) fn rows(name: &str, rows: &Rows, shape: Shape) -> Result<Range<u64>, 
     range(name, rows.base, elements, dtype.bytes(), Presence::Vectors)
 }
 
+/// Checks a tensor that is written, no two rows of which may be the same memory: threads would race for it.
+pub(super) fn rows_apart(name: &str, tensor: &Rows, shape: Shape) -> Result<Range<u64>, Error> {
+    let span = rows(name, tensor, shape)?;
+    let field = |field: &str| format!("{name}.{field}");
+    let [sequence, head, token] = [field("sequence_stride"), field("head_stride"), field("token_stride")];
+    let sequences = if shape.packed { 1 } else { shape.sequences };
+    let axes = [
+        (sequence.as_str(), tensor.sequence_stride, sequences.into()),
+        (head.as_str(), tensor.head_stride, shape.heads.into()),
+        (token.as_str(), tensor.token_stride, shape.tokens.into()),
+    ];
+    span_apart(axes, shape.width, "rows must not overlap")?;
+    Ok(span)
+}
+
 /// Checks a matrix `[rows, width]` of at least one row and returns the addresses it spans.
 pub(super) fn matrix(
     name: &str,

@@ -5,6 +5,8 @@
 //! for every step. A list is split by its own length alone and merged in a fixed order: its output is the
 //! same bit for bit, whatever else is in the batch and whatever the device.
 
+use std::ops::Range;
+
 use super::{
     DType, Error, Kernel, Launch, Launcher,
     batch::{self, Bias, Lengths},
@@ -71,19 +73,19 @@ pub struct Decode {
     /// Launches with the same counters follow one another. 0: they lie in the workspace, and every launch begins with
     /// a memset.
     pub counters: u64,
-    /// Address of scratch memory, a multiple of 256. What it holds does not matter.
+    /// Address of scratch memory, a multiple of 256. What it holds does not matter. May be 0 where none is needed.
     pub workspace: u64,
     /// Its size, at least [`decode_workspace`].
     pub workspace_bytes: usize,
 }
 
 /// Bytes of scratch memory that [`decode`] needs: what grows is 4 bytes x `head_dim` for each query row and
-/// each of up to 64 chunks of a list.
+/// each of up to 64 chunks of a list. None where [`Decode::counters`] are given and every list is one chunk.
 ///
 /// # Errors
 /// [`Error::Argument`] for sizes that cannot be right.
 pub fn decode_workspace(work: &Decode) -> Result<usize, Error> {
-    Ok(Split::of(work)?.workspace().bytes)
+    Ok(Split::of(work)?.workspace(work).bytes)
 }
 
 /// Counters that a launch of [`decode`] needs, 4 bytes each: one for every list and 16 of its query rows, and one more.
@@ -110,10 +112,8 @@ pub unsafe fn decode<D: Launcher + ?Sized>(device: &D, work: &Decode) -> Result<
     if split.lists == 0 {
         return Ok(());
     }
-    check_tensors(work, &split)?;
-    let Workspace { statistics, partials, bytes } = split.workspace();
-    range("counters", work.counters, split.counters().into(), 4, Presence::Optional)?;
-    check_workspace(work, bytes)?;
+    let Workspace { statistics, partials, bytes } = split.workspace(work);
+    check_tensors(work, &split, bytes)?;
 
     let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
     let params = DecodeParams {
@@ -216,10 +216,11 @@ impl Split {
         u64::from(self.lists) * u64::from(self.query_tiles) + 1
     }
 
-    fn workspace(&self) -> Workspace {
+    fn workspace(&self, work: &Decode) -> Workspace {
         // A list of one chunk is written out at once.
         let rows = if self.chunks > 1 { u64::from(self.items()) * u64::from(self.queries) } else { 0 };
-        let statistics = (4 * self.counters()).next_multiple_of(ALIGNMENT);
+        let counters = if work.counters == 0 { self.counters() } else { 0 };
+        let statistics = (4 * counters).next_multiple_of(ALIGNMENT);
         let partials = statistics + (8 * rows).next_multiple_of(ALIGNMENT);
         let bytes = partials + (4 * rows * u64::from(self.head_dim)).next_multiple_of(ALIGNMENT);
         Workspace { statistics, partials, bytes: bytes as usize }
@@ -272,7 +273,7 @@ fn kernel(dtype: DType, head_dim: u32, queries: u32) -> Kernel {
     }
 }
 
-fn check_tensors(work: &Decode, split: &Split) -> Result<(), Error> {
+fn check_tensors(work: &Decode, split: &Split, workspace_bytes: usize) -> Result<(), Error> {
     let cache = &work.cache;
     let Decode { head_dim: width, dtype, tokens, .. } = *work;
     let (sequences, tokens) = (cache.sequences, tokens as i32);
@@ -282,34 +283,43 @@ fn check_tensors(work: &Decode, split: &Split) -> Result<(), Error> {
     let appends = work.k_new.base != 0;
 
     let mut inputs = vec![("q", check::rows("q", &work.q, query_shape)?)];
+    let mut outputs = vec![("out", check::rows_apart("out", &work.out, query_shape)?)];
     if appends {
         inputs.push(("k_new", check::rows("k_new", &work.k_new, new_shape)?));
         inputs.push(("v_new", check::rows("v_new", &work.v_new, new_shape)?));
-        range("full", work.full, 1, 4, Presence::Needed)?;
+        outputs.push(("full", range("full", work.full, 1, 4, Presence::Needed)?));
         let news = i128::from(sequences) * i128::from(tokens);
         let presence = if cache.positions == 0 { Presence::Optional } else { Presence::Needed };
-        range("positions_new", work.positions_new, news, 4, presence)?;
+        inputs.push(("positions_new", range("positions_new", work.positions_new, news, 4, presence)?));
     }
-    // K and V may lie between each other, so they are only held against the rest.
-    let lists = cache::check(cache, width, dtype)?;
-    if appends {
-        lists.iter().try_for_each(|list| apart(std::slice::from_ref(list), &inputs))?;
-    }
-    inputs.extend(lists);
-    apart(&[("out", check::rows("out", &work.out, query_shape)?)], &inputs)?;
-
+    let cache::Spans { entries, state, places } = cache::check(cache, width, dtype, appends)?;
+    inputs.extend(places);
     let queries = i128::from(split.lists) * i128::from(split.group) * i128::from(tokens);
-    range("lse", work.lse, queries, 4, Presence::Optional)?;
+    outputs.push(("lse", range("lse", work.lse, queries, 4, Presence::Optional)?));
     batch::check_scale(work.scale)?;
     if let Some(bias) = work.bias {
         let keys = Lengths::dense(work.bias_positions);
         keys.check("bias_positions")?;
-        bias.check(sequences as u32, work.query_heads, keys, work.scale)?;
+        let [of_heads, of_keys] = bias.check(sequences as u32, work.query_heads, keys, work.scale)?;
+        inputs.extend([("bias.heads", of_heads), ("bias.keys", of_keys)]);
     }
-    Ok(())
+    let counters = range("counters", work.counters, split.counters().into(), 4, Presence::Optional)?;
+    outputs.extend([("counters", counters), ("workspace", check_workspace(work, workspace_bytes)?)]);
+    if appends {
+        // K and V may lie between each other, so they are only held against the rest.
+        entries.iter().try_for_each(|list| apart(std::slice::from_ref(list), &inputs))?;
+        outputs.extend(state);
+    } else {
+        inputs.extend(state);
+    }
+    inputs.extend(entries);
+    apart(&outputs, &inputs)
 }
 
-fn check_workspace(work: &Decode, bytes: usize) -> Result<(), Error> {
+fn check_workspace(work: &Decode, bytes: usize) -> Result<Range<u64>, Error> {
+    if bytes == 0 {
+        return Ok(0..0);
+    }
     if !work.workspace.is_multiple_of(ALIGNMENT) || work.workspace == 0 {
         let expected = format!("a device address, a multiple of {ALIGNMENT}");
         return Err(Error::argument("workspace", format_args!("{:#x}", work.workspace), expected));
@@ -317,5 +327,5 @@ fn check_workspace(work: &Decode, bytes: usize) -> Result<(), Error> {
     if work.workspace_bytes < bytes {
         return Err(Error::argument("workspace_bytes", work.workspace_bytes, format!("{bytes} or more")));
     }
-    range("workspace", work.workspace, bytes as i128, 1, Presence::Needed).map(drop)
+    range("workspace", work.workspace, bytes as i128, 1, Presence::Needed)
 }

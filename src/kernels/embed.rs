@@ -2,7 +2,7 @@
 
 use super::{
     DType, Error, Kernel, Launch, Launcher,
-    check::{Presence, count, disjoint, pieces, range},
+    check::{Presence, apart, count, pieces, range},
 };
 use crate::abi::{self, EmbedParams};
 
@@ -52,9 +52,8 @@ pub unsafe fn embed<D: Launcher + ?Sized>(device: &D, work: &Embed) -> Result<()
     let table = vectors("table", work.table, work.vocabulary, table_dtype)?;
     let out = vectors("out", work.out, rows, out_dtype)?;
     let ids = range("ids", work.ids, rows.into(), 4, Presence::Needed)?;
-    range("fault", work.fault, 1, 4, Presence::Optional)?;
-    disjoint("out", &out, "table", &table)?;
-    disjoint("out", &out, "ids", &ids)?;
+    let fault = range("fault", work.fault, 1, 4, Presence::Optional)?;
+    apart(&[("out", out), ("fault", fault)], &[("table", table), ("ids", ids)])?;
     let params = EmbedParams {
         table: work.table,
         ids: work.ids,

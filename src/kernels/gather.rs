@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{
     DType, Error, Kernel, Launch, Launcher, cache,
-    check::{self, MAX_GRID_YZ, Presence, Shape, count, disjoint, last, range, row_bytes},
+    check::{self, MAX_GRID_YZ, Presence, Shape, apart, count, disjoint, last, range, row_bytes},
 };
 use crate::abi::{
     self, Cache, CompactParams, GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Pages, Rows,
@@ -156,20 +156,27 @@ pub unsafe fn gather_kv<D: Launcher + ?Sized>(device: &D, work: &GatherKv) -> Re
     if is_empty(kept) {
         return Ok(());
     }
-    check_lists(kept)?;
-    let shape = kv_source_shape(work)?;
+    let mut inputs = check_lists(kept)?;
+    let (shape, table) = kv_source_shape(work)?;
+    inputs.push(("pages.table", table));
     let sources = [("k", check::rows("k", &work.k, shape)?), ("v", check::rows("v", &work.v, shape)?)];
-    let k_out = check_kv_out("k_out", work.k_out, work, row_bytes)?;
-    let v_out = check_kv_out("v_out", work.v_out, work, row_bytes)?;
+    inputs.push(("slots.slots", check_slots(work)?));
+    let outputs = [
+        ("k_out", check_kv_out("k_out", work.k_out, work, row_bytes)?),
+        ("v_out", check_kv_out("v_out", work.v_out, work, row_bytes)?),
+    ];
     // Which pages of a pool are whose is on the device.
     let one_pool = work.pages.table != 0 && work.slots.slots != 0;
-    for (name, source) in sources.into_iter().filter(|_| !one_pool) {
-        disjoint("k_out", &k_out, name, &source)?;
-        disjoint("v_out", &v_out, name, &source)?;
+    if !one_pool {
+        outputs.iter().try_for_each(|output| apart(std::slice::from_ref(output), &sources))?;
     }
     if work.slots.slots == 0 {
-        disjoint("v_out", &v_out, "k_out", &k_out)?;
+        disjoint("v_out", &outputs[1].1, "k_out", &outputs[0].1)?;
     }
+    outputs.iter().try_for_each(|output| apart(std::slice::from_ref(output), &inputs))?;
+    inputs.extend(sources);
+    inputs.extend(outputs);
+    apart(&[check_positions_out(kept, positions_out_places(work))?], &inputs)?;
 
     let lane_shift = lane_shift(row_bytes);
     let groups = abi::GATHER_KV_THREADS as u32 >> lane_shift;
@@ -224,10 +231,12 @@ pub unsafe fn gather_rows<D: Launcher + ?Sized>(device: &D, work: &GatherRows) -
     if is_empty(kept) {
         return Ok(());
     }
-    check_lists(kept)?;
-    let rows = check::rows("rows", &work.rows, source_shape(kept, work.width, work.dtype))?;
+    let lists = check_lists(kept)?;
+    let mut inputs =
+        vec![("rows", check::rows("rows", &work.rows, source_shape(kept, work.width, work.dtype))?)];
+    inputs.extend(lists);
     let out = check_out("out", work.out, kept, row_bytes)?;
-    disjoint("out", &out, "rows", &rows)?;
+    apart(&[("out", out), check_positions_out(kept, kept.out_rows.into())?], &inputs)?;
 
     let params = GatherRowsParams {
         kept: *kept,
@@ -278,13 +287,21 @@ pub unsafe fn compact<D: Launcher + ?Sized>(device: &D, work: &Compact) -> Resul
     }
     let indices = last(sequences, strides[0]) + last(heads, strides[1]) + i128::from(work.index_capacity);
     let presence = if work.index_capacity == 0 { Presence::Optional } else { Presence::Needed };
-    range("indices", work.indices, indices, 4, presence)?;
-    range("kept", work.kept, lists.into(), 4, Presence::Optional)?;
+    let mut inputs = vec![
+        ("indices", range("indices", work.indices, indices, 4, presence)?),
+        ("kept", range("kept", work.kept, lists.into(), 4, Presence::Optional)?),
+    ];
     let lengths_out = range("lengths_out", work.lengths_out, lists.into(), 4, Presence::Needed)?;
-    cache::check(&work.cache, work.head_dim, work.dtype)?;
-    let lengths = if work.cache.pages.table == 0 { lists } else { sequences as u32 };
-    let lengths = range("cache.lengths", work.cache.lengths, lengths.into(), 4, Presence::Needed)?;
-    disjoint("lengths_out", &lengths_out, "cache.lengths", &lengths)?;
+    let cache::Spans { entries, state, places } = cache::check(&work.cache, work.head_dim, work.dtype, true)?;
+    let [lengths, positions] = state;
+    inputs.push(lengths);
+    inputs.extend(places);
+    // K and V may lie between each other, so they are only held against the rest.
+    entries.iter().try_for_each(|list| apart(std::slice::from_ref(list), &inputs))?;
+    apart(std::slice::from_ref(&positions), &inputs)?;
+    inputs.push(positions);
+    inputs.extend(entries);
+    apart(&[("lengths_out", lengths_out)], &inputs)?;
 
     let params = CompactParams {
         cache: work.cache,
@@ -345,7 +362,8 @@ fn is_empty(kept: &Kept) -> bool {
     kept.sequences == 0 || kept.heads == 0 || kept.tokens == 0 || kept.capacity == 0 || kept.out_rows == 0
 }
 
-fn check_lists(kept: &Kept) -> Result<(), Error> {
+/// Checks the lists of what is kept, and returns what they span and what else is read of them.
+fn check_lists(kept: &Kept) -> Result<Vec<(&'static str, Range<u64>)>, Error> {
     let lists = i128::from(kept.sequences) * i128::from(kept.heads);
     let capacity = i128::from(kept.capacity);
     for (what, stride) in [
@@ -361,12 +379,17 @@ fn check_lists(kept: &Kept) -> Result<(), Error> {
         + capacity;
     let tokens = i128::from(kept.tokens);
     let positions = if kept.cu_seqlens == 0 { tokens * i128::from(kept.sequences) } else { tokens };
-    range("kept.indices", kept.indices, indices, 4, Presence::Needed)?;
-    range("kept.lengths", kept.lengths, lists, 4, Presence::Optional)?;
-    range("kept.starts", kept.starts, lists, 8, Presence::Optional)?;
-    range("kept.cu_seqlens", kept.cu_seqlens, i128::from(kept.sequences) + 1, 4, Presence::Optional)?;
-    range("kept.positions", kept.positions, positions, 4, Presence::Optional)?;
-    range("kept.positions_out", kept.positions_out, kept.out_rows.into(), 4, Presence::Optional)?;
+    let starts_of_sequences = i128::from(kept.sequences) + 1;
+    let read = vec![
+        ("kept.indices", range("kept.indices", kept.indices, indices, 4, Presence::Needed)?),
+        ("kept.lengths", range("kept.lengths", kept.lengths, lists, 4, Presence::Optional)?),
+        ("kept.starts", range("kept.starts", kept.starts, lists, 8, Presence::Optional)?),
+        (
+            "kept.cu_seqlens",
+            range("kept.cu_seqlens", kept.cu_seqlens, starts_of_sequences, 4, Presence::Optional)?,
+        ),
+        ("kept.positions", range("kept.positions", kept.positions, positions, 4, Presence::Optional)?),
+    ];
     if kept.starts == 0 && i128::from(kept.out_rows) < lists * capacity {
         return Err(Error::argument(
             "kept.out_rows",
@@ -374,7 +397,13 @@ fn check_lists(kept: &Kept) -> Result<(), Error> {
             format!("sequences * heads * capacity = {} or more where starts is absent", lists * capacity),
         ));
     }
-    Ok(())
+    Ok(read)
+}
+
+/// What receives so many positions.
+fn check_positions_out(kept: &Kept, places: i128) -> Result<(&'static str, Range<u64>), Error> {
+    let name = "kept.positions_out";
+    Ok((name, range(name, kept.positions_out, places, 4, Presence::Optional)?))
 }
 
 fn source_shape(kept: &Kept, width: u32, dtype: DType) -> Shape {
@@ -382,15 +411,43 @@ fn source_shape(kept: &Kept, width: u32, dtype: DType) -> Shape {
     Shape { sequences, heads, tokens, width, dtype, packed: kept.cu_seqlens != 0 }
 }
 
-/// The shape of K and V as they are stored.
-fn kv_source_shape(work: &GatherKv) -> Result<Shape, Error> {
+/// The shape of K and V as they are stored, and the addresses of the table of their pages.
+fn kv_source_shape(work: &GatherKv) -> Result<(Shape, Range<u64>), Error> {
     let GatherKv { kept, pages, .. } = work;
     let shape = source_shape(kept, work.head_dim, work.dtype);
     if pages.table == 0 {
-        return Ok(shape);
+        return Ok((shape, 0..0));
     }
     let names = ["kept.tokens", "kept.cu_seqlens"];
-    cache::in_pages(pages, shape, names, kept.cu_seqlens).map(|(stored, _)| stored)
+    cache::in_pages(pages, shape, names, kept.cu_seqlens)
+}
+
+/// Checks where rows of paged destinations go, and returns the addresses that say so.
+fn check_slots(GatherKv { kept, slots, .. }: &GatherKv) -> Result<Range<u64>, Error> {
+    if slots.slots == 0 {
+        return Ok(0..0);
+    }
+    for (what, size) in [("slots.pages", slots.pages), ("slots.page_size", slots.page_size)] {
+        if size <= 0 {
+            return Err(Error::argument(what, size, "1 or more where destinations are paged"));
+        }
+    }
+    cache::slots("slots", slots.pages, slots.page_size)?;
+    range("slots.slots", slots.slots, kept.out_rows.into(), 8, Presence::Needed)
+}
+
+/// Heads of a page of a destination.
+fn page_heads(GatherKv { kept, slots, .. }: &GatherKv) -> i32 {
+    if slots.head_stride == 0 { 1 } else { kept.heads }
+}
+
+/// Positions of all places that destinations have.
+fn positions_out_places(work: &GatherKv) -> i128 {
+    let Slots { slots, pages, page_size, .. } = work.slots;
+    if slots == 0 {
+        return work.kept.out_rows.into();
+    }
+    i128::from(pages) * i128::from(page_size) * i128::from(page_heads(work))
 }
 
 fn check_kv_out(name: &str, base: u64, work: &GatherKv, row_bytes: i32) -> Result<Range<u64>, Error> {
@@ -398,16 +455,6 @@ fn check_kv_out(name: &str, base: u64, work: &GatherKv, row_bytes: i32) -> Resul
     if slots.slots == 0 {
         return check_out(name, base, kept, row_bytes);
     }
-    for (what, size) in [("slots.pages", slots.pages), ("slots.page_size", slots.page_size)] {
-        if size <= 0 {
-            return Err(Error::argument(what, size, "1 or more where destinations are paged"));
-        }
-    }
-    let all = cache::slots("slots", slots.pages, slots.page_size)?;
-    range("slots.slots", slots.slots, kept.out_rows.into(), 8, Presence::Needed)?;
-    // A page of one head has a position for each slot.
-    let positions = i128::from(all) * if slots.head_stride == 0 { 1 } else { i128::from(kept.heads) };
-    range("kept.positions_out", kept.positions_out, positions, 4, Presence::Optional)?;
     let rows = Rows {
         base,
         sequence_stride: slots.page_stride,
@@ -416,11 +463,12 @@ fn check_kv_out(name: &str, base: u64, work: &GatherKv, row_bytes: i32) -> Resul
     };
     let shape = Shape {
         sequences: slots.pages,
+        heads: page_heads(work),
         tokens: slots.page_size,
         packed: false,
         ..source_shape(kept, work.head_dim, work.dtype)
     };
-    check::rows(name, &rows, shape)
+    check::rows_apart(name, &rows, shape)
 }
 
 fn check_out(name: &str, base: u64, kept: &Kept, row_bytes: i32) -> Result<Range<u64>, Error> {

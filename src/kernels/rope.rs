@@ -1,8 +1,10 @@
 //! Rotary position embedding (arXiv 2104.09864), fused with the append of K and V to a ragged cache.
 
+use std::ops::Range;
+
 use super::{
     DType, Error, Kernel, Launch, Launcher,
-    check::{self, MAX_GRID_YZ, Presence, Shape, count, disjoint, range},
+    check::{self, MAX_GRID_YZ, Presence, Shape, apart, count, range},
 };
 use crate::abi::{self, RopeParams, Rows};
 
@@ -127,22 +129,25 @@ pub unsafe fn rope<D: Launcher + ?Sized>(device: &D, work: &Rope) -> Result<(), 
         packed,
     };
     let positions = i128::from(all_tokens) * if packed { 1 } else { i128::from(sequences) };
-    range("cu_seqlens", work.cu_seqlens, i128::from(sequences) + 1, 4, Presence::Optional)?;
+    let mut spans = Spans::default();
+    let starts = i128::from(sequences) + 1;
+    spans.read("cu_seqlens", range("cu_seqlens", work.cu_seqlens, starts, 4, Presence::Optional)?);
     if all_tokens > 0 {
-        range("positions", work.positions, positions, 4, Presence::Needed)?;
-        let frequencies = i128::from(head_dim / 2);
-        range("inverse_frequencies", work.inverse_frequencies, frequencies, 4, Presence::Optional)?;
+        spans.read("positions", range("positions", work.positions, positions, 4, Presence::Needed)?);
+        let (frequencies, count) = (work.inverse_frequencies, i128::from(head_dim / 2));
+        let frequencies = range("inverse_frequencies", frequencies, count, 4, Presence::Optional)?;
+        spans.read("inverse_frequencies", frequencies);
     }
-    let mut queries = 0..0;
+    // In place, a thread reads its own elements before it writes them, and keys may lie between the queries.
+    let in_place = q == q_out;
     if query_heads > 0 && all_tokens > 0 {
-        queries = check::rows("q_out", &q_out, shape(query_heads))?;
-        // In place, a thread reads its own elements before it writes them.
-        if q != q_out {
-            disjoint("q_out", &queries, "q", &check::rows("q", &q, shape(query_heads))?)?;
+        spans.written.push(("q_out", check::rows_apart("q_out", &q_out, shape(query_heads))?));
+        if !in_place {
+            spans.read("q", check::rows("q", &q, shape(query_heads))?);
         }
     }
     if let Some(append) = work.append.filter(|append| append.kv_heads > 0) {
-        check_append(&append, shape(kv_heads), sequences, &queries)?;
+        check_append(&append, shape(kv_heads), sequences, &mut spans)?;
         params = RopeParams {
             k: append.k,
             v: append.v,
@@ -159,6 +164,7 @@ pub unsafe fn rope<D: Launcher + ?Sized>(device: &D, work: &Rope) -> Result<(), 
     if all_tokens == 0 && params.lengths_out == 0 {
         return Ok(());
     }
+    spans.apart(in_place)?;
     let tiles = work.tokens.div_ceil(abi::ROPE_TOKENS as u32).max(1);
     // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
     unsafe {
@@ -176,33 +182,50 @@ pub unsafe fn rope<D: Launcher + ?Sized>(device: &D, work: &Rope) -> Result<(), 
 /// Above every model there is, and low enough that a kernel counts the pieces of a tile in 32 bits.
 const MAX_HEADS: u32 = 1 << 16;
 
-fn check_append(
-    append: &Append,
-    shape: Shape,
-    sequences: i32,
-    queries: &std::ops::Range<u64>,
-) -> Result<(), Error> {
+/// What a rotation reads, its keys and values apart, and what it writes.
+#[derive(Default)]
+struct Spans {
+    read: Vec<(&'static str, Range<u64>)>,
+    entries: Vec<(&'static str, Range<u64>)>,
+    written: Vec<(&'static str, Range<u64>)>,
+}
+
+impl Spans {
+    fn read(&mut self, name: &'static str, span: Range<u64>) {
+        self.read.push((name, span));
+    }
+
+    /// That nothing written overlaps anything else, queries in place among keys and values excepted.
+    fn apart(self, in_place: bool) -> Result<(), Error> {
+        let Self { read, entries, written } = self;
+        apart(&written, &read)?;
+        let reaches_entries = |name: &str| !(in_place && name == "q_out");
+        let beside: Vec<_> = written.into_iter().filter(|(name, _)| reaches_entries(name)).collect();
+        apart(&beside, &entries)
+    }
+}
+
+fn check_append(append: &Append, shape: Shape, sequences: i32, spans: &mut Spans) -> Result<(), Error> {
     let lists = i128::from(sequences) * i128::from(shape.heads);
-    range("starts", append.starts, lists, 8, Presence::Needed)?;
-    let lengths = range("lengths", append.lengths, lists, 4, Presence::Optional)?;
+    spans.read("starts", range("starts", append.starts, lists, 8, Presence::Needed)?);
+    spans.read("lengths", range("lengths", append.lengths, lists, 4, Presence::Optional)?);
     let lengths_out = range("lengths_out", append.lengths_out, lists, 4, Presence::Optional)?;
-    disjoint("lengths_out", &lengths_out, "lengths", &lengths)?;
+    spans.written.push(("lengths_out", lengths_out));
     if i64::try_from(append.out_rows).is_err() {
         return Err(Error::argument("out_rows", append.out_rows, format!("at most {}", i64::MAX)));
     }
-    range("positions_out", append.positions_out, append.out_rows.into(), 4, Presence::Optional)?;
+    let rows = append.out_rows.into();
+    let positions_out = range("positions_out", append.positions_out, rows, 4, Presence::Optional)?;
+    spans.written.push(("positions_out", positions_out));
     if shape.tokens == 0 || append.out_rows == 0 {
         return Ok(());
     }
     let elements = i128::from(append.out_rows) * i128::from(shape.width);
     let cache = |what, base| range(what, base, elements, shape.dtype.bytes(), Presence::Vectors);
-    let outputs = [("k_out", cache("k_out", append.k_out)?), ("v_out", cache("v_out", append.v_out)?)];
-    let sources = [("k", check::rows("k", &append.k, shape)?), ("v", check::rows("v", &append.v, shape)?)];
-    for (name, output) in &outputs {
-        for (source_name, source) in &sources {
-            disjoint(name, output, source_name, source)?;
-        }
-        disjoint(name, output, "q_out", queries)?;
-    }
-    disjoint("v_out", &outputs[1].1, "k_out", &outputs[0].1)
+    spans
+        .written
+        .extend([("k_out", cache("k_out", append.k_out)?), ("v_out", cache("v_out", append.v_out)?)]);
+    spans.entries =
+        vec![("k", check::rows("k", &append.k, shape)?), ("v", check::rows("v", &append.v, shape)?)];
+    Ok(())
 }

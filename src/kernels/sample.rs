@@ -2,7 +2,7 @@
 
 use super::{
     DType, Error, Kernel, Launch, Launcher,
-    check::{Presence, count, matrix, range},
+    check::{Presence, apart, count, matrix, range},
 };
 use crate::abi::{self, Rows, SampleParams};
 
@@ -18,7 +18,7 @@ pub struct Sample {
     pub logits: Rows,
     /// Address of `[rows]` of [`abi::Draw`]. 0: the most likely token of every row.
     pub draws: u64,
-    /// Address of i32 `[rows]`: receives the tokens; -1 where every logit is NaN.
+    /// Address of i32 `[rows]`: receives the tokens; -1 where every logit is NaN. Apart from the rest.
     pub tokens: u64,
     /// Rows of logits.
     pub rows: u32,
@@ -48,12 +48,12 @@ pub unsafe fn sample<D: Launcher + ?Sized>(device: &D, work: &Sample) -> Result<
     if count("rows", rows)? == 0 {
         return Ok(());
     }
-    matrix("logits", &logits, [rows, vocabulary], dtype)?;
+    let mut inputs = vec![("logits", matrix("logits", &logits, [rows, vocabulary], dtype)?)];
     if draws != 0 {
         // A draw is one vector.
-        range("draws", draws, i128::from(rows) * 4, 4, Presence::Vectors)?;
+        inputs.push(("draws", range("draws", draws, i128::from(rows) * 4, 4, Presence::Vectors)?));
     }
-    range("tokens", tokens, rows.into(), 4, Presence::Needed)?;
+    apart(&[("tokens", range("tokens", tokens, rows.into(), 4, Presence::Needed)?)], &inputs)?;
     let params = SampleParams { logits, draws, tokens, vocabulary: vocabulary as i32, dtype: dtype.number() };
     // SAFETY: the struct is this kernel's, and the caller vouches for the addresses in it.
     unsafe {

@@ -38,6 +38,9 @@ proptest! {
         let least = lists * padded * chunks * (u64::from(head_dim) + 2) * 4;
         prop_assert!(bytes.is_multiple_of(256) && bytes > least);
         prop_assert!(bytes <= least + 4 * lists * padded.div_ceil(8) + 4 * 256);
+        let without_counters = decode_workspace(&Decode { counters: 4096, ..work }).unwrap() as u64;
+        let counters = 4 * decode_counters(&work).unwrap() as u64;
+        prop_assert_eq!(without_counters, bytes - counters.next_multiple_of(256));
     }
 }
 
@@ -57,7 +60,7 @@ fn fills_its_params() {
         v_new: step().v_new,
         out: step().out,
         positions_new: 4096,
-        full: 4096,
+        full: 1 << 17,
         finished: workspace,
         statistics: workspace + 256,
         partials: workspace + 256 + 16 * 64 * 8 * 8,
@@ -84,8 +87,21 @@ fn counters_of_the_caller_are_not_cleared() {
         (recorder.fills(), params.finished)
     };
     assert_eq!(fills(0), (vec![(1 << 55, 4 * 17)], 1 << 55));
-    assert_eq!(fills(4096), (vec![], 4096));
+    assert_eq!(fills(1 << 18), (vec![], 1 << 18));
     assert_eq!(decode_counters(&step()).unwrap(), 17);
+}
+
+/// Counters of the caller leave the workspace to what chunks leave, which is nothing where a list is one of them.
+#[test]
+fn a_list_of_one_chunk_needs_no_workspace() {
+    let bytes = |work: Decode| decode_workspace(&work).unwrap();
+    let counters = 1 << 18;
+    assert_eq!((bytes(step()), bytes(Decode { counters, ..step() })), (4_260_096, 4_259_840));
+    let short = Decode { cache: Cache { capacity: 63, ..step().cache }, ..step() };
+    assert_eq!((bytes(short), bytes(Decode { counters, ..short })), (256, 0));
+    launched(&Decode { counters, workspace: 0, ..short });
+    let message = "workspace is 0x0; it must be a device address, a multiple of 256";
+    Recorder::refuses(decode, short, |work| work.workspace = 0, message);
 }
 
 #[test]
@@ -196,6 +212,18 @@ fn refuses() {
         |w| w.out.base = w.q.base,
         "out is 0x1000000000000..0x1000000004000; it must be apart from q, 0x1000000000000..0x1000000004000",
     );
+    refuses(
+        |w| w.out.head_stride = 64,
+        "out.head_stride is 64; it must be 128 or more: rows must not overlap",
+    );
+    refuses(
+        |w| w.out.sequence_stride = 2048,
+        "out.sequence_stride is 2048; it must be 4096 or more: rows must not overlap",
+    );
+    refuses(
+        |w| (w.tokens, w.out.token_stride) = (2, 128),
+        "out.token_stride is 128; it must be 4096 or more: rows must not overlap",
+    );
     refuses(|w| w.counters = 6, "counters is 0x6; it must be a device address, a multiple of 4");
     refuses(|w| w.workspace = 128, "workspace is 0x80; it must be a device address, a multiple of 256");
     refuses(|w| w.workspace_bytes = 4, "workspace_bytes is 4; it must be 4260096 or more");
@@ -206,6 +234,64 @@ fn refuses() {
     refuses(
         |w| w.bias = Some(Bias { key_stride: 3, ..bias() }),
         "bias.key_stride is 3; it must be 4 or more: a bit for each of 100 keys",
+    );
+}
+
+#[test]
+fn refuses_what_is_not_apart() {
+    let refuses = |change: fn(&mut Decode), message: &str| Recorder::refuses(decode, step(), change, message);
+    refuses(
+        |w| w.lse = w.out.base,
+        "lse is 0x8000000000000..0x8000000000100; it must be apart from out, \
+         0x8000000000000..0x8000000004000",
+    );
+    refuses(
+        |w| (w.lse, w.k_new) = (w.cache.lengths, Rows::default()),
+        "lse is 0x10000..0x10100; it must be apart from cache.lengths, 0x10000..0x10040",
+    );
+    refuses(
+        |w| w.full = w.q.base,
+        "full is 0x1000000000000..0x1000000000004; it must be apart from q, 0x1000000000000..0x1000000004000",
+    );
+    refuses(
+        |w| w.full = w.positions_new,
+        "full is 0x1000..0x1004; it must be apart from positions_new, 0x1000..0x1008",
+    );
+    refuses(
+        |w| w.bias = Some(Bias { keys: w.full, ..bias() }),
+        "full is 0x20000..0x20004; it must be apart from bias.keys, 0x20000..0x20020",
+    );
+    refuses(
+        |w| w.full = w.cache.lengths,
+        "cache.lengths is 0x10000..0x10040; it must be apart from full, 0x10000..0x10004",
+    );
+    refuses(
+        |w| w.cache.lengths = w.cache.starts + 8,
+        "cache.lengths is 0x1008..0x1048; it must be apart from cache.starts, 0x1000..0x1080",
+    );
+    refuses(
+        |w| w.cache.positions = w.positions_new,
+        "cache.positions is 0x1000..0x62a80; it must be apart from positions_new, 0x1000..0x1008",
+    );
+    refuses(
+        |w| w.counters = w.cache.k.base,
+        "counters is 0x10000000000000..0x10000000000044; it must be apart from cache.k, \
+         0x10000000000000..0x1000000186a000",
+    );
+    refuses(
+        |w| w.counters = w.workspace + 256,
+        "workspace is 0x80000000000000..0x80000000410000; it must be apart from counters, \
+         0x80000000000100..0x80000000000144",
+    );
+    refuses(
+        |w| w.workspace = w.cache.v.base,
+        "workspace is 0x20000000000000..0x20000000410100; it must be apart from cache.v, \
+         0x20000000000000..0x2000000186a000",
+    );
+    refuses(
+        |w| w.workspace = w.out.base,
+        "workspace is 0x8000000000000..0x8000000410100; it must be apart from out, \
+         0x8000000000000..0x8000000004000",
     );
 }
 
@@ -231,7 +317,34 @@ fn refuses_pages() {
     );
     refuses(|c| c.starts = 4096, "cache.starts is 0x1000; it must be 0 where the cache is paged");
     refuses(|c| c.capacities = 4096, "cache.capacities is 0x1000; it must be 0 where the cache is paged");
+    refuses(
+        |c| c.k.head_stride = 64,
+        "cache.k.head_stride is 64; it must be 128 or more: rows must not overlap",
+    );
+    refuses(
+        |c| c.v.token_stride = 512,
+        "cache.v.token_stride is 512; it must be 1024 or more: rows must not overlap",
+    );
+    refuses(
+        |c| c.v.sequence_stride = 15 * 1024,
+        "cache.v.sequence_stride is 15360; it must be 16384 or more: rows must not overlap",
+    );
     refuses(|c| c.pages.table = 2, "cache.pages.table is 0x2; it must be a device address, a multiple of 4");
+}
+
+/// Rows that are read alone may be the same; axes of one element have no stride, and heads may lie outside tokens.
+#[test]
+fn strides_that_do_no_harm() {
+    let cache = paged();
+    let shared = Cache { k: Rows { head_stride: 0, ..cache.k }, ..cache };
+    launched(&Decode { cache: shared, k_new: Rows::default(), v_new: Rows::default(), ..step() });
+    let rows = |base| Rows::head_major(base, 8, 16, 128);
+    launched(&Decode { cache: Cache { k: rows(1 << 52), v: rows(1 << 53), ..cache }, ..step() });
+    // A page of one head; K and V take turns.
+    let rows = |base| Rows { base, sequence_stride: 2 * 16 * 128, head_stride: 0, token_stride: 128 };
+    let (k, v) = (rows(1 << 52), rows((1 << 52) + 2 * 16 * 128));
+    let cache = Cache { k, v, sequences: 16, heads: 1, ..cache };
+    launched(&Decode { cache, query_heads: 4, out: Rows::token_major(1 << 51, 1, 4, 128), ..step() });
 }
 
 /// Rows of keys, values, queries and results lie so that no two lanes of a request want the same bank at
@@ -298,7 +411,7 @@ fn step() -> Decode {
             k: Rows { token_stride: 128, ..heads(1 << 52, 0) },
             v: Rows { token_stride: 128, ..heads(1 << 53, 0) },
             starts: 4096,
-            lengths: 4096,
+            lengths: 1 << 16,
             rows: 100_000,
             capacity: 100_000,
             sequences: 2,
@@ -311,7 +424,7 @@ fn step() -> Decode {
         out: heads(1 << 51, 32),
         positions_new: 4096,
         lse: 0,
-        full: 4096,
+        full: 1 << 17,
         bias: None,
         bias_positions: 100,
         scale: 0.125,

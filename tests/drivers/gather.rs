@@ -160,6 +160,68 @@ fn gather_kv_refuses() {
     );
 }
 
+#[test]
+fn gather_kv_refuses_what_is_not_apart() {
+    let refuses = |change: fn(&mut gather::GatherKv), message: &str| {
+        Recorder::refuses(gather::gather_kv, kv(), change, message)
+    };
+    refuses(
+        |w| (w.kept.indices, w.k_out) = (1 << 30, 1 << 30),
+        "k_out is 0x40000000..0x40032000; it must be apart from kept.indices, 0x40000000..0x40000c80",
+    );
+    refuses(
+        |w| w.kept.positions_out = w.kept.indices,
+        "kept.positions_out is 0x1000..0x1c80; it must be apart from kept.indices, 0x1000..0x1c80",
+    );
+    refuses(
+        |w| (w.kept.positions, w.kept.positions_out) = (1 << 30, 1 << 30),
+        "kept.positions_out is 0x40000000..0x40000c80; it must be apart from kept.positions, \
+         0x40000000..0x40000fa0",
+    );
+    refuses(
+        |w| (w.k.base, w.kept.positions_out) = (1 << 40, 1 << 40),
+        "kept.positions_out is 0x10000000000..0x10000000c80; it must be apart from k, \
+         0x10000000000..0x100001f4000",
+    );
+    refuses(
+        |w| w.kept.positions_out = w.k_out,
+        "kept.positions_out is 0x4000000000000..0x4000000000c80; it must be apart from k_out, \
+         0x4000000000000..0x4000000032000",
+    );
+    // A position for each slot of all pages.
+    refuses(
+        |w| {
+            w.slots = Slots { slots: 1 << 30, ..slots() };
+            w.kept.positions_out = (1 << 30) - 51_196;
+        },
+        "kept.positions_out is 0x3fff3804..0x40000004; it must be apart from slots.slots, \
+         0x40000000..0x40001900",
+    );
+}
+
+#[test]
+fn paged_destinations_refuse() {
+    let refuses = |change: fn(&mut Slots), message: &str| {
+        let work = gather::GatherKv { slots: slots(), ..kv() };
+        Recorder::refuses(gather::gather_kv, work, |work| change(&mut work.slots), message);
+    };
+    refuses(|s| s.head_stride = 64, "k_out.head_stride is 64; it must be 128 or more: rows must not overlap");
+    refuses(
+        |s| s.slot_stride = 512,
+        "k_out.token_stride is 512; it must be 1024 or more: rows must not overlap",
+    );
+    refuses(
+        |s| s.page_stride = 15 * 1024,
+        "k_out.sequence_stride is 15360; it must be 16384 or more: rows must not overlap",
+    );
+    // Pages of one head have no stride of heads, and are as dense as they can be.
+    let slots = Slots { page_stride: 16 * 128, head_stride: 0, slot_stride: 128, ..slots() };
+    let recorder = Recorder::default();
+    // SAFETY: the recorder touches no memory.
+    unsafe { gather::gather_kv(&recorder, &gather::GatherKv { slots, ..kv() }) }.unwrap();
+    assert_eq!(recorder.launches().len(), 1);
+}
+
 /// Pages of K and V may take turns, as engines lay them out.
 #[test]
 fn paged_destinations_may_interleave() {
@@ -178,6 +240,11 @@ fn gather_rows_refuses() {
     refuses(|w| w.width = 4, "width is 4; it must be a multiple of 8 from 8 to 536870912 for BF16");
     refuses(|w| w.kept.heads = 8, "kept.heads is 8; it must be 1: hidden states have no heads");
     refuses(|w| w.kept.sequences = 65_536, "kept.sequences is 65536; it must be at most 65535");
+    refuses(
+        |w| w.kept.positions_out = w.out,
+        "kept.positions_out is 0x4000000000000..0x4000000000190; it must be apart from out, \
+         0x4000000000000..0x40000000c8000",
+    );
     refuses(|w| w.out = w.rows.base, "out is 0x1000..0xc9000; it must be apart from rows, 0x1000..0x7d1000");
 }
 
@@ -248,6 +315,14 @@ fn compact_launches_and_refuses() {
     refuses(|w| w.kept = 2, "kept is 0x2; it must be a device address, a multiple of 4");
     refuses(|w| w.lengths_out = 0, "lengths_out is 0x0; it must be a device address, a multiple of 4");
     refuses(
+        |w| w.lengths_out = w.indices,
+        "lengths_out is 0x1000..0x1020; it must be apart from indices, 0x1000..0x1640",
+    );
+    refuses(
+        |w| w.cache.positions = w.indices,
+        "cache.positions is 0x1000..0x1c80; it must be apart from indices, 0x1000..0x1640",
+    );
+    refuses(
         |w| w.lengths_out = w.cache.lengths + 28,
         "lengths_out is 0x10001c..0x10003c; it must be apart from cache.lengths, 0x100000..0x100020",
     );
@@ -258,6 +333,14 @@ fn compact_launches_and_refuses() {
     refuses(
         |w| w.cache.k.token_stride = 64,
         "cache.k.token_stride is 64; it must be 128 or more: rows must not overlap",
+    );
+    refuses(
+        |w| {
+            w.cache.pages = Pages { table: 4096, table_pages: 7, pages: 100, page_size: 16, reserved: 0 };
+            (w.cache.k, w.cache.v) =
+                (Rows::token_major(1 << 50, 16, 4, 128), Rows::token_major(1 << 51, 16, 8, 128));
+        },
+        "cache.k.token_stride is 512; it must be 1024 or more: rows must not overlap",
     );
     refuses(
         |w| w.cache.positions = 2,

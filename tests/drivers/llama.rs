@@ -114,12 +114,15 @@ fn elementwise_refuses() {
         |w: &mut Add| w.y.token_stride = 4092 =>
             "y.token_stride is 4092; it must be 0 or a positive multiple of 8 for BF16 (16 bytes)",
         |w: &mut Add| w.y.token_stride = 4088 => "y.token_stride is 4088; it must be 4096 or more: rows must not overlap",
+        |w: &mut Add| w.x.token_stride = 4088 => "x.token_stride is 4088; it must be 4096 or more: rows must not overlap",
         |w: &mut Add| w.y.base = w.x.base + 16 =>
             "x is 0x10000000000..0x10000fa0000; it must be apart from y, 0x10000000010..0x100007d0010",
     );
     refuses!(
         activation::convert, convert(),
         |w: &mut Convert| w.width = 4 => &format!("width is 4; it must be {WIDTHS}"),
+        |w: &mut Convert| w.out.token_stride = 4088 =>
+            "out.token_stride is 4088; it must be 4096 or more: rows must not overlap",
         |w: &mut Convert| w.out = w.x =>
             "out is 0x10000000000..0x100007d0000; it must be apart from x, 0x10000000000..0x10000fa0000",
     );
@@ -127,6 +130,8 @@ fn elementwise_refuses() {
         activation::silu_mul, silu_mul(),
         |w: &mut SiluMul| w.width = 4 => &format!("width is 4; it must be {WIDTHS}"),
         |w: &mut SiluMul| w.up.base = 0 => "up is 0x0; it must be a device address, a multiple of 16",
+        |w: &mut SiluMul| w.out.token_stride = 8 =>
+            "out.token_stride is 8; it must be 14336 or more: rows must not overlap",
         |w: &mut SiluMul| w.out.base += 16 =>
             "out is 0x10000000010..0x10001b58010; it must be apart from gate, 0x10000000000..0x10001b58000",
         |w: &mut SiluMul| w.out.token_stride += 8 =>
@@ -177,6 +182,10 @@ fn embed_refuses() {
         |w: &mut Embed| w.table = 0 => "table is 0x0; it must be a device address, a multiple of 16",
         |w: &mut Embed| w.ids = 2 => "ids is 0x2; it must be a device address, a multiple of 4",
         |w: &mut Embed| w.fault = 2 => "fault is 0x2; it must be a device address, a multiple of 4",
+        |w: &mut Embed| w.fault = w.ids =>
+            "fault is 0x100000..0x100004; it must be apart from ids, 0x100000..0x100028",
+        |w: &mut Embed| w.fault = w.out =>
+            "fault is 0x20000000000..0x20000000004; it must be apart from out, 0x20000000000..0x20000028000",
         |w: &mut Embed| w.out = w.table + (1 << 29) =>
             "out is 0x10020000000..0x10020028000; it must be apart from table, 0x10000000000..0x1003ea00000",
     );
@@ -223,6 +232,8 @@ fn rms_norm_refuses() {
         |w: &mut RmsNorm| w.epsilon = f32::NAN => "epsilon is NaN; it must be a number from 0 up",
         |w: &mut RmsNorm| w.epsilon = f32::INFINITY => "epsilon is inf; it must be a number from 0 up",
         |w: &mut RmsNorm| w.weight = 8 => "weight is 0x8; it must be a device address, a multiple of 16",
+        |w: &mut RmsNorm| w.out.token_stride = 8 =>
+            "out.token_stride is 8; it must be 4096 or more: rows must not overlap",
         |w: &mut RmsNorm| w.out = w.x =>
             "out is 0x10000000000..0x100007d0000; it must be apart from x, 0x10000000000..0x10000fa0000",
         |w: &mut RmsNorm| w.out.base = w.weight =>
@@ -327,6 +338,21 @@ fn rope_launches() {
     assert_eq!(launched(|device| unsafe { rope::rope(device, &work) }).grid, [251, 3, 1]);
 }
 
+/// Queries, keys and values of a token side by side.
+fn among_keys() -> Rope {
+    let view = |first: u64| Rows { base: (1 << 40) + 256 * first, ..Rows::packed(0, 48, 128) };
+    let append = Append { k: view(32), v: view(40), ..append() };
+    Rope { q: view(0), q_out: view(0), append: Some(append), ..rotation() }
+}
+
+/// In place, queries may lie between keys and values.
+#[test]
+fn rope_launches_among_keys() {
+    // SAFETY: the recorder touches no memory.
+    let launch = launched(|device| unsafe { rope::rope(device, &among_keys()) });
+    assert_eq!(launch.grid, [251, 3, 1]);
+}
+
 #[test]
 fn rope_refuses() {
     const HEAD_DIMS: &str = "a multiple of 16 from 16 to 256";
@@ -349,6 +375,14 @@ fn rope_refuses() {
         |w: &mut Rope| w.cu_seqlens = 2 => "cu_seqlens is 0x2; it must be a device address, a multiple of 4",
         |w: &mut Rope| w.q_out.base += 16 =>
             "q_out is 0x10000000010..0x10000fa0010; it must be apart from q, 0x10000000000..0x10000fa0000",
+        |w: &mut Rope| w.q_out.head_stride = 64 =>
+            "q_out.head_stride is 64; it must be 128 or more: rows must not overlap",
+        |w: &mut Rope| w.q_out.token_stride = 31 * 128 =>
+            "q_out.token_stride is 3968; it must be 4096 or more: rows must not overlap",
+        |w: &mut Rope| {
+            (w.cu_seqlens, w.tokens) = (0, 700);
+            w.q_out = Rows { sequence_stride: 699 * 4096, ..Rows::token_major(1 << 50, 700, 32, 128) };
+        } => "q_out.sequence_stride is 2863104; it must be 2867200 or more: rows must not overlap",
         |w: &mut Rope| w.q.sequence_stride = 8 =>
             "q.sequence_stride is 8; it must be 0 where cu_seqlens packs the sequences along the token axis",
         |w: &mut Rope| appended(w).starts = 0 => "starts is 0x0; it must be a device address, a multiple of 8",
@@ -366,6 +400,19 @@ fn rope_refuses() {
             "k_out is 0x40000000000..0x4000186a000; it must be apart from v, 0x40000000000..0x400003e8000",
         |w: &mut Rope| appended(w).v_out = 1 << 40 =>
             "v_out is 0x10000000000..0x1000186a000; it must be apart from q_out, 0x10000000000..0x10000fa0000",
+        |w: &mut Rope| appended(w).positions_out = w.positions =>
+            "positions_out is 0x100000..0x161a80; it must be apart from positions, 0x100000..0x101f40",
+        |w: &mut Rope| appended(w).positions_out = 1 << 23 =>
+            "positions_out is 0x800000..0x861a80; it must be apart from starts, 0x800000..0x8000c0",
+        |w: &mut Rope| appended(w).positions_out = 1 << 25 =>
+            "positions_out is 0x2000000..0x2061a80; it must be apart from lengths_out, 0x2000000..0x2000060",
+        |w: &mut Rope| appended(w).positions_out = 1 << 41 =>
+            "positions_out is 0x20000000000..0x20000061a80; it must be apart from k, 0x20000000000..0x200003e8000",
+        |w: &mut Rope| appended(w).positions_out = 1 << 43 =>
+            "k_out is 0x80000000000..0x8000186a000; it must be apart from positions_out, \
+             0x80000000000..0x80000061a80",
+        |w: &mut Rope| *w = Rope { q: Rows::packed(1 << 50, 32, 128), ..among_keys() } =>
+            "q_out is 0x10000000000..0x1000176f000; it must be apart from k, 0x10000002000..0x1000176f800",
     );
 }
 
@@ -404,6 +451,10 @@ fn sample_refuses() {
         |w: &mut Sample| w.vocabulary = 0 => "vocabulary is 0; it must be from 1 to 4194304",
         |w: &mut Sample| w.vocabulary = (1 << 22) + 1 => "vocabulary is 4194305; it must be from 1 to 4194304",
         |w: &mut Sample| w.tokens = 0 => "tokens is 0x0; it must be a device address, a multiple of 4",
+        |w: &mut Sample| w.tokens = w.logits.base =>
+            "tokens is 0x10000000000..0x1000000000c; it must be apart from logits, 0x10000000000..0x10000177c00",
+        |w: &mut Sample| w.tokens = w.draws + 44 =>
+            "tokens is 0x10002c..0x100038; it must be apart from draws, 0x100000..0x100030",
         |w: &mut Sample| w.draws = 3 => "draws is 0x3; it must be a device address, a multiple of 16",
         |w: &mut Sample| w.logits.base = 4 => "logits is 0x4; it must be a device address, a multiple of 16",
         |w: &mut Sample| w.logits.token_stride = 8 =>

@@ -43,6 +43,8 @@ pub(crate) enum Contents {
     Huge,
     /// Numbers below the smallest normal one.
     Denormal,
+    /// NaN in everything.
+    Nan,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -331,6 +333,7 @@ impl Inputs {
             Contents::Random(factor) => (factor, 1.0),
             Contents::Equal | Contents::Huge => (1.0, 1.0),
             Contents::Denormal => (1.0, smallest),
+            Contents::Nan => (f32::NAN, f32::NAN),
         };
         let same = case.contents == Contents::Equal;
         let mut inputs = Self {
@@ -737,7 +740,9 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::hopper("sm90_attention_lse", |device, _| check_all(device, Hopper, lse_layouts())),
         Check::hopper("sm90_attention_positions", |device, _| check_all(device, Hopper, positions())),
         Check::hopper("sm90_attention_extremes", |device, _| check_all(device, Hopper, extremes())),
-        Check::hopper("sm90_attention_scores", |device, _| check_all(device, Hopper, windows())),
+        Check::hopper("sm90_attention_scores", |device, _| {
+            check_all(device, Hopper, windows().into_iter().chain(all_queries()))
+        }),
         Check::hopper("sm90_attention_bias", |device, seed| check_all(device, Hopper, biased(seed))),
         Check::hopper("sm90_attention_random", |device, seed| {
             check_all(device, Hopper, (0..16).map(|n| Case::random(seed * 16 + n, &[64, 128])))
@@ -761,15 +766,18 @@ fn lengths() -> Vec<Case> {
         Case::plain(DType::BF16, 64, [1, 2], &[(64, 64), (1, 129), (0, 0), (130, 230)]),
         Case::plain(DType::F16, 128, [1, 2], &[(63, 63), (0, 70), (3, 0), (65, 128)]),
         Case::plain(DType::BF16, 128, [1, 1], &[(129, 129), (5, 321), (70, 20)]),
+        Case::plain(DType::F16, 64, [1, 1], &[(127, 127), (128, 128)]),
         // More sequences than lanes of a warp.
         Case::plain(DType::BF16, 64, [1, 1], &[(0, 3), (2, 5), (1, 1)].repeat(12)),
     ]
 }
 
 /// Rings of tiles of 128 keys that go round several times; last tiles with 1, 127 and 128 keys, seen by
-/// queries that end at none of these.
+/// queries that end at none of these. Tiles of 128 queries that are full, or lack one.
 fn long_lengths() -> Vec<Case> {
     vec![
+        Case::plain(DType::BF16, 128, [1, 1], &[(127, 127), (128, 128), (128, 255)]),
+        Case::plain(DType::F16, 64, [1, 1], &[(256, 256), (255, 300)]),
         Case::plain(DType::BF16, 128, [1, 2], &[(130, 769), (200, 895)]),
         Case::plain(DType::F16, 128, [1, 1], &[(300, 896), (1, 130)]),
         Case::plain(DType::BF16, 64, [1, 1], &[(260, 1025), (77, 733)]),
@@ -841,10 +849,14 @@ fn positions() -> Vec<Case> {
 
 fn extremes() -> Vec<Case> {
     let mut cases = Vec::new();
-    for dtype in [DType::F16, DType::BF16] {
-        for contents in [Contents::Equal, Contents::Huge, Contents::Denormal, Contents::Random(60.0)] {
+    let contents =
+        [Contents::Equal, Contents::Huge, Contents::Denormal, Contents::Random(60.0), Contents::Nan];
+    for (number, contents) in contents.into_iter().enumerate() {
+        for (turn, head_dim) in [64, 96, 128, 256].into_iter().enumerate() {
+            // Both types, of the two head sizes that Hopper's form has too.
+            let dtype = [DType::F16, DType::BF16][(number + turn / 2) % 2];
             let scores = Some((Window::Last(4), ScoreHeads::Group));
-            cases.push(Case { contents, scores, ..Case::plain(dtype, 64, [1, 2], &[(20, 140)]) });
+            cases.push(Case { contents, scores, ..Case::plain(dtype, head_dim, [1, 2], &[(20, 140)]) });
         }
     }
     // Logits of -inf in all keys but the first ones, which are read last.
@@ -885,6 +897,15 @@ fn windows() -> Vec<Case> {
             }),
             ..with(Window::Last(10), ScoreHeads::Query, bf16(128, [1, 3], &[(70, 160)]))
         },
+    ]
+}
+
+/// All queries of two tiles, and keys of three score items.
+fn all_queries() -> Vec<Case> {
+    let scores = Some((Window::All, ScoreHeads::Group));
+    vec![
+        Case { scores, ..Case::plain(DType::BF16, 128, [1, 2], &[(150, 600)]) },
+        Case { scores, ..Case::plain(DType::F16, 64, [1, 1], &[(30, 600)]) },
     ]
 }
 

@@ -27,6 +27,21 @@ pub(crate) enum Layout {
     Packed,
 }
 
+/// What queries and keys hold.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Contents {
+    /// Numbers in [-2, 2).
+    Random,
+    /// Keys that make logits of thousands, of either sign.
+    Huge,
+    /// The same key everywhere.
+    Equal,
+    /// Keys of numbers below the smallest normal one.
+    Denormal,
+    /// This infinity in an element of some keys of the first kv head, which every query meets with a positive one.
+    Infinite(f32),
+}
+
 /// One run of `window_scores`.
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
@@ -54,6 +69,7 @@ pub(crate) struct Case {
     pub(crate) lse_layout: LseLayout,
     /// How queries count, where it is sums over columns.
     pub(crate) columns: Option<Columns>,
+    pub(crate) contents: Contents,
     pub(crate) seed: u64,
 }
 
@@ -94,6 +110,7 @@ impl Case {
             lse: true,
             lse_layout: LseLayout::PLAIN,
             columns: None,
+            contents: Contents::Random,
             seed: (head_dim * 31 + group * 7 + window * 1000 + keys) as u64,
         }
     }
@@ -146,6 +163,7 @@ impl Case {
             lse: window == Window::All || random.below(2) == 0,
             lse_layout: LseLayout::random(&mut random),
             columns: None,
+            contents: Contents::Random,
             seed,
         }
     }
@@ -261,7 +279,20 @@ impl Case {
             + token * rows.token_stride as usize
     }
 
-    /// A tensor of random elements with NaN in the gaps.
+    /// An element of a query or a key, made of a number in [-2, 2).
+    fn content(&self, axis: usize, [head, token, element]: [usize; 3], number: f32) -> f32 {
+        let denormal = if self.dtype == DType::F16 { 3e-5 } else { 5e-39 };
+        match (self.contents, axis) {
+            (Contents::Huge, 1) => number * 1500.0,
+            (Contents::Equal, 1) => (element % 7) as f32 - 2.5,
+            (Contents::Denormal, 1) => number * denormal,
+            (Contents::Infinite(_), 0) if element == 3 => number.abs() + 0.25,
+            (Contents::Infinite(infinity), 1) if element == 3 && head == 0 && token % 300 == 0 => infinity,
+            _ => number,
+        }
+    }
+
+    /// A tensor of elements with NaN in the gaps.
     fn tensor(&self, salt: u64, heads: usize, axis: usize) -> Tensor {
         let mut random = Random(self.seed ^ salt);
         let rows = self.rows(0, heads, axis);
@@ -275,8 +306,9 @@ impl Case {
             for head in 0..heads {
                 for token in 0..lengths[axis] {
                     let first = self.element(&rows, axis, [sequence, head, token]);
-                    for element in first..first + self.head_dim {
-                        tensor.set(element, 2.0 * random.symmetric());
+                    for element in 0..self.head_dim {
+                        let number = self.content(axis, [head, token, element], 2.0 * random.symmetric());
+                        tensor.set(first + element, number);
                     }
                 }
             }
@@ -306,6 +338,9 @@ impl Case {
                                 if self.biased(sequence, head, key) { self.bias.unwrap() } else { 0.0 };
                             let magnitude: f64 = products.clone().map(f64::abs).sum();
                             let logit = products.sum::<f64>() * scale + f64::from(bias);
+                            if logit.is_infinite() {
+                                return Bounded { value: logit, error: 0.0 };
+                            }
                             // Of the accumulation; then of the factor, of adding the bias, and of the result.
                             let steps = (self.head_dim / 16 + 1) as f64;
                             let error = steps * magnitude * scale * 2.0 * ULP
@@ -634,7 +669,8 @@ pub(crate) fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
                     expected.error += one.error + expected.value.abs() * ULP;
                 }
                 let off = (f64::from(*found) - expected.value).abs();
-                if off.is_nan() || off > expected.error {
+                let right = if expected.value.is_nan() { found.is_nan() } else { off <= expected.error };
+                if !right {
                     return Err(format!(
                         "sequence {sequence}, head {head}, key {key}: {found}, not {} within {:e}",
                         expected.value, expected.error
@@ -652,6 +688,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("window_scores_random", |device, seed| {
             all((0..12).map(|n| Case::random(seed * 12 + n)), |case| check(device, case))
         }),
+        Check::portable("window_scores_contents", |device, _| all(contents(), |case| check(device, case))),
         Check::portable("window_scores_order_of_sums", |device, _| order_of_sums(device)),
         Check::portable("window_scores_nan", |device, _| nan(device)),
         Check::portable("window_scores_hostile", |device, _| hostile(device)),
@@ -659,6 +696,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("column_sums_random", |device, seed| {
             all((0..8).map(|n| Case::random_columns(seed * 8 + n)), |case| check(device, case))
         }),
+        Check::portable("column_sums_in_a_batch", |device, _| columns_in_a_batch(device)),
         Check::portable("pool_scores", |device, seed| {
             all((0..25).map(|n| PoolCase::random(seed * 25 + n)), |case| check_pool(device, case))
         }),
@@ -681,6 +719,23 @@ fn edges() -> Vec<Case> {
                 heads: [ScoreHeads::Query, ScoreHeads::Group][other % 2],
                 lse: turn % 3 > 0,
                 ..Case::plain(types[number % 2], dims[turn % 4], group, window, keys)
+            });
+        }
+    }
+    // Groups of other sizes.
+    for (number, group) in [6, 9, 15].into_iter().enumerate() {
+        for (other, window) in [1, 9, 64].into_iter().enumerate() {
+            let turn = number + other;
+            cases.push(Case {
+                heads: [ScoreHeads::Query, ScoreHeads::Group][other % 2],
+                lse: turn % 2 > 0,
+                ..Case::plain(
+                    types[turn % 2],
+                    dims[(turn + other) % 4],
+                    group,
+                    window,
+                    [33, 70, 129][turn % 3],
+                )
             });
         }
     }
@@ -723,6 +778,29 @@ fn edges() -> Vec<Case> {
             ..Case::plain(DType::BF16, 64, 3, 9, 0)
         });
         cases.push(Case { sequences: vec![[0, 70]; 2], lse, ..Case::plain(DType::F16, 64, 2, 8, 0) });
+    }
+    cases
+}
+
+/// LSE found in two passes, for keys of more than one block of the first, with logits of every kind.
+fn contents() -> Vec<Case> {
+    let kinds = [
+        Contents::Huge,
+        Contents::Equal,
+        Contents::Denormal,
+        Contents::Infinite(f32::NEG_INFINITY),
+        Contents::Infinite(f32::INFINITY),
+    ];
+    let mut cases = Vec::new();
+    for (number, contents) in kinds.into_iter().enumerate() {
+        for (turn, dtype) in [DType::F16, DType::BF16].into_iter().enumerate() {
+            let head_dim = [64, 96, 128, 256][(number + 2 * turn) % 4];
+            let plain = Case::plain(dtype, head_dim, 2, 8, 1100);
+            cases.push(Case { kv_heads: 2, lse: false, contents, ..plain.clone() });
+            // Queries that see the first key alone, a block of the first pass, and more.
+            let positions = Some(vec![0, 511, 512, 299, 300, 600, -1, 1099]);
+            cases.push(Case { lse: false, contents, positions, ..plain });
+        }
     }
     cases
 }
@@ -892,23 +970,41 @@ fn order_of_sums<D: Device>(device: &D) -> Result<(), String> {
     })?;
 
     // Alone, and between others.
-    for lse in [true, false] {
-        let alone = Case { layout: Layout::Packed, lse, ..Case::plain(DType::F16, 64, 2, 8, 600) };
-        let (inputs, _) = Inputs::of(&alone);
-        let expected = run(device, &alone, &inputs)?;
-        let batch = Case { sequences: vec![[20, 77], [8, 600], [3, 9]], ..alone.clone() };
-        let (mut others, _) = Inputs::of(&batch);
-        for (axis, heads, to, from) in [(0, 2, &mut others.q, &inputs.q), (1, 1, &mut others.k, &inputs.k)] {
-            let row = heads * (batch.head_dim + 8);
-            let first = batch.before(1, axis) * row;
-            to.bits[first..first + from.bits.len()].copy_from_slice(&from.bits);
-        }
-        for head in 0..2 {
-            others.lse[head * 31 + 20..][..8].copy_from_slice(&inputs.lse[head * 8..][..8]);
-        }
-        same("in a batch", &run(device, &batch, &others)?[1..2], &expected)?;
+    all([true, false].map(|lse| Case { lse, ..Case::plain(DType::F16, 64, 2, 8, 600) }), |case| {
+        in_a_batch(device, case, [20, 77])
+    })
+}
+
+/// A sequence of one kv head has the bits that it has alone where it follows another and comes before a third.
+fn in_a_batch<D: Device>(device: &D, alone: &Case, before: [usize; 2]) -> Result<(), String> {
+    let alone = Case { layout: Layout::Packed, ..alone.clone() };
+    let (inputs, _) = Inputs::of(&alone);
+    let expected = run(device, &alone, &inputs)?;
+    let batch = Case { sequences: vec![before, alone.sequences[0], [3, 9]], ..alone.clone() };
+    let (mut others, _) = Inputs::of(&batch);
+    let heads = alone.query_heads();
+    for (axis, heads, to, from) in [(0, heads, &mut others.q, &inputs.q), (1, 1, &mut others.k, &inputs.k)] {
+        let row = heads * (batch.head_dim + 8);
+        let first = batch.before(1, axis) * row;
+        to.bits[first..first + from.bits.len()].copy_from_slice(&from.bits);
     }
-    Ok(())
+    let queries = alone.sequences[0][0];
+    let total = batch.before(3, 0);
+    for head in 0..heads {
+        let place = head * total + before[0];
+        others.lse[place..place + queries].copy_from_slice(&inputs.lse[head * queries..][..queries]);
+    }
+    same("in a batch", &run(device, &batch, &others)?[1..2], &expected)
+}
+
+/// The same of sums over columns: of queries that stay, of queries that stream, and of some that stream only in company.
+fn columns_in_a_batch<D: Device>(device: &D) -> Result<(), String> {
+    let columns = Some(Columns { weight: 1.0, step: 0.25, band: Some(90) });
+    let cases = [([8, 300], [20, 77], 64), ([150, 200], [20, 77], 128), ([40, 300], [200, 210], 128)];
+    all(cases, |&(lengths, before, head_dim)| {
+        let plain = Case::plain(DType::BF16, head_dim, 4, 1, 1);
+        in_a_batch(device, &Case { sequences: vec![lengths], columns, ..plain }.summed(), before)
+    })
 }
 
 fn same(what: &str, found: &[Vec<Vec<f32>>], expected: &[Vec<Vec<f32>>]) -> Result<(), String> {
