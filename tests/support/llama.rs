@@ -714,9 +714,12 @@ fn check_rope<D: Device>(device: &D, case: &RopeCase) -> Result<(), String> {
     memory.expect("positions_out", append.positions_out, bytemuck::cast_slice(&expected_positions))?;
     if case.lengths_out {
         let before = |list: usize| case.lengths.as_ref().map_or(0, |lengths| lengths[list]);
-        let lengths: Vec<i32> = (0..sequences * kv_heads)
-            .map(|list| before(list).wrapping_add(case.tokens[list / kv_heads] as i32))
-            .collect();
+        // A place of the batch that is not in use stays so.
+        let after = |list: usize| match before(list) {
+            before @ ..0 => before,
+            before => before.wrapping_add(case.tokens[list / kv_heads] as i32),
+        };
+        let lengths: Vec<i32> = (0..sequences * kv_heads).map(after).collect();
         memory.expect("lengths_out", append.lengths_out, bytemuck::cast_slice(&lengths))?;
     }
     Ok(())
