@@ -11,6 +11,8 @@
 #include "piece.cuh"
 #include "primitives/warp.cuh"
 
+#include <math_constants.h>
+
 static_assert(sizeof(fastkv_draw) == 16, "src/abi.rs was generated for another layout");
 static_assert(sizeof(fastkv_sample_params) == 56, "src/abi.rs was generated for another layout");
 
@@ -136,6 +138,10 @@ __device__ __forceinline__ auto distances(const Row& row, F f) {
 }
 
 __device__ __forceinline__ Mass mass_of(const Row& row, float distance) {
+    // What is forbidden, by a logit of -inf, is so at an infinite temperature too, whose exponent is 0.
+    if (distance == CUDART_INF_F) {
+        return 0;
+    }
     // An infinite exponent times no distance is no number.
     const float power = distance == 0.0f ? 1.0f : exp2f(-distance * row.exponent);
     return __float2ull_rn(power * float(Mass(1) << MASS_BITS));
@@ -314,7 +320,8 @@ __device__ __forceinline__ int32_t sample(const fastkv_sample_params& p, Histogr
             target = min(max(__double2ull_ru(double(draw.top_p) * double(kept)), Mass(1)), kept);
         } else {
             const double uniform = draw.uniform > 0.0f ? draw.uniform : 0.0f;
-            target = min(__double2ull_rd(uniform * double(kept)) + 1, kept);
+            // An infinite product becomes the largest integer, which has none behind it.
+            target = min(__double2ull_rd(uniform * double(kept)), kept - 1) + 1;
         }
         const bool by_count = question == 0;
         range = descend<T>(row, first, next, by_count, target);

@@ -106,6 +106,15 @@ pub(super) fn count(what: &str, count: u32) -> Result<i32, Error> {
     i32::try_from(count).map_err(|_| Error::argument(what, count, format!("at most {}", i32::MAX)))
 }
 
+/// Checks the entries that a list has room for, which kernels count in i32, and may overshoot by a tile.
+pub(super) fn check_entries(what: &str, entries: i64) -> Result<(), Error> {
+    const MOST: i64 = 1 << 30;
+    if entries > MOST {
+        return Err(Error::argument(what, entries, format!("at most {MOST}")));
+    }
+    Ok(())
+}
+
 /// Checks a width that a kernel takes in pieces of eight elements.
 pub(super) fn pieces(what: &str, width: u32) -> Result<i32, Error> {
     let piece = abi::PIECE as u32;

@@ -18,9 +18,6 @@ use crate::abi::{self, Cache, DecodeParams, Rows};
 /// New tokens of a sequence that one launch takes, at most.
 pub const MAX_TOKENS: u32 = 8;
 
-/// Entries of a list, at most: what a kernel counts in 32 bits.
-const MAX_CAPACITY: i32 = 1 << 30;
-
 /// What the parts of a workspace are aligned to.
 const ALIGNMENT: u64 = 256;
 
@@ -181,9 +178,6 @@ impl Split {
     fn of(work: &Decode) -> Result<Self, Error> {
         let cache = &work.cache;
         let lists = cache::lists(cache)?;
-        if cache.capacity > MAX_CAPACITY {
-            return Err(Error::argument("cache.capacity", cache.capacity, format!("at most {MAX_CAPACITY}")));
-        }
         if lists > 0 {
             batch::check_heads(work.query_heads, cache.heads as u32)?;
         }

@@ -9,7 +9,9 @@ use std::ops::Range;
 
 use super::{
     DType, Error, Kernel, Launch, Launcher, cache,
-    check::{self, MAX_GRID_YZ, Presence, Shape, apart, count, disjoint, last, range, row_bytes},
+    check::{
+        self, MAX_GRID_YZ, Presence, Shape, apart, check_entries, count, disjoint, last, range, row_bytes,
+    },
 };
 use crate::abi::{
     self, Cache, CompactParams, GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Pages, Rows,
@@ -274,10 +276,7 @@ pub unsafe fn compact<D: Launcher + ?Sized>(device: &D, work: &Compact) -> Resul
     if lists == 0 {
         return Ok(());
     }
-    if work.index_capacity > i32::MAX as u32 {
-        let expected = format!("at most {}", i32::MAX);
-        return Err(Error::argument("index_capacity", work.index_capacity, expected));
-    }
+    check_entries("index_capacity", i64::from(work.index_capacity))?;
     let Cache { sequences, heads, .. } = work.cache;
     let strides = [work.index_sequence_stride, work.index_head_stride];
     for (what, stride) in ["index_sequence_stride", "index_head_stride"].into_iter().zip(strides) {
@@ -351,6 +350,7 @@ fn check_sizes(kept: &Kept) -> Result<u32, Error> {
             return Err(Error::argument(what, size, "0 or more"));
         }
     }
+    check_entries("kept.capacity", i64::from(kept.capacity))?;
     let lists = i64::from(kept.sequences) * i64::from(kept.heads);
     if lists > i64::from(i32::MAX) {
         return Err(Error::argument("kept.sequences * kept.heads", lists, format!("at most {}", i32::MAX)));

@@ -55,10 +55,11 @@ pub struct Append {
     pub v_out: u64,
     /// Address of i64 `[sequences, kv_heads]`: first row of each cache.
     pub starts: u64,
-    /// Address of i32 `[sequences, kv_heads]`: entries in each cache so far. 0: none.
+    /// Address of i32 `[sequences, kv_heads]`: entries in each cache so far. Below 0, a place of the batch is not in use,
+    /// and nothing is appended there. 0: none.
     pub lengths: u64,
     /// Address of i32 `[sequences, kv_heads]`: receives the lengths with the new entries; apart from
-    /// `lengths`, which other blocks may yet have to read. 0: not wanted.
+    /// `lengths`, which other blocks may yet have to read. A length below 0 stays as it is. 0: not wanted.
     pub lengths_out: u64,
     /// Address of i32 `[out_rows]`: receives the position of every row appended. 0: not wanted.
     pub positions_out: u64,

@@ -13,7 +13,7 @@ proptest! {
     /// The rows that a grid reaches: every one of a list, whatever its length, and no more blocks than
     /// there is work for.
     #[test]
-    fn grids_cover_long_lists(capacity in 1_i32..i32::MAX, width in prop::sample::select(vec![8_u32, 64, 80, 128, 512])) {
+    fn grids_cover_long_lists(capacity in 1_i32..=1 << 30, width in prop::sample::select(vec![8_u32, 64, 80, 128, 512])) {
         let recorder = Recorder::default();
         let work = gather::GatherKv {
             kept: Kept { capacity, out_rows: i64::from(capacity) * 8, ..kv().kept },
@@ -100,6 +100,10 @@ fn gather_kv_refuses() {
     );
     refuses(|w| w.kept.heads = -1, "kept.heads is -1; it must be 0 or more");
     refuses(|w| w.kept.capacity = i32::MIN, "kept.capacity is -2147483648; it must be 0 or more");
+    refuses(
+        |w| w.kept.capacity = (1 << 30) + 1,
+        "kept.capacity is 1073741825; it must be at most 1073741824",
+    );
     refuses(|w| w.kept.out_rows = -1, "kept.out_rows is -1; it must be 0 or more");
     refuses(
         |w| (w.kept.sequences, w.kept.heads) = (1 << 16, 1 << 15),
@@ -308,7 +312,14 @@ fn compact_launches_and_refuses() {
         Recorder::refuses(gather::compact, compaction(), change, message)
     };
     refuses(|w| w.head_dim = 4, "head_dim is 4; it must be a multiple of 8 from 8 to 536870912 for BF16");
-    refuses(|w| w.index_capacity = 1 << 31, "index_capacity is 2147483648; it must be at most 2147483647");
+    refuses(
+        |w| w.index_capacity = (1 << 30) + 1,
+        "index_capacity is 1073741825; it must be at most 1073741824",
+    );
+    refuses(
+        |w| w.cache.capacity = (1 << 30) + 1,
+        "cache.capacity is 1073741825; it must be at most 1073741824",
+    );
     refuses(|w| w.index_sequence_stride = -1, "index_sequence_stride is -1; it must be 0 or more");
     refuses(|w| w.index_head_stride = -1, "index_head_stride is -1; it must be 0 or more");
     refuses(|w| w.indices = 0, "indices is 0x0; it must be a device address, a multiple of 4");

@@ -41,6 +41,9 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("sample_edges", |device, seed| {
             all(draw_edges(seed), |case| check_sample(device, case))
         }),
+        Check::portable("sample_forbidden", |device, seed| {
+            all(forbidden_cases(seed), |case| check_sample(device, case))
+        }),
         Check::portable("sample_random", |device, seed| {
             all((0..3).map(|n| SampleCase::random(seed * 3 + n)), |case| check_sample(device, case))
         }),
@@ -711,9 +714,12 @@ fn check_rope<D: Device>(device: &D, case: &RopeCase) -> Result<(), String> {
     memory.expect("positions_out", append.positions_out, bytemuck::cast_slice(&expected_positions))?;
     if case.lengths_out {
         let before = |list: usize| case.lengths.as_ref().map_or(0, |lengths| lengths[list]);
-        let lengths: Vec<i32> = (0..sequences * kv_heads)
-            .map(|list| before(list).wrapping_add(case.tokens[list / kv_heads] as i32))
-            .collect();
+        // A place of the batch that is not in use stays so.
+        let after = |list: usize| match before(list) {
+            before @ ..0 => before,
+            before => before.wrapping_add(case.tokens[list / kv_heads] as i32),
+        };
+        let lengths: Vec<i32> = (0..sequences * kv_heads).map(after).collect();
         memory.expect("lengths_out", append.lengths_out, bytemuck::cast_slice(&lengths))?;
     }
     Ok(())
@@ -848,7 +854,12 @@ fn allowed(logits: &[f64], draw: Option<Draw>, token: i32) -> bool {
         .iter()
         .map(|token| {
             let distance: f64 = distance(*token);
-            sum += if distance == 0.0 { 1.0 } else { (-distance / f64::from(draw.temperature)).exp() };
+            sum += match distance {
+                0.0 => 1.0,
+                // Whatever the temperature: it may be infinite, too.
+                f64::INFINITY => 0.0,
+                _ => (-distance / f64::from(draw.temperature)).exp(),
+            };
             sum
         })
         .collect();
@@ -861,8 +872,11 @@ fn allowed(logits: &[f64], draw: Option<Draw>, token: i32) -> bool {
         (sums.len() - 1, sums.len() - 1)
     };
     let Some(place) = tokens.iter().position(|candidate| *candidate as i32 == token) else { return false };
+    if distance(token as usize) == f64::INFINITY {
+        return false;
+    }
     let before = if place == 0 { 0.0 } else { sums[place - 1] };
-    let uniform = f64::from(draw.uniform.max(0.0));
+    let uniform = f64::min(draw.uniform.max(0.0).into(), 1.0);
     place <= most && before <= uniform * sums[most] + error && sums[place] >= uniform * sums[least] - error
 }
 
@@ -917,7 +931,7 @@ fn draw_edges(seed: u64) -> Vec<SampleCase> {
     let mut random = Random(seed);
     let (nan, inf) = (f64::NAN, f64::INFINITY);
     let plain = Draw { temperature: 1.0, top_p: 1.0, uniform: 0.5, top_k: 0 };
-    let uniforms = [0.0, 0.25, 0.999_999_94, 1.0, f32::NAN, -3.0];
+    let uniforms = [0.0, 0.25, 0.999_999_94, 1.0, f32::NAN, -3.0, 1e30, f32::INFINITY];
     let each_uniform = |draw: Draw| uniforms.map(|uniform| Draw { uniform, ..draw }).to_vec();
     let repeat = |row: &[f64]| vec![row.to_vec(); uniforms.len()];
     // Ties at both ends of the nucleus, in exact shares: 1, 1/2 (three), 1/4 (two).
@@ -936,6 +950,9 @@ fn draw_edges(seed: u64) -> Vec<SampleCase> {
         Draw { temperature: 1e-30, ..plain },
         Draw { temperature: 1e-40, ..plain },
         Draw { temperature: f32::MAX, ..plain },
+        Draw { temperature: f32::INFINITY, ..plain },
+        Draw { temperature: f32::NAN, top_k: 3, top_p: 0.5, ..plain },
+        Draw { temperature: f32::NEG_INFINITY, top_k: 3, top_p: 0.5, ..plain },
     ] {
         cases.push(SampleCase::new(DType::F32, repeat(&ties), Some(each_uniform(draw))));
     }
@@ -975,6 +992,29 @@ fn draw_edges(seed: u64) -> Vec<SampleCase> {
         repeat(&close)[..3].to_vec(),
         Some(each_uniform(plain)[..3].to_vec()),
     ));
+    cases
+}
+
+/// Tokens with a logit of -inf, as a grammar forbids them, are not drawn at any temperature: few are left, one is, or
+/// all but one.
+fn forbidden_cases(seed: u64) -> Vec<SampleCase> {
+    let mut random = Random(seed ^ 55);
+    let mut cases = Vec::new();
+    for (n, left) in [1, 3, 40, 299].into_iter().enumerate() {
+        let dtype = DTYPES[n % 3];
+        let mut row = normals(&mut random, dtype, 2.0, 300);
+        let mut allowed: Vec<usize> = (0..row.len()).collect();
+        while allowed.len() > left {
+            row[allowed.swap_remove(random.below(allowed.len()))] = f64::NEG_INFINITY;
+        }
+        for temperature in [0.5, 1.0, f32::MAX, f32::INFINITY] {
+            for (top_k, top_p) in [(0, 1.0), (2, 1.0), (100, 0.9)] {
+                let draws = [0.0, 0.5, 0.999_999_94, 1.0];
+                let draws = draws.map(|uniform| Draw { temperature, top_p, uniform, top_k }).to_vec();
+                cases.push(SampleCase::new(dtype, vec![row.clone(); draws.len()], Some(draws)));
+            }
+        }
+    }
     cases
 }
 
