@@ -143,11 +143,11 @@ __device__ __forceinline__ void rope(const fastkv_rope_params& p, float2* turns)
 // What each cache of a sequence holds when its tokens are appended; a place that is not in use stays so. The blocks
 // that append read the old lengths, so the new ones go elsewhere.
 __device__ __forceinline__ void advance(const fastkv_rope_params& p, int32_t sequence) {
+    const int32_t tokens = sequence_of(p, sequence).tokens;
     for (int32_t head = threadIdx.x; head < p.kv_heads; head += FASTKV_LLAMA_THREADS) {
         const int64_t list = int64_t(sequence) * p.kv_heads + head;
         const int32_t before = p.lengths ? reinterpret_cast<const int32_t*>(p.lengths)[list] : 0;
-        const int32_t tokens = sequence_of(p, sequence).tokens;
-        reinterpret_cast<int32_t*>(p.lengths_out)[list] = before + (before < 0 ? 0 : tokens);
+        reinterpret_cast<int32_t*>(p.lengths_out)[list] = before < 0 ? before : before + tokens;
     }
 }
 

@@ -289,7 +289,7 @@ pub(crate) static BARS: &[Bar] = &[
         blocks: 1,
         registers: 64,
         marker: "LDG",
-        instructions: 80,
+        instructions: 245,
         mix: &[],
         in_flight: 0,
     },
