@@ -6,6 +6,11 @@
 //
 // Lengths are read by every block at its start and advanced by the last block of the grid at its end;
 // new keys and values are read where the caller has them, so nobody reads a row that is written.
+//
+// Values that are not finite: a key that a row does not see adds nothing to it, whatever it holds. Of several new
+// tokens the first do not see the last, and their probability of 0 times such a value would be NaN. So these few
+// values are taken out of the products, and added when a chunk is done to the rows that see them: the loop over
+// what all rows see has nothing of it.
 
 #include "abi.h"
 #include "decode/softmax.cuh"
@@ -15,6 +20,7 @@
 #include "primitives/global.cuh"
 #include "primitives/ldmatrix.cuh"
 #include "primitives/mma.cuh"
+#include "primitives/shared.cuh"
 #include "primitives/signal.cuh"
 
 static_assert(sizeof(fastkv_cache) == 144, "src/abi.rs was generated for another layout");
@@ -216,6 +222,86 @@ struct Output {
     float o[tiles][d / 16][4] = {};
 };
 
+// Whether a warp took values that are not finite out of its part of a chunk; in shared memory, so that the loop does
+// not carry it along.
+__device__ __forceinline__ int32_t& taken_out() {
+    __shared__ int32_t of_warp[4];
+    return of_warp[threadIdx.x / 32];
+}
+
+// The first key that some new token does not see, or less.
+__device__ __forceinline__ int32_t first_not_seen(const fastkv_decode_params& p, const Cursor& at) {
+    return keys_of(p, at.list) - (p.tokens - 1);
+}
+
+// Puts zeros in the place of a warp's values that are not finite, from row `first` up to `end`.
+template <typename T, int d>
+__device__ __forceinline__ void take_out_not_finite(uint32_t values, int32_t first, int32_t end) {
+    bool any = false;
+#pragma unroll 1
+    for (int32_t row = first; row < end; ++row) {
+#pragma unroll 1
+        for (int32_t word = threadIdx.x % 32; word < d / 2; word += 32) {
+            const uint32_t address = values + row * Shape<d>::row + 4 * word;
+            const uint32_t pair = load_shared(address);
+            if (finite_part<T>(pair) != pair) {
+                store_shared(address, finite_part<T>(pair));
+                any = true;
+            }
+        }
+    }
+    if (__any_sync(~0u, any) && threadIdx.x % 32 == 0) {
+        taken_out() = 1;
+    }
+    __syncwarp();
+}
+
+// Adds what was taken out of a chunk to four elements of a row, as far as the row sees it.
+template <typename T, bool paged>
+__device__ __forceinline__ float4 add_not_finite(const fastkv_decode_params& p, const Cursor& at, int32_t row,
+                                                 int32_t element, float4 sum) {
+    const int32_t sequence = at.list.sequence(p.cache);
+    const int32_t head = at.list.head(p.cache);
+    const int32_t end = min(at.end, first_not_seen(p, at) + Row(p, at, row).token);
+#pragma unroll 1
+    for (int32_t key = max(at.begin(p), first_not_seen(p, at)); key < end; ++key) {
+        uint64_t from;
+        if (key < at.list.length) {
+            const Place<paged> place(p.cache, at.list, key);
+            if (place.page < 0) {
+                continue;
+            }
+            from = p.cache.v.base + 2 * place.offset(p.cache.v, head);
+        } else {
+            from = row_address(p.v_new, sequence, head, key - at.list.length);
+        }
+        const uint2 value = *reinterpret_cast<const uint2*>(from + 2 * element);
+        const auto taken = [](uint32_t x) { return finite<T>(x) ? 0.0f : widen<T>(uint16_t(x)); };
+        sum.x += taken(value.x);
+        sum.y += taken(value.x >> 16);
+        sum.z += taken(value.y);
+        sum.w += taken(value.y >> 16);
+    }
+    return sum;
+}
+
+// Where a lane's addresses of keys, values and queries stand behind those of a stage and of a chunk. Hidden from the
+// compiler, which would compute them anew for every tile.
+template <int d, int tiles>
+struct Lanes {
+    uint32_t keys, queries, values;
+
+    __device__ __forceinline__ Lanes() {
+        using S = Shape<d>;
+        const int32_t lane = threadIdx.x % 32;
+        keys = threadIdx.x / 32 * S::warp_bytes + lane % 16 * S::row + lane / 16 * 16;
+        queries = tiles == 1 ? lane % 8 * S::row + lane / 8 * 16
+                             : (lane % 8 + lane / 16 * 8) * S::row + lane / 8 % 2 * 16;
+        values = threadIdx.x / 32 * S::warp_bytes + S::values + (lane % 8 + lane / 16 * 8) * S::row + lane / 8 % 2 * 16;
+        asm volatile("" : "+r"(keys), "+r"(queries), "+r"(values));
+    }
+};
+
 // One tile of a warp: S^T = K Q^T with keys as the 16 rows, then O^T = V^T P^T. What leaves the first product
 // with a key in a row enters the second with a key in a column, so P is transposed between the lanes.
 //
@@ -223,19 +309,16 @@ struct Output {
 template <typename T, int d, int tiles>
 __device__ __forceinline__ void multiply(const fastkv_decode_params& p, const Cursor& at, const Keys& keys,
                                          uint32_t biased_rows, uint32_t queries, uint32_t stage,
-                                         Output<d, tiles>& out) {
+                                         const Lanes<d, tiles>& lanes, Output<d, tiles>& out) {
     using S = Shape<d>;
     const int32_t lane = threadIdx.x % 32;
     const int32_t warp = threadIdx.x / 32;
-    const uint32_t k = stage + warp * S::warp_bytes;
-    const uint32_t v = k + S::values;
 
     // One tile of queries is summed in two chains, so that products need not wait for each other.
     constexpr int32_t chains = tiles == 1 ? 2 : 1;
     float sums[chains][tiles][4] = {};
-    const uint32_t key_lane = k + lane % 16 * S::row + lane / 16 * 16;
-    const uint32_t query_lane = tiles == 1 ? queries + lane % 8 * S::row + lane / 8 * 16
-                                           : queries + (lane % 8 + lane / 16 * 8) * S::row + lane / 8 % 2 * 16;
+    const uint32_t key_lane = stage + lanes.keys;
+    const uint32_t query_lane = queries + lanes.queries;
     uint32_t q[4];
 #pragma unroll
     for (int32_t step = 0; step < d / 16; ++step) {
@@ -281,6 +364,14 @@ __device__ __forceinline__ void multiply(const fastkv_decode_params& p, const Cu
                 logit = visible >> (lane / 4 + 8 * half) & 1 ? logit : -CUDART_INF_F;
             }
         }
+        // Computed anew where it is needed, which is rarely, so that the loop carries nothing of it.
+        int32_t tokens = p.tokens;
+        asm volatile("" : "+r"(tokens));
+        if (tokens > 1) {
+            const int32_t end = keys_of(p, at.list) - at.key - warp * WARP_KEYS;
+            take_out_not_finite<T, d>(stage + warp * S::warp_bytes + S::values, max(0, end - tokens + 1),
+                                      min(WARP_KEYS, end));
+        }
     }
 
     if (out.softmax.grows(s, p.scale * LOG2_E)) {
@@ -302,7 +393,7 @@ __device__ __forceinline__ void multiply(const fastkv_decode_params& p, const Cu
         const float* pair = s[i / 2] + 2 * (i % 2);
         probabilities[i / 2][i % 2] = transposed(pack<T>(pair[0], pair[1]));
     }
-    const uint32_t value_lane = v + (lane % 8 + lane / 16 * 8) * S::row + lane / 8 % 2 * 16;
+    const uint32_t value_lane = stage + lanes.values;
 #pragma unroll
     for (int32_t i = 0; i < d / 16; ++i) {
         uint32_t a[4];
@@ -450,13 +541,16 @@ __device__ __forceinline__ bool is_last(uint64_t counter, int32_t count) {
 }
 
 // Ends an item: adds the results of the warps, and where the list is one chunk that is the output.
-template <typename T, int d>
+template <typename T, int d, bool paged>
 __device__ __forceinline__ void finish_item(const fastkv_decode_params& p, const Cursor& at, char* stage) {
     using S = Shape<d>;
     const int32_t chunks = chunks_of(p, at.list);
     const int32_t tile = at.list.index * p.query_tiles + at.query_tile;
     const int32_t slot = tile * p.chunks + at.chunk;
-    __syncthreads();
+    const bool adds = __syncthreads_or(taken_out());
+    if (adds && threadIdx.x % 32 == 0) {
+        taken_out() = 0;
+    }
     for (int32_t part = threadIdx.x; part < rows_of(p, at) * (d / 4); part += S::threads) {
         const int32_t row = part / (d / 4);
         const int32_t element = part % (d / 4) * 4;
@@ -477,6 +571,9 @@ __device__ __forceinline__ void finish_item(const fastkv_decode_params& p, const
             sum = fmaf(weight, statistics[warp].y, sum);
             value = add_scaled(value, weight,
                                *reinterpret_cast<const float4*>(own + row * S::result_row + element));
+        }
+        if (adds) {
+            value = add_not_finite<T, paged>(p, at, row, element, value);
         }
         if (chunks > 1) {
             const int64_t place = int64_t(slot) * p.queries + row;
@@ -527,11 +624,16 @@ __device__ __forceinline__ void decode(const fastkv_decode_params& p) {
     const int32_t lane = threadIdx.x % 32;
 
     Cursor at = first_item<S::threads>(p);
+    if (threadIdx.x % 32 == 0) {
+        taken_out() = 0;
+    }
+    __syncwarp();
     if (at.items > 0) {
         Keys keys = load_keys<d, paged>(p, at, shared);
         load_queries<d, tiles>(p, at, shared + S::queries);
         cp_async_commit();
         Output<d, tiles> out;
+        const Lanes<d, tiles> lanes;
         uint32_t biased_rows = 0;
         int32_t stage = 0;
         bool enters = true; // an item
@@ -562,12 +664,12 @@ __device__ __forceinline__ void decode(const fastkv_decode_params& p) {
                 __syncwarp();
             }
             multiply<T>(p, at, keys, biased_rows, shared + S::queries + at.parity * 8 * tiles * S::row,
-                        shared + stage, out);
+                        shared + stage, lanes, out);
             __syncwarp();
             enters = ahead.parity != at.parity;
             if (!more || enters) {
                 leave_result(memory + stage, out);
-                finish_item<T, d>(p, at, memory + stage);
+                finish_item<T, d, paged>(p, at, memory + stage);
                 if (p.k_new.base && at.query_tile == 0) {
                     append<d, paged>(p, at);
                 }

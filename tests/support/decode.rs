@@ -334,12 +334,11 @@ impl Step {
 
 /// Uniform in [-2, 2) times `scale`, so that some keys outweigh others.
 fn draw(random: &mut Random, dtype: DType, count: usize, scale: f32) -> Vec<u16> {
-    (0..count)
-        .map(|_| {
-            let value = 2.0 * scale * random.symmetric();
-            if dtype == DType::F16 { f16::from_f32(value).to_bits() } else { bf16::from_f32(value).to_bits() }
-        })
-        .collect()
+    (0..count).map(|_| encode_element(dtype, 2.0 * scale * random.symmetric())).collect()
+}
+
+fn encode_element(dtype: DType, value: f32) -> u16 {
+    if dtype == DType::F16 { f16::from_f32(value).to_bits() } else { bf16::from_f32(value).to_bits() }
 }
 
 fn decode_element(dtype: DType, bits: u16) -> f64 {
@@ -380,11 +379,16 @@ struct Expected {
 ///   8 e of its magnitude and 4 e more;
 /// * probabilities are rounded to 16 bits for the second product (u, and 2^-25 below the f16 range),
 ///   not for their sum; sums over keys, warps and chunks are in f32, 2 e each;
-/// * the output is rounded once: u.
+/// * the output is rounded once: u, and 2^-25 or 2^-134 where numbers of its type end.
+///
+/// What is not finite spreads as IEEE arithmetic says; where every logit is -inf, it is as if there were no key.
 fn attend(case: &Case, q: &[f64], keys: &[(Vec<f64>, Vec<f64>, f64)]) -> Expected {
     let d = case.head_dim;
-    let (unit, least) =
-        if case.dtype == DType::F16 { (2_f64.powi(-11), 2_f64.powi(-25)) } else { (2_f64.powi(-8), 0.0) };
+    let (unit, least, smallest) = if case.dtype == DType::F16 {
+        (2_f64.powi(-11), 2_f64.powi(-25), 2_f64.powi(-25))
+    } else {
+        (2_f64.powi(-8), 0.0, 2_f64.powi(-134))
+    };
     let e = 2_f64.powi(-24);
     let scale = f64::from(scale(case));
     let mut logit_error = 0.0_f64;
@@ -393,13 +397,17 @@ fn attend(case: &Case, q: &[f64], keys: &[(Vec<f64>, Vec<f64>, f64)]) -> Expecte
         .map(|(k, _, bias)| {
             let products = q.iter().zip(k).map(|(q, k)| q * k);
             let magnitude: f64 = products.clone().map(f64::abs).sum::<f64>() * scale + bias.abs();
-            logit_error = logit_error.max(magnitude * (2.0 * (d as f64 / 16.0 + 4.0) + 8.0) * e + 4.0 * e);
+            // An infinite product has no error.
+            if magnitude.is_finite() {
+                logit_error =
+                    logit_error.max(magnitude * (2.0 * (d as f64 / 16.0 + 4.0) + 8.0) * e + 4.0 * e);
+            }
             products.sum::<f64>() * scale + bias
         })
         .collect();
     let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = logits.iter().map(|logit| (logit - most).exp()).sum();
-    if keys.is_empty() {
+    if logits.iter().all(|logit| *logit == f64::NEG_INFINITY) {
         return Expected {
             out: vec![0.0; d],
             out_error: vec![0.0; d],
@@ -416,7 +424,7 @@ fn attend(case: &Case, q: &[f64], keys: &[(Vec<f64>, Vec<f64>, f64)]) -> Expecte
             out[i] += p * v[i];
             magnitude += (p * (unit + 2.0 * logit_error + sums) + least) * v[i].abs();
         }
-        out_error[i] = magnitude + unit * out[i].abs() + least;
+        out_error[i] = magnitude + unit * out[i].abs() + smallest;
     }
     let lse = most + sum.ln();
     Expected { out, out_error, lse, lse_error: 2.0 * logit_error + sums + 4.0 * e * (1.0 + lse.abs()) }
@@ -620,8 +628,11 @@ fn run<D: Device>(
     })
 }
 
-/// Not of a NaN, and of an infinity only itself.
+/// Of a NaN any NaN, of an infinity only itself.
 fn is_near(found: f64, expected: f64, error: f64) -> bool {
+    if expected.is_nan() {
+        return found.is_nan();
+    }
     found == expected || expected.is_finite() && (found - expected).abs() <= error
 }
 
@@ -662,12 +673,20 @@ pub(crate) fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
     check_from(device, case, State::new(case)).map(drop)
 }
 
-fn check_from<D: Device>(device: &D, case: &Case, mut state: State) -> Result<Vec<Outputs>, String> {
+fn check_from<D: Device>(device: &D, case: &Case, state: State) -> Result<Vec<Outputs>, String> {
+    check_steps(device, case, state, (0..case.steps).map(|number| Step::new(case, number)))
+}
+
+fn check_steps<D: Device>(
+    device: &D,
+    case: &Case,
+    mut state: State,
+    steps: impl Iterator<Item = Step>,
+) -> Result<Vec<Outputs>, String> {
     let mut memory = Memory::new(device);
     let on = OnDevice::new(case, &state, &mut memory);
-    (0..case.steps)
-        .map(|number| {
-            let step = Step::new(case, number);
+    steps
+        .map(|step| {
             let found = run(device, &mut memory, case, &on, &step)?;
             compare(case, &state, &step, &found)?;
             if case.appends {
@@ -687,6 +706,8 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("decode_hostile", |device, _| hostile(device)),
         Check::portable("decode_places_not_in_use", |device, _| places_not_in_use(device)),
         Check::portable("decode_infinite_values", |device, _| infinite_values(device)),
+        Check::portable("decode_not_seen", |device, _| all(not_seen(), |case| check_not_seen(device, case))),
+        Check::portable("decode_contents", |device, _| all(contents(), |case| check_contents(device, case))),
         Check::portable("decode_same_bits", |device, _| same_bits(device)),
         Check::portable("decode_random", |device, seed| {
             all((0..12).map(|n| Case::random(seed * 12 + n)), |case| check(device, case))
@@ -802,6 +823,183 @@ fn infinite_values<D: Device>(device: &D) -> Result<(), String> {
         check_from(device, &case, state).map_err(|error| format!("{error}\n{length} entries"))?;
     }
     Ok(())
+}
+
+/// A key of a list, or the key of a new token behind it.
+#[derive(Clone, Copy)]
+struct Key {
+    sequence: usize,
+    head: usize,
+    index: usize,
+    /// The new token whose key it is.
+    token: Option<usize>,
+}
+
+/// Lets `change` have every key that is there, with its value.
+fn rewrite(
+    case: &Case,
+    state: &mut State,
+    step: &mut Step,
+    change: impl Fn(Key, &mut [u16], &mut [u16], &mut [u16]),
+) {
+    let (d, tokens, group) = (case.head_dim, case.tokens, case.group);
+    for sequence in 0..case.lengths.len() {
+        for head in 0..case.heads {
+            let list = sequence * case.heads + head;
+            let queries = &mut step.q[list * group * tokens * d..][..group * tokens * d];
+            let length = state.length(case, sequence, head);
+            let count = length + if case.appends { tokens } else { 0 };
+            for index in 0..count {
+                let key = Key { sequence, head, index, token: (index + tokens).checked_sub(count) };
+                if index >= length {
+                    let row = (list * tokens + index - length) * d;
+                    change(key, &mut step.k[row..][..d], &mut step.v[row..][..d], queries);
+                } else if let Some(place) = state.place(case, sequence, head, index) {
+                    let mut rows =
+                        place.rows.map(|(tensor, element)| state.tensors[tensor][element..][..d].to_vec());
+                    let [k, v] = &mut rows;
+                    change(key, k, v, queries);
+                    let position = state.positions[place.position];
+                    state.put(&place, &rows, position);
+                }
+            }
+        }
+    }
+}
+
+/// Several tokens whose keys lie with one warp, with two, on both sides of a chunk's end, and alone in a list; with
+/// those before them in the list already, too.
+fn not_seen() -> Vec<Case> {
+    let ragged: &[&[usize]] = &[&[61, 0], &[13, 90]];
+    let paged: &[&[usize]] = &[&[61, 61], &[9, 9]];
+    let mut cases = Vec::new();
+    for (n, tokens) in (2..=8).enumerate() {
+        let layout =
+            [Layout::Ragged, Layout::Paged(16), Layout::Apart, Layout::Paged(5), Layout::PagedTogether(8)]
+                [n % 5];
+        let (head_dim, group) = [(64, 2), (128, 4), (96, 3), (256, 2)][n % 4];
+        let lengths = if matches!(layout, Layout::Ragged | Layout::Apart) { ragged } else { paged };
+        let case =
+            Case { layout, tokens, slack: tokens, bias: n % 3 == 1, ..Case::new(head_dim, group, lengths) };
+        for dtype in [DType::F16, DType::BF16] {
+            let appends = (dtype == DType::F16) == (n % 2 == 0);
+            cases.push(Case { dtype, appends, ..case.clone() });
+        }
+        cases.push(Case { holes: true, ..case });
+    }
+    cases
+}
+
+/// NaN and infinities in keys and values of tokens that earlier ones do not see. Values leave everything else as it
+/// was, bit for bit. An infinite key may move the maxima of rows that share a warp with it: these are as exact.
+fn check_not_seen<D: Device>(device: &D, case: &Case) -> Result<(), String> {
+    const PLANTED: [f32; 3] = [f32::INFINITY, f32::NAN, f32::NEG_INFINITY];
+    let d = case.head_dim;
+    let fresh = || (State::new(case), Step::new(case, 0));
+    let run =
+        |state, step| check_steps(device, case, state, [step].into_iter()).map(|mut found| found.remove(0));
+    let (state, step) = fresh();
+    let usual = all_expected(case, &state, &step);
+    let without = run(state, step)?;
+    for in_keys in [false, true] {
+        let (mut state, mut step) = fresh();
+        rewrite(case, &mut state, &mut step, |key, k, v, _| {
+            let Some(token @ 1..) = key.token else { return };
+            let value = |n: usize| encode_element(case.dtype, PLANTED[(n + key.sequence) % 3]);
+            if in_keys {
+                k[(11 * token) % d] = value(token + key.head);
+                return;
+            }
+            v[(7 * token + 3 * key.head) % d] = value(token);
+            // Rows that see two of these have NaN.
+            v[d - 1] = value(2 * token);
+        });
+        let expected = all_expected(case, &state, &step);
+        if expected.iter().all(|expected| expected.is_finite()) {
+            return Err("no row sees what is not finite".to_owned());
+        }
+        let found = run(state, step)?;
+        let out = found.out.chunks_exact(2).zip(without.out.chunks_exact(2)).zip(expected.iter().zip(&usual));
+        for (at, ((found, without), (expected, usual))) in out.enumerate() {
+            if !in_keys && expected == usual && found != without {
+                return Err(format!("out[{at}] changed, which sees nothing that did"));
+            }
+        }
+        if !in_keys && found.lse != without.lse {
+            return Err("the LSE changed by values".to_owned());
+        }
+    }
+    Ok(())
+}
+
+/// Every element of the output, as it lies there.
+fn all_expected(case: &Case, state: &State, step: &Step) -> Vec<f64> {
+    let rows = case.lists() * case.group;
+    (0..rows * case.tokens)
+        .flat_map(|row| {
+            let (of_heads, token) = (row / case.tokens, row % case.tokens);
+            let (list, in_group) = (of_heads / case.group, of_heads % case.group);
+            expected(case, state, step, [list / case.heads, list % case.heads, in_group, token]).out
+        })
+        .collect()
+}
+
+/// Contents that draws do not give.
+#[derive(Clone, Copy, Debug)]
+enum Contents {
+    EqualKeys,
+    /// Every third key has an element of -inf where queries are positive: its probability is 0.
+    LeftOut,
+    /// So has every key.
+    AllLeftOut,
+    /// Subnormal numbers in keys and values.
+    Subnormal,
+    /// A NaN in a key of one list that all tokens see.
+    NanKey,
+}
+
+fn contents() -> Vec<(Case, Contents)> {
+    use Contents::{AllLeftOut, EqualKeys, LeftOut, NanKey, Subnormal};
+    let mut cases = Vec::new();
+    for (n, contents) in [EqualKeys, LeftOut, AllLeftOut, Subnormal, NanKey].into_iter().enumerate() {
+        for (m, dtype) in [DType::F16, DType::BF16].into_iter().enumerate() {
+            let (head_dim, group) = [(64, 4), (128, 2), (256, 3)][(n + m) % 3];
+            let tokens = [1, 3][m];
+            let case =
+                Case { dtype, tokens, slack: tokens, ..Case::new(head_dim, group, &[&[150, 7], &[33, 64]]) };
+            cases.push((case.clone(), contents));
+            let lengths: &[&[usize]] = &[&[150, 150], &[20, 20]];
+            let paged = Case::new(head_dim, group, lengths);
+            cases.push((Case { layout: Layout::Paged(16), lengths: paged.lengths, ..case }, contents));
+        }
+    }
+    cases
+}
+
+fn check_contents<D: Device>(device: &D, (case, contents): &(Case, Contents)) -> Result<(), String> {
+    const COLUMN: usize = 21;
+    let (mut state, mut step) = (State::new(case), Step::new(case, 0));
+    let first = step.k[..case.head_dim].to_vec();
+    rewrite(case, &mut state, &mut step, |key, k, v, queries| match contents {
+        Contents::EqualKeys => k.copy_from_slice(&first),
+        Contents::LeftOut if key.index % 3 != 1 => {}
+        Contents::LeftOut | Contents::AllLeftOut => {
+            k[COLUMN] = encode_element(case.dtype, f32::NEG_INFINITY);
+            for row in queries.chunks_mut(case.head_dim) {
+                row[COLUMN] = encode_element(case.dtype, 0.5);
+            }
+        }
+        // The bits of an exponent are left out.
+        Contents::Subnormal => {
+            k.iter_mut().chain(v).for_each(|x| *x &= if case.dtype == DType::F16 { 0x83FF } else { 0x807F })
+        }
+        Contents::NanKey => {
+            if (key.sequence, key.head, key.index) == (0, 1, 3) {
+                k[COLUMN] = encode_element(case.dtype, f32::NAN);
+            }
+        }
+    });
+    check_steps(device, case, state, [step].into_iter()).map(drop)
 }
 
 /// A sequence gives the same bits alone as in a batch, and on devices of other sizes.
