@@ -181,11 +181,7 @@ impl Lengths {
 
     pub(super) fn check(self, name: &str) -> Result<(), Error> {
         let Self { cu_seqlens, tokens, longest } = self;
-        // What kernels count in i32 may overshoot by a tile.
-        const MOST: u32 = 1 << 30;
-        if tokens > MOST {
-            return Err(Error::argument(format!("{name}.tokens"), tokens, format!("at most {MOST}")));
-        }
+        check::entries(&format!("{name}.tokens"), tokens.into())?;
         let fits = if cu_seqlens == 0 { longest == tokens } else { longest <= tokens };
         if !fits {
             let relation = if cu_seqlens == 0 { "without cu_seqlens" } else { "at most" };

@@ -20,7 +20,7 @@ pub(super) fn lists(cache: &Cache) -> Result<u32, Error> {
             return Err(Error::argument(what, size, "0 or more"));
         }
     }
-    check::check_entries("cache.capacity", i64::from(cache.capacity))?;
+    check::entries("cache.capacity", i64::from(cache.capacity))?;
     let lists = i64::from(cache.sequences) * i64::from(cache.heads);
     if lists > i64::from(i32::MAX) {
         return Err(Error::argument("cache.sequences * cache.heads", lists, format!("at most {}", i32::MAX)));

@@ -106,8 +106,9 @@ pub(super) fn count(what: &str, count: u32) -> Result<i32, Error> {
     i32::try_from(count).map_err(|_| Error::argument(what, count, format!("at most {}", i32::MAX)))
 }
 
-/// Checks the entries that a list has room for, which kernels count in i32, and may overshoot by a tile.
-pub(super) fn check_entries(what: &str, entries: i64) -> Result<(), Error> {
+/// Checks the tokens of an axis, or the entries that a list has room for: kernels count them in i32, and may overshoot by
+/// a tile.
+pub(super) fn entries(what: &str, entries: i64) -> Result<(), Error> {
     const MOST: i64 = 1 << 30;
     if entries > MOST {
         return Err(Error::argument(what, entries, format!("at most {MOST}")));
@@ -204,4 +205,9 @@ pub(super) fn apart(outputs: &[(&str, Range<u64>)], inputs: &[(&str, Range<u64>)
         }
     }
     Ok(())
+}
+
+/// Checks that each output is apart from all inputs. Outputs may lie between each other, as K and V do.
+pub(super) fn each_apart(outputs: &[(&str, Range<u64>)], inputs: &[(&str, Range<u64>)]) -> Result<(), Error> {
+    outputs.iter().try_for_each(|output| apart(std::slice::from_ref(output), inputs))
 }

@@ -11,7 +11,7 @@ use super::{
     DType, Error, Kernel, Launch, Launcher,
     batch::{self, Bias, Lengths},
     cache,
-    check::{self, Presence, Shape, apart, range},
+    check::{self, Presence, Shape, apart, each_apart, range},
 };
 use crate::abi::{self, Cache, DecodeParams, Rows};
 
@@ -300,8 +300,7 @@ fn check_tensors(work: &Decode, split: &Split, workspace_bytes: usize) -> Result
     let counters = range("counters", work.counters, split.counters().into(), 4, Presence::Optional)?;
     outputs.extend([("counters", counters), ("workspace", check_workspace(work, workspace_bytes)?)]);
     if appends {
-        // K and V may lie between each other, so they are only held against the rest.
-        entries.iter().try_for_each(|list| apart(std::slice::from_ref(list), &inputs))?;
+        each_apart(&entries, &inputs)?;
         outputs.extend(state);
     } else {
         inputs.extend(state);

@@ -9,9 +9,7 @@ use std::ops::Range;
 
 use super::{
     DType, Error, Kernel, Launch, Launcher, cache,
-    check::{
-        self, MAX_GRID_YZ, Presence, Shape, apart, check_entries, count, disjoint, last, range, row_bytes,
-    },
+    check::{self, MAX_GRID_YZ, Presence, Shape, apart, count, disjoint, each_apart, last, range, row_bytes},
 };
 use crate::abi::{
     self, Cache, CompactParams, GatherIndicesParams, GatherKvParams, GatherRowsParams, Kept, Pages, Rows,
@@ -170,12 +168,12 @@ pub unsafe fn gather_kv<D: Launcher + ?Sized>(device: &D, work: &GatherKv) -> Re
     // Which pages of a pool are whose is on the device.
     let one_pool = work.pages.table != 0 && work.slots.slots != 0;
     if !one_pool {
-        outputs.iter().try_for_each(|output| apart(std::slice::from_ref(output), &sources))?;
+        each_apart(&outputs, &sources)?;
     }
     if work.slots.slots == 0 {
         disjoint("v_out", &outputs[1].1, "k_out", &outputs[0].1)?;
     }
-    outputs.iter().try_for_each(|output| apart(std::slice::from_ref(output), &inputs))?;
+    each_apart(&outputs, &inputs)?;
     inputs.extend(sources);
     inputs.extend(outputs);
     apart(&[check_positions_out(kept, positions_out_places(work))?], &inputs)?;
@@ -276,7 +274,7 @@ pub unsafe fn compact<D: Launcher + ?Sized>(device: &D, work: &Compact) -> Resul
     if lists == 0 {
         return Ok(());
     }
-    check_entries("index_capacity", i64::from(work.index_capacity))?;
+    check::entries("index_capacity", work.index_capacity.into())?;
     let Cache { sequences, heads, .. } = work.cache;
     let strides = [work.index_sequence_stride, work.index_head_stride];
     for (what, stride) in ["index_sequence_stride", "index_head_stride"].into_iter().zip(strides) {
@@ -295,8 +293,7 @@ pub unsafe fn compact<D: Launcher + ?Sized>(device: &D, work: &Compact) -> Resul
     let [lengths, positions] = state;
     inputs.push(lengths);
     inputs.extend(places);
-    // K and V may lie between each other, so they are only held against the rest.
-    entries.iter().try_for_each(|list| apart(std::slice::from_ref(list), &inputs))?;
+    each_apart(&entries, &inputs)?;
     apart(std::slice::from_ref(&positions), &inputs)?;
     inputs.push(positions);
     inputs.extend(entries);
@@ -350,7 +347,7 @@ fn check_sizes(kept: &Kept) -> Result<u32, Error> {
             return Err(Error::argument(what, size, "0 or more"));
         }
     }
-    check_entries("kept.capacity", i64::from(kept.capacity))?;
+    check::entries("kept.capacity", kept.capacity.into())?;
     let lists = i64::from(kept.sequences) * i64::from(kept.heads);
     if lists > i64::from(i32::MAX) {
         return Err(Error::argument("kept.sequences * kept.heads", lists, format!("at most {}", i32::MAX)));

@@ -12,7 +12,8 @@ use crate::abi::{self, Rows, SampleParams};
 /// A draw goes through the tokens from the most likely one down and takes the one at which the sum of
 /// probabilities passes the uniform number. Of equal logits the lower token comes first. NaN is never
 /// taken, nor is a logit of -inf drawn unless all are, whatever the temperature: an infinite one gives all others the
-/// same probability. A temperature of 0 or less, or NaN, takes the most likely token. The same logits and draws give the same tokens, whatever else is in the batch.
+/// same probability. A temperature of 0 or less, or NaN, takes the most likely token. The same logits and draws give the
+/// same tokens, whatever else is in the batch.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sample {
     /// `[rows, vocabulary]`; `sequence_stride` and `head_stride` are not used.
