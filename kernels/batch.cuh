@@ -53,12 +53,30 @@ __device__ __forceinline__ void store_lse(const fastkv_lse& lse, int64_t place, 
         lse.logarithm == FASTKV_LOGARITHM_BINARY ? natural * LOG2_E : natural;
 }
 
-// The last `p.window` queries of a sequence for the heads of a GQA group, and how many keys there are. Where these
-// lie is still to be said.
+// How many keys a sequence has, and where they lie.
+__device__ __forceinline__ void find_keys(const fastkv_prefill_attention_params& p, int32_t sequence,
+                                          int32_t kv_head, Window& window) {
+    const Span keys = span_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
+    window.keys = keys.tokens;
+    window.k = row_address(p.k, sequence, kv_head, keys.first);
+    window.pages.table = 0;
+}
+
+// Of scores by themselves they may lie in pages, and have lengths of their own.
+__device__ __forceinline__ void find_keys(const fastkv_window_scores_params& p, int32_t sequence,
+                                          int32_t kv_head, Window& window) {
+    const Span keys = span_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
+    window.keys = keys_of(keys, p.k_lengths, sequence);
+    window.pages = p.pages;
+    window.sequence = sequence;
+    window.k_page_stride = p.k.sequence_stride;
+    window.k = p.pages.table ? row_address(p.k, 0, kv_head, 0) : row_address(p.k, sequence, kv_head, keys.first);
+}
+
+// The last `p.window` queries of a sequence for the heads of a GQA group, and its keys.
 template <typename Params>
 __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, int32_t kv_head) {
     const Span queries = span_of(p.cu_seqlens_q, p.q_tokens, p.max_q_tokens, sequence);
-    const Span keys = span_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
     const int32_t count = min(queries.tokens, p.window);
     const int32_t first = queries.tokens - count;
     const int32_t heads = p.query_heads / p.kv_heads;
@@ -66,6 +84,7 @@ __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, i
     window.q = row_address(p.q, sequence, kv_head * heads, queries.first + first);
     window.q_head_stride = p.q.head_stride;
     window.q_token_stride = p.q.token_stride;
+    find_keys(p, sequence, kv_head, window);
     window.k_token_stride = p.k.token_stride;
     window.lse = reinterpret_cast<const float*>(p.lse.base) +
                  lse_place(p.lse, sequence, queries, kv_head * heads, first);
@@ -74,41 +93,15 @@ __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, i
     window.lse_factor = p.lse.logarithm == FASTKV_LOGARITHM_BINARY ? 1.0f : LOG2_E;
     window.positions =
         p.positions ? reinterpret_cast<const int32_t*>(p.positions) + queries.row + first : nullptr;
-    window.first_sees = keys.tokens - count;
+    window.first_sees = window.keys - count;
     window.queries = count;
     window.heads = heads;
-    window.keys = keys.tokens;
     window.bias_heads = reinterpret_cast<const uint32_t*>(p.bias_heads);
     window.bias_keys =
         p.bias_keys ? reinterpret_cast<const uint32_t*>(p.bias_keys) + sequence * p.bias_key_stride : nullptr;
     window.first_head = kv_head * heads;
     window.bias = p.bias;
     window.scale = p.scale;
-    return window;
-}
-
-// The same, and keys by sequences.
-template <typename Params>
-__device__ __forceinline__ Window dense_window_of(const Params& p, int32_t sequence, int32_t kv_head) {
-    Window window = window_of(p, sequence, kv_head);
-    const Span keys = span_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
-    window.k = row_address(p.k, sequence, kv_head, keys.first);
-    window.pages.table = 0;
-    return window;
-}
-
-// The same of scores by themselves, whose keys may lie in pages and have lengths of their own.
-__device__ __forceinline__ Window score_window_of(const fastkv_window_scores_params& p, int32_t sequence,
-                                                  int32_t kv_head) {
-    Window window = p.pages.table ? window_of(p, sequence, kv_head) : dense_window_of(p, sequence, kv_head);
-    window.keys = keys_of({0, window.keys, 0}, p.k_lengths, sequence);
-    window.first_sees = window.keys - window.queries;
-    if (p.pages.table) {
-        window.k = row_address(p.k, 0, kv_head, 0);
-        window.k_page_stride = p.k.sequence_stride;
-        window.pages = p.pages;
-        window.sequence = sequence;
-    }
     return window;
 }
 

@@ -17,7 +17,7 @@ __device__ __forceinline__ void column_sums(const fastkv_column_sums_params& p) 
     extern __shared__ __align__(128) uint8_t memory[];
     const int32_t kv_head = blockIdx.y;
     const int32_t sequence = blockIdx.z;
-    const Window window = score_window_of(p.sums, sequence, kv_head);
+    const Window window = window_of(p.sums, sequence, kv_head);
     const ScoreRows out = score_rows_of(p.sums, sequence, kv_head);
     const int32_t first = blockIdx.x * p.sums.block_keys;
     WindowScores<T, d, WARPS, true>::run(window, out, first, first + p.sums.block_keys,

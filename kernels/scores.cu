@@ -19,17 +19,6 @@ namespace {
 
 constexpr int WARPS = FASTKV_SCORES_THREADS / 32;
 
-// The window, and its LSE: that of the first pass has no queries before the window's.
-__device__ __forceinline__ Window own_window_of(const fastkv_window_scores_params& p, int32_t sequence,
-                                                int32_t kv_head) {
-    Window window = score_window_of(p, sequence, kv_head);
-    if (p.partials) {
-        window.lse = reinterpret_cast<const float*>(p.lse.base) +
-                     lse_place(p.lse, sequence, {}, kv_head * window.heads, 0);
-    }
-    return window;
-}
-
 // Partials of a sequence and kv head: `partial_columns` for each FASTKV_PARTIAL_KEYS keys.
 __device__ __forceinline__ Partial* partials_of(const fastkv_window_scores_params& p, int32_t sequence,
                                                 int32_t kv_head) {
@@ -43,7 +32,12 @@ __device__ __forceinline__ void window_scores(const fastkv_window_scores_params&
     extern __shared__ __align__(128) uint8_t memory[];
     const int32_t kv_head = blockIdx.y;
     const int32_t sequence = blockIdx.z;
-    const Window window = own_window_of(p, sequence, kv_head);
+    Window window = window_of(p, sequence, kv_head);
+    if (p.partials) {
+        // That of the first pass has no queries before the window's.
+        window.lse = reinterpret_cast<const float*>(p.lse.base) +
+                     lse_place(p.lse, sequence, {}, window.first_head, 0);
+    }
     const ScoreRows out = score_rows_of(p, sequence, kv_head);
     const int32_t first = blockIdx.x * p.block_keys;
     WindowScores<T, d, WARPS>::run(window, out, first, first + p.block_keys,
@@ -59,7 +53,7 @@ __device__ __forceinline__ void window_partials(const fastkv_window_scores_param
     const int32_t tile = blockIdx.x % parts * Partials::TILES;
     const int32_t kv_head = blockIdx.y;
     const int32_t sequence = blockIdx.z;
-    Window window = score_window_of(p, sequence, kv_head);
+    Window window = window_of(p, sequence, kv_head);
     window.lse = nullptr; // that is what is to be found
     const int32_t first = chunk * FASTKV_PARTIAL_KEYS;
     if (first < window.keys && tile < window.heads * window.tiles()) {
@@ -110,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SCORES_THREADS)
     fastkv_window_lse(__grid_constant__ const fastkv_window_scores_params p) {
     const int32_t kv_head = blockIdx.y;
     const int32_t sequence = blockIdx.z;
-    const Window window = score_window_of(p, sequence, kv_head);
+    const Window window = window_of(p, sequence, kv_head);
     const int32_t column = blockIdx.x * FASTKV_SCORES_THREADS + threadIdx.x;
     const int32_t head = column / (window.tiles() * 8);
     const int32_t query = column % (window.tiles() * 8);
@@ -123,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SCORES_THREADS)
         whole.add(*partial);
         partial += p.partial_columns;
     }
-    store_lse(p.lse, lse_place(p.lse, sequence, {}, kv_head * window.heads + head, query), whole.lse());
+    store_lse(p.lse, lse_place(p.lse, sequence, {}, window.first_head + head, query), whole.lse());
 }
 
 // Grid: x = blocks of FASTKV_POOL_KEYS keys, y = sequences. A warp sums groups of query heads, a lane

@@ -11,7 +11,7 @@ template <typename T, int d, int warps, int32_t tile_rows, int32_t signals>
 __device__ __forceinline__ void score(const fastkv_prefill_attention_params& p, const ScoreItem& item,
                                       uint32_t shared) {
     const int32_t sequence = item.keys.sequence;
-    const Window window = dense_window_of(p, sequence, item.kv_head);
+    const Window window = window_of(p, sequence, item.kv_head);
     const ScoreRows out = score_rows_of(p, sequence, item.kv_head);
     const int32_t first = item.keys.index * p.score_keys;
     WindowScores<T, d, warps>::run(window, out, first, first + p.score_keys, shared, p.score_slots, {}, [&] {
