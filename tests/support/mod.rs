@@ -22,6 +22,7 @@ pub(crate) mod memory;
 pub(crate) mod number;
 #[path = "../oracle/mod.rs"]
 pub(crate) mod oracle;
+pub(crate) mod pooling;
 #[cfg(feature = "pipeline")]
 #[path = "../tiny/probe.rs"]
 pub(crate) mod probe;
@@ -85,6 +86,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         gather::checks(),
         llama::checks(),
         matmul::checks(),
+        pooling::checks(),
         replayed::checks(),
         scores::checks(),
         select::checks(),

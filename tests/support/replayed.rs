@@ -6,7 +6,9 @@ use fastkv::{
     kernels::{Device, Error, Launch, Launcher, TensorMap},
 };
 
-use super::{Check, attention, decode, forward::forward, gather, llama, scores, select, share, sums};
+use super::{
+    Check, attention, decode, forward::forward, gather, llama, pooling, scores, select, share, sums,
+};
 
 struct Replayed<'a, D> {
     device: &'a D,
@@ -49,11 +51,12 @@ const HOPPER: [&str; 2] = ["select_cluster_random", "sm90_attention_scores"];
 
 fn run<D: Device>(device: &D, seed: u64, names: &[&str], hopper: bool) -> Result<(), String> {
     let replayed = Replayed { device };
-    let families: [Vec<Check<Replayed<'_, D>>>; 8] = [
+    let families: [Vec<Check<Replayed<'_, D>>>; 9] = [
         attention::checks(),
         decode::checks(),
         gather::checks(),
         llama::checks(),
+        pooling::checks(),
         scores::checks(),
         select::checks(),
         share::checks(),

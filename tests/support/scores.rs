@@ -1,11 +1,10 @@
-//! Scores of keys and their pooling: descriptions of work, plain loops in f64 that say what should come
-//! out, and runs on a device.
+//! Scores of keys: descriptions of work, plain loops in f64 that say what should come out, and runs on a device.
 
 use fastkv::{
-    abi::{Pages, Pooling, Rows, WindowScoresParams},
+    abi::{Pages, Rows, WindowScoresParams},
     kernels::{
         DType, Device, Error, Launch,
-        batch::{Bias, Lengths, Lse, ScoreHeads, ScoreRows, Scores, Window, default_scale},
+        batch::{Bias, Lengths, Lse, ScoreHeads, Scores, Window, default_scale},
         columns, scores,
     },
 };
@@ -386,7 +385,7 @@ impl Case {
 }
 
 /// Half a unit in the last place of an f32, relative.
-const ULP: f64 = 1.0 / (1 << 24) as f64;
+pub(crate) const ULP: f64 = 1.0 / (1 << 24) as f64;
 
 /// Of `ex2.approx` and `lg2.approx`, 2 ulp each.
 const APPROXIMATION: f64 = 4.0 * ULP;
@@ -697,9 +696,6 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
             all((0..8).map(|n| Case::random_columns(seed * 8 + n)), |case| check(device, case))
         }),
         Check::portable("column_sums_in_a_batch", |device, _| columns_in_a_batch(device)),
-        Check::portable("pool_scores", |device, seed| {
-            all((0..25).map(|n| PoolCase::random(seed * 25 + n)), |case| check_pool(device, case))
-        }),
     ]
 }
 
@@ -1089,38 +1085,18 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
             let mut memory = Memory::new(device);
             let cu_seqlens = memory.put(bytemuck::cast_slice(&starts));
             let lengths = Lengths::packed(cu_seqlens, 100, 60);
-            let (query_heads, kv_heads, width) = (4, 2, 64);
             let positions: Vec<i32> =
                 (0..100).map(|query| [i32::MIN, -1, i32::MAX, 1 << 30, 7][query % 5]).collect();
-            let mut work = scores::WindowScores {
-                q: Rows::packed(memory.put(&vec![0; 100 * 4 * 64 * 2]), query_heads, width),
-                k: Rows::packed(memory.put(&vec![0; 100 * 2 * 64 * 2]), kv_heads, width),
-                sequences: 3,
-                query_heads,
-                kv_heads,
-                head_dim: width,
-                dtype: DType::F16,
+            let work = scores::WindowScores {
+                q: Rows::packed(memory.put(&[0; 100 * 4 * 64 * 2]), 4, 64),
+                k: Rows::packed(memory.put(&[0; 100 * 2 * 64 * 2]), 2, 64),
                 queries: lengths,
                 keys: lengths,
                 positions: memory.put(bytemuck::cast_slice(&positions)),
-                scale: 1.0,
                 lse: lse.map(|lse| Lse { base: memory.put(&[0; 3 * 4 * 60 * 4]), ..lse }),
-                scores: Scores {
-                    base: memory.reserve(3 * 4 * 60 * 4),
-                    sequence_stride: 240,
-                    head_stride: 60,
-                    window: Window::Last(9),
-                    heads: ScoreHeads::Query,
-                },
-                ..Default::default()
+                ..plain_work(&mut memory, 64)
             };
-            work.workspace_bytes =
-                scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
-            work.workspace = memory.reserve(work.workspace_bytes);
-            // SAFETY: every address is a block of `memory` of the size that its field states.
-            unsafe { scores::window_scores(device, &work) }
-                .map_err(|error| format!("{starts:?}: {error}"))?;
-            device.synchronize().map_err(|error| error.to_string())?;
+            finish(device, &mut memory, work).map_err(|error| format!("{starts:?}: {error}"))?;
         }
     }
     hostile_pages(device)?;
@@ -1129,8 +1105,7 @@ fn hostile<D: Device>(device: &D) -> Result<(), String> {
 
 /// Pages that are nowhere, and lengths that no sequence has.
 fn hostile_pages<D: Device>(device: &D) -> Result<(), String> {
-    let lengths: [[i32; 3]; 2] = [[i32::MIN, -1, i32::MAX], [61, 60, 0]];
-    for (lengths, head_dim, lse) in lengths
+    for (lengths, head_dim, lse) in HOSTILE_LENGTHS
         .into_iter()
         .flat_map(|lengths| [(lengths, 64, true), (lengths, 256, false), (lengths, 128, true)])
     {
@@ -1140,7 +1115,7 @@ fn hostile_pages<D: Device>(device: &D) -> Result<(), String> {
             let elements = tokens * heads as usize * head_dim as usize;
             Rows::token_major(memory.put(&vec![0; elements * 2]), 1, heads, head_dim)
         };
-        let mut work = scores::WindowScores {
+        let work = scores::WindowScores {
             q: Rows { sequence_stride: i64::from(9 * 4 * head_dim), ..rows(&mut memory, 3 * 9, 4) },
             k: Rows { sequence_stride: i64::from(5 * 2 * head_dim), ..rows(&mut memory, 4 * 5, 2) },
             pages: Pages {
@@ -1150,11 +1125,6 @@ fn hostile_pages<D: Device>(device: &D) -> Result<(), String> {
                 page_size: 5,
                 reserved: 0,
             },
-            sequences: 3,
-            query_heads: 4,
-            kv_heads: 2,
-            head_dim,
-            dtype: DType::F16,
             queries: Lengths::dense(9),
             keys: Lengths::dense(60),
             lengths: memory.put(bytemuck::cast_slice(&lengths)),
@@ -1164,88 +1134,75 @@ fn hostile_pages<D: Device>(device: &D) -> Result<(), String> {
                 key_stride: 2,
                 value: 1.0,
             }),
-            scale: 1.0,
             lse: lse.then(|| Lse::head_major(memory.put(&[0; 4 * 27 * 4]), 27)),
-            scores: Scores {
-                base: memory.reserve(3 * 4 * 60 * 4),
-                sequence_stride: 240,
-                head_stride: 60,
-                window: Window::Last(9),
-                heads: ScoreHeads::Query,
-            },
-            ..Default::default()
+            ..plain_work(&mut memory, head_dim)
         };
-        work.workspace_bytes = scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
-        work.workspace = memory.reserve(work.workspace_bytes);
-        // SAFETY: every address is a block of `memory` of the size that its field states, here and below.
-        unsafe { scores::window_scores(device, &work) }.map_err(|error| format!("{lengths:?}: {error}"))?;
+        let described = |error| format!("{lengths:?}: {error}");
+        finish(device, &mut memory, work).map_err(described)?;
         if lse {
             let scores = Scores { window: Window::All, heads: ScoreHeads::Group, ..work.scores };
             let sums = scores::WindowScores { scores, ..work };
             let work = columns::ColumnSums { sums, weight: 1.0, step: 0.5, band: Some(7) };
-            // SAFETY: as above.
-            unsafe { columns::column_sums(device, &work) }
-                .map_err(|error| format!("{lengths:?}: {error}"))?;
+            // SAFETY: every address is a block of `memory` of the size that its field states.
+            let done = unsafe { columns::column_sums(device, &work) }.and_then(|()| device.synchronize());
+            done.map_err(|error| described(error.to_string()))?;
         }
-        device.synchronize().map_err(|error| error.to_string())?;
     }
     Ok(())
 }
 
-/// Lengths that no sequence has, of packed keys and of scores that are pooled.
+/// Lengths that no sequence has, of packed keys.
 fn hostile_lengths<D: Device>(device: &D) -> Result<(), String> {
-    for lengths in [[i32::MIN, -1, i32::MAX], [31, 0, 30]] {
+    for lengths in HOSTILE_LENGTHS {
         let mut memory = Memory::new(device);
-        let lengths = memory.put(bytemuck::cast_slice(&lengths));
         let packed = Lengths::packed(memory.put(bytemuck::cast_slice(&[0, 30, 50, 90])), 90, 40);
-        let room = ScoreRows { base: memory.reserve(3 * 4 * 40 * 4), sequence_stride: 160, head_stride: 40 };
-        let mut work = scores::WindowScores {
+        let work = scores::WindowScores {
             q: Rows::packed(memory.put(&[0; 90 * 4 * 64 * 2]), 4, 64),
             k: Rows::packed(memory.put(&[0; 90 * 2 * 64 * 2]), 2, 64),
-            sequences: 3,
-            query_heads: 4,
-            kv_heads: 2,
-            head_dim: 64,
-            dtype: DType::BF16,
             queries: packed,
             keys: packed,
-            lengths,
-            scale: 1.0,
-            scores: Scores {
-                base: room.base,
-                sequence_stride: room.sequence_stride,
-                head_stride: room.head_stride,
-                window: Window::Last(9),
-                heads: ScoreHeads::Query,
-            },
-            ..Default::default()
+            lengths: memory.put(bytemuck::cast_slice(&lengths)),
+            ..plain_work(&mut memory, 64)
         };
-        work.workspace_bytes = scores::window_scores_workspace(&work).map_err(|error| error.to_string())?;
-        work.workspace = memory.reserve(work.workspace_bytes);
-        let pooling = scores::PoolScores {
-            scores: room,
-            sequences: 3,
-            query_heads: 4,
-            kv_heads: 2,
-            keys: packed,
-            lengths,
-            tail: 8,
-            pooling: Pooling::max(7),
-            groups: Some(ScoreRows {
-                base: memory.reserve(3 * 2 * 40 * 4),
-                sequence_stride: 80,
-                head_stride: 40,
-            }),
-            total: Some(ScoreRows { base: memory.reserve(3 * 40 * 4), sequence_stride: 40, head_stride: 40 }),
-        };
-        // SAFETY: every address is a block of `memory` of the size that its field states.
-        unsafe {
-            scores::window_scores(device, &work).map_err(|error| error.to_string())?;
-            scores::pool_scores(device, &pooling).map_err(|error| error.to_string())?;
-        }
-        device.synchronize().map_err(|error| error.to_string())?;
+        finish(device, &mut memory, work).map_err(|error| format!("{lengths:?}: {error}"))?;
     }
     Ok(())
+}
+
+/// Of three sequences that have at most 60 keys.
+pub(crate) const HOSTILE_LENGTHS: [[i32; 3]; 2] = [[i32::MIN, -1, i32::MAX], [61, 60, 0]];
+
+/// Three sequences with room for the scores of 60 keys; what lies where is still to be said.
+fn plain_work<D: Device>(memory: &mut Memory<'_, D>, head_dim: u32) -> scores::WindowScores {
+    scores::WindowScores {
+        sequences: 3,
+        query_heads: 4,
+        kv_heads: 2,
+        head_dim,
+        dtype: DType::F16,
+        scale: 1.0,
+        scores: Scores {
+            base: memory.reserve(3 * 4 * 60 * 4),
+            sequence_stride: 240,
+            head_stride: 60,
+            window: Window::Last(9),
+            heads: ScoreHeads::Query,
+        },
+        ..Default::default()
+    }
+}
+
+/// Scores with a workspace, and waits for them.
+fn finish<D: Device>(
+    device: &D,
+    memory: &mut Memory<'_, D>,
+    mut work: scores::WindowScores,
+) -> Result<(), String> {
+    let error = |error: Error| error.to_string();
+    work.workspace_bytes = scores::window_scores_workspace(&work).map_err(error)?;
+    work.workspace = memory.reserve(work.workspace_bytes);
+    // SAFETY: every address is a block of `memory` of the size that its field states.
+    unsafe { scores::window_scores(device, &work) }.and_then(|()| device.synchronize()).map_err(error)
 }
 
 /// The launch of a description with LSE, with the keys divided among blocks, and room for queries, other than
@@ -1276,186 +1233,5 @@ fn divided<D: Device>(
             shared_bytes: keys + slots * slot,
             params: bytemuck::bytes_of(&params),
         })
-    }
-}
-
-/// One run of `pool_scores`.
-#[derive(Clone, Debug)]
-pub(crate) struct PoolCase {
-    kv_heads: usize,
-    group: usize,
-    packed: bool,
-    keys: Vec<usize>,
-    /// Whether the device alone knows how many these are: there is room for some more.
-    lengths: bool,
-    tail: usize,
-    pooling: Pooling,
-    groups: bool,
-    total: bool,
-    /// Whether rows begin at multiples of 16 bytes.
-    aligned: bool,
-    seed: u64,
-}
-
-impl PoolCase {
-    fn random(seed: u64) -> Self {
-        let mut random = Random(seed);
-        let packed = random.below(2) == 0;
-        let keys = |random: &mut Random| random.of(&[0, 1, 3, 7, 8, 127, 128, 129, 300]) + random.below(3);
-        let uniform = keys(&mut random);
-        let on_device = random.below(2) == 0;
-        let kernel = random.of(&[1, 3, 5, 7, 9, 21, 31, 63]);
-        Self {
-            kv_heads: random.of(&[1, 2, 7, 8, 9, 17]),
-            group: random.of(&[1, 2, 3, 4, 7]),
-            packed,
-            keys: (0..1 + random.below(3))
-                .map(|_| if packed || on_device { keys(&mut random) } else { uniform })
-                .collect(),
-            lengths: on_device,
-            tail: random.of(&[0, 1, 8, 64]),
-            pooling: if random.below(2) == 0 { Pooling::max(kernel) } else { Pooling::average(kernel) },
-            groups: random.below(4) > 0,
-            total: random.below(3) > 0,
-            aligned: random.below(2) == 0,
-            seed,
-        }
-    }
-}
-
-/// Runs a pooling and compares it with plain loops.
-pub(crate) fn check_pool<D: Device>(device: &D, case: &PoolCase) -> Result<(), String> {
-    let mut memory = Memory::new(device);
-    let mut random = Random(case.seed);
-    let room = if case.lengths { 5 } else { 0 };
-    let longest = case.keys.iter().copied().max().unwrap_or(0) + room;
-    let sequences = case.keys.len();
-    let query_heads = case.kv_heads * case.group;
-    let stride = if case.aligned { longest.next_multiple_of(4) } else { longest + 1 };
-    let scores: Vec<f32> = (0..sequences * query_heads * stride)
-        .map(|_| if random.below(50) == 0 { f32::NAN } else { random.symmetric() })
-        .collect();
-    let mut starts = vec![0];
-    for keys in &case.keys {
-        starts.push(starts.last().unwrap() + (keys + room) as i32);
-    }
-    let keys = if case.packed {
-        let total = *starts.last().unwrap() as u32;
-        Lengths::packed(memory.put(bytemuck::cast_slice(&starts)), total, longest as u32)
-    } else {
-        Lengths::dense(longest as u32)
-    };
-    let lengths = if case.lengths {
-        let each: Vec<_> = case.keys.iter().map(|keys| *keys as i32).collect();
-        memory.put(bytemuck::cast_slice(&each))
-    } else {
-        0
-    };
-    let mut rows = |heads: usize, contents: Option<&[f32]>| {
-        let sequence_stride = heads * stride;
-        let bytes = (sequences * sequence_stride * 4).max(1);
-        let base = match contents {
-            Some(contents) => memory.put(bytemuck::cast_slice(contents)),
-            None => memory.untouched(bytes),
-        };
-        ScoreRows { base, sequence_stride: sequence_stride as i64, head_stride: stride as i64 }
-    };
-    let work = scores::PoolScores {
-        // Nothing lies behind the last score.
-        scores: rows(query_heads, Some(&scores[..scores.len() + longest - stride])),
-        sequences: sequences as u32,
-        query_heads: query_heads as u32,
-        kv_heads: case.kv_heads as u32,
-        keys,
-        lengths,
-        tail: case.tail as u32,
-        pooling: case.pooling,
-        groups: case.groups.then(|| rows(case.kv_heads, None)),
-        total: case.total.then(|| rows(1, None)),
-    };
-    // SAFETY: every address is a block of `memory` of the size that its field states.
-    unsafe { scores::pool_scores(device, &work) }.map_err(|error| error.to_string())?;
-
-    let untouched =
-        Expected { bits: Some(f32::from_ne_bytes([UNTOUCHED; 4]).to_bits()), ..Expected::default() };
-    let mut groups = vec![untouched; sequences * case.kv_heads * stride];
-    let mut total = vec![untouched; sequences * stride];
-    for (sequence, keys) in case.keys.iter().enumerate() {
-        let keys = keys.saturating_sub(case.tail);
-        for key in 0..keys {
-            let mut all_heads = Expected::default();
-            for kv_head in 0..case.kv_heads {
-                let mut group = Expected::default();
-                for head in kv_head * case.group..(kv_head + 1) * case.group {
-                    let row = &scores[(sequence * query_heads + head) * stride..][..keys];
-                    group = group.plus(pooled(case.pooling, row, key));
-                }
-                groups[(sequence * case.kv_heads + kv_head) * stride + key] = group;
-                all_heads = all_heads.plus(group);
-            }
-            total[sequence * stride + key] = all_heads;
-        }
-    }
-    for (what, rows, expected) in [("groups", work.groups, groups), ("total", work.total, total)] {
-        if let Some(rows) = rows {
-            let found = memory.floats(rows.base, expected.len())?;
-            for (at, (found, expected)) in found.into_iter().zip(expected).enumerate() {
-                if !expected.holds(found) {
-                    return Err(format!("{what}: element {at} is {found}, not {expected:?}"));
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// What a pooled score should be.
-#[derive(Clone, Copy, Debug, Default)]
-struct Expected {
-    value: f64,
-    error: f64,
-    /// The very bits, where nothing is to be written.
-    bits: Option<u32>,
-}
-
-impl Expected {
-    fn plus(self, other: Self) -> Self {
-        let value = self.value + other.value;
-        // Each addition rounds to half an ulp of its result, which no sum of magnitudes falls short of.
-        Self {
-            value,
-            error: self.error + other.error + (self.value.abs() + other.value.abs()) * ULP,
-            bits: None,
-        }
-    }
-
-    fn holds(self, found: f32) -> bool {
-        match self.bits {
-            Some(bits) => found.to_bits() == bits,
-            None if self.value.is_finite() => (f64::from(found) - self.value).abs() <= self.error,
-            None => f64::from(found).total_cmp(&self.value).is_eq() || found.is_nan() && self.value.is_nan(),
-        }
-    }
-}
-
-/// Pooled score of a key: max passes over NaN and is -inf where there is nothing else, but a kernel of 1
-/// leaves scores as they are.
-fn pooled(pooling: Pooling, row: &[f32], key: usize) -> Expected {
-    let reach = pooling.kernel as usize / 2;
-    let near = row[key.saturating_sub(reach)..(key + reach + 1).min(row.len())]
-        .iter()
-        .map(|score| f64::from(*score));
-    if pooling.kernel == 1 {
-        Expected { value: f64::from(row[key]), ..Expected::default() }
-    } else if pooling == Pooling::max(pooling.kernel) {
-        Expected { value: near.fold(f64::NEG_INFINITY, f64::max), ..Expected::default() }
-    } else {
-        let magnitude: f64 = near.clone().map(f64::abs).sum();
-        let width = f64::from(pooling.kernel);
-        Expected {
-            value: near.sum::<f64>() / width,
-            error: (width + 1.0) * magnitude / width * ULP,
-            bits: None,
-        }
     }
 }
