@@ -548,6 +548,7 @@ __device__ __forceinline__ void finish_item(const fastkv_decode_params& p, const
     const int32_t tile = at.list.index * p.query_tiles + at.query_tile;
     const int32_t slot = tile * p.chunks + at.chunk;
     const bool adds = __syncthreads_or(taken_out());
+    // To add nothing where nothing was taken out could still make 0 of -0: bits depend on no other chunk.
     if (adds && threadIdx.x % 32 == 0) {
         taken_out() = 0;
     }

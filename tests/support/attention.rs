@@ -851,10 +851,10 @@ fn extremes() -> Vec<Case> {
     let mut cases = Vec::new();
     let contents =
         [Contents::Equal, Contents::Huge, Contents::Denormal, Contents::Random(60.0), Contents::Nan];
-    for (number, contents) in contents.into_iter().enumerate() {
-        for (turn, head_dim) in [64, 96, 128, 256].into_iter().enumerate() {
-            // Both types, of the two head sizes that Hopper's form has too.
-            let dtype = [DType::F16, DType::BF16][(number + turn / 2) % 2];
+    for (contents, dtype) in
+        contents.into_iter().flat_map(|contents| [(contents, DType::F16), (contents, DType::BF16)])
+    {
+        for head_dim in [64, 96, 128, 256] {
             let scores = Some((Window::Last(4), ScoreHeads::Group));
             cases.push(Case { contents, scores, ..Case::plain(dtype, head_dim, [1, 2], &[(20, 140)]) });
         }
