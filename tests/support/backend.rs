@@ -1,7 +1,7 @@
 //! The CUDA backend on a device, against the CPU backend on the same numbers: operation by operation, and
 //! whole models. Numbers are stored in 16 bits, so both begin with the same ones.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug, Display, Formatter};
 use std::ops::ControlFlow;
 
 use fastkv::backend::cpu::CpuBackend;
@@ -22,7 +22,7 @@ use fastkv::policy::{
 };
 
 use super::Check;
-use super::probe::Probe;
+use super::probe::{Judged, Probe};
 use super::tiny::{self, Rng, Stored, Tiny};
 
 pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
@@ -721,6 +721,7 @@ fn read_prompts<D: MatrixProduct + Clone + Debug>(
     probe.inner = CpuBackend::new(None).map_err(|error| error.to_string())?;
     let cpu = Engine::load(probe, &model).map_err(error)?;
     let ids = Rng::new(seed + 7).ids(tokens, tiny.vocabulary);
+    let mut agreement = Agreement::default();
     for (at, (policy, steered)) in readings.iter().enumerate() {
         let plan = policy.plan(cpu.shape(), ids.len());
         let plan = plan.and_then(|plan| if *steered { plan.steer(steering(cpu.shape())) } else { Ok(plan) });
@@ -729,11 +730,12 @@ fn read_prompts<D: MatrixProduct + Clone + Debug>(
         let ways = if at == 0 { vec![true, false] } else { vec![at % 2 == 0] };
         for exact_shortcuts in ways {
             let options = PrefillOptions { exact_shortcuts, trace: true, slack: 1 };
-            agree(&cuda, &cpu, &ids, &plan, &options, unit).map_err(|error| {
+            agree(&cuda, &cpu, &ids, &plan, &options, unit, &mut agreement).map_err(|error| {
                 format!("{}, steered: {steered}, {dtype:?}, {options:?}: {error}", policy.name())
             })?;
         }
     }
+    eprintln!("{tokens} tokens, {dtype:?}, {} readings: {agreement}", readings.len());
     Ok(())
 }
 
@@ -782,6 +784,74 @@ fn answer<B: Backend>(engine: &Engine<B>, ids: &[u32], plan: &Plan) -> Result<Ve
     Ok(engine.generate(&mut prefill.cache, prefill.logits, &options, &control, |_| ())?.tokens)
 }
 
+/// How well two backends agree, at worst.
+#[derive(Clone, Copy, Debug)]
+struct Agreement {
+    /// Share of the tokens of a layer that both keep, each by itself.
+    overlap: f64,
+    /// Difference of the attention that a head keeps, where both keep the same.
+    mass: f64,
+    /// How far a kept key may lie below one that is not, as by the error of a logit, in shares of what is allowed.
+    choice: f64,
+    /// Selections, and those that are not in the order of the CPU's scores.
+    selections: usize,
+    differing: usize,
+}
+
+impl Default for Agreement {
+    fn default() -> Self {
+        Self { overlap: 1.0, mass: 0.0, choice: 0.0, selections: 0, differing: 0 }
+    }
+}
+
+impl Display for Agreement {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { overlap, mass, choice, selections, differing } = self;
+        write!(
+            f,
+            "{differing} of {selections} selections differ, by {choice:.3} of the allowed error at most; \
+             {overlap:.3} of the tokens of a layer are the same at least, with {mass:.4} of the attention of a head \
+             more or less at most"
+        )
+    }
+}
+
+impl Agreement {
+    /// Takes in an overlap; an error where that is little.
+    fn overlap(&mut self, layer: usize, found: &[u32], expected: &[u32]) -> Result<(), String> {
+        let alike = overlap(found, expected);
+        self.overlap = self.overlap.min(alike);
+        if alike < 0.75 {
+            return Err(format!("layer {layer} keeps or hands on only {alike} of the same tokens"));
+        }
+        Ok(())
+    }
+
+    /// Takes in forced selections; an error where keys are kept that lie further below others than the error of scores
+    /// explains, with activations off by a share `error`.
+    fn choices(&mut self, judged: Vec<Judged>, error: f64) -> Result<(), String> {
+        for Judged { off, reach } in judged {
+            let share = off / logit_error(error, reach);
+            self.selections += 1;
+            self.differing += usize::from(off > 0.0);
+            self.choice = self.choice.max(share);
+            if share > 1.0 {
+                return Err(format!(
+                    "a key is kept although another is better by {share} of what may be off"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a logit may be off, with activations off by a share `error`. Errors of queries and of keys are in no relation
+/// with each other, nor with what they belong to: of d products, each off by both, the sum is off by
+/// `√2 error |q| |k| / √d`, and the logit by `1 / √d` of that.
+fn logit_error(error: f64, reach: f64) -> f64 {
+    2_f64.sqrt() * error * reach
+}
+
 /// Prefill and two appends on both. What a device chooses is near what the CPU chooses by itself; and when the
 /// CPU is made to choose the same, masses and answers are the same.
 fn agree<A: Backend>(
@@ -791,7 +861,11 @@ fn agree<A: Backend>(
     plan: &Plan,
     options: &PrefillOptions,
     unit: f64,
+    agreement: &mut Agreement,
 ) -> Result<(), String> {
+    // Through four layers of some ten roundings each, which add up as the root of their number, and grow
+    // where a softmax is sharp.
+    let allowed = 12.0 * unit;
     let error = |error: EngineError| error.to_string();
     let control = Control::default();
     let mut found = cuda.prefill(ids, plan, options, &control).map_err(error)?;
@@ -802,10 +876,8 @@ fn agree<A: Backend>(
     for (layer, (found, free)) in trace.layers.iter().zip(&free_trace.layers).enumerate() {
         let handed_on = found.propagated.iter().flatten().copied().collect::<Vec<_>>();
         let of_free = free.propagated.iter().flatten().copied().collect::<Vec<_>>();
-        let alike = overlap(&found.kept.concat(), &free.kept.concat()).min(overlap(&handed_on, &of_free));
-        if alike < 0.75 {
-            return Err(format!("layer {layer} keeps or hands on only {alike} of the same tokens"));
-        }
+        agreement.overlap(layer, &found.kept.concat(), &free.kept.concat())?;
+        agreement.overlap(layer, &handed_on, &of_free)?;
     }
 
     cpu.backend().force(selections(plan, trace));
@@ -813,6 +885,11 @@ fn agree<A: Backend>(
     if cpu.backend().forced() > 0 {
         return Err("fewer selections than the plan has".into());
     }
+    let judged = cpu.backend().judged();
+    // Logits that are off by e change the odds of what is kept by a factor of e^2e.
+    let reach = judged.iter().map(|judged| judged.reach).fold(0.0, f64::max);
+    let of_mass = if judged.is_empty() { 0.05 } else { (logit_error(allowed, reach) / 2.0).min(0.05) };
+    agreement.choices(judged, allowed)?;
     let expected_trace = expected.trace.as_ref().ok_or("no trace")?;
     for (layer, (found, expected)) in trace.layers.iter().zip(&expected_trace.layers).enumerate() {
         // The most attended tokens that no selection chooses: what is near by is near.
@@ -822,14 +899,13 @@ fn agree<A: Backend>(
             return Err(format!("layer {layer} keeps other tokens than were chosen"));
         }
         for (found, expected) in found.mass.iter().zip(&expected.mass) {
-            if (found - expected).abs() > 0.05 {
+            let off = f64::from((found - expected).abs());
+            agreement.mass = agreement.mass.max(off);
+            if off > of_mass {
                 return Err(format!("layer {layer} keeps {found} of the attention, not {expected}"));
             }
         }
     }
-    // Through four layers of some ten roundings each, which add up as the root of their number, and grow
-    // where a softmax is sharp.
-    let allowed = 12.0 * unit;
     near("logits of the prompt", &found.logits, &expected.logits, allowed)?;
     let positions = |cache: &Cache<A>| cache.positions(cuda.backend()).map_err(|error| error.to_string());
     for step in [&[1_u32][..], &[5, 3]] {
@@ -843,6 +919,7 @@ fn agree<A: Backend>(
         if cpu.backend().forced() > 0 {
             return Err("fewer evictions than the plan has".into());
         }
+        agreement.choices(cpu.backend().judged(), allowed)?;
         near("logits of a step", &logits, &expected, allowed)?;
     }
     let kept = positions(&found.cache)?;

@@ -1,8 +1,9 @@
 //! A backend that counts: the CPU's arithmetic, chunks of any size, the keys and values that are truly
-//! alive, and selections that can be forced. Each test program uses its share of this.
+//! alive, and selections that can be forced, which it judges. Each test program uses its share of this.
 #![allow(dead_code)]
 
 use std::collections::VecDeque;
+use std::mem::take;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -25,6 +26,8 @@ pub(crate) struct Probe {
     pub(crate) chunk_rows: usize,
     alive: Arc<Alive>,
     forced: Mutex<VecDeque<Vec<Vec<u32>>>>,
+    scored: Mutex<Scored>,
+    judged: Mutex<Vec<Judged>>,
     failing_steps: AtomicUsize,
     fails_joining: AtomicBool,
 }
@@ -35,13 +38,38 @@ pub(crate) struct Joined {
     batch: KvBatch,
     /// Steps that there is room for.
     room: usize,
+    head_dim: usize,
+    longest_key: f64,
 }
 
 #[derive(Debug)]
 pub(crate) struct Counted {
     kv: Kv,
     entries: usize,
+    head_dim: usize,
+    /// Length of the longest key that ever joined.
+    longest_key: f64,
     alive: Arc<Alive>,
+}
+
+/// What scores are made of.
+#[derive(Clone, Copy, Debug, Default)]
+struct Scored {
+    /// Query heads whose products they sum; 0 where they are sums of probabilities.
+    products: usize,
+    /// The most that lengths of a query and a key came to, one times the other.
+    lengths: f64,
+    head_dim: usize,
+}
+
+/// A forced selection by the scores that there were.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Judged {
+    /// How far the best key that is left out of a list is above the worst that is in it, as by the error of a logit: 0
+    /// where no key is better than one that is kept.
+    pub(crate) off: f64,
+    /// The most that `|q| |k| / d` is: what a logit is off where `q` and `k` are off by their own size.
+    pub(crate) reach: f64,
 }
 
 impl Alive {
@@ -62,6 +90,8 @@ impl Probe {
             chunk_rows,
             alive: Arc::default(),
             forced: Mutex::default(),
+            scored: Mutex::default(),
+            judged: Mutex::default(),
             failing_steps,
             fails_joining,
         }
@@ -77,11 +107,60 @@ impl Probe {
         self.forced.lock().expect("a lock").len()
     }
 
-    fn forced_or(&self, select: impl FnOnce() -> Result<Indices>) -> Result<Indices> {
-        match self.forced.lock().expect("a lock").pop_front() {
-            Some(lists) => self.inner.indices(lists),
+    /// What was forced since this was last asked.
+    pub(crate) fn judged(&self) -> Vec<Judged> {
+        take(&mut *self.judged.lock().expect("a lock"))
+    }
+
+    fn forced_or(&self, scores: &Scores, select: impl FnOnce() -> Result<Indices>) -> Result<Indices> {
+        match self.next_forced(scores)? {
+            Some(lists) => Ok(lists),
             None => select(),
         }
+    }
+
+    fn next_forced(&self, scores: &Scores) -> Result<Option<Indices>> {
+        let Some(lists) = self.forced.lock().expect("a lock").pop_front() else {
+            return Ok(None);
+        };
+        let judged = self.judge(&self.inner.read_scores(scores)?, &lists);
+        self.judged.lock().expect("a lock").push(judged);
+        self.inner.indices(lists).map(Some)
+    }
+
+    /// Logits that are off by e make a probability off by a factor of e^2e, once for itself and once for the sum; so a
+    /// key that is kept may lie below one that is not by e^4e. A product is off by its logit's error times √d, and a
+    /// sum of them by as many times as much.
+    fn judge(&self, scores: &[Vec<f32>], lists: &[Vec<u32>]) -> Judged {
+        let Scored { products, lengths, head_dim } = *self.scored.lock().expect("a lock");
+        let of_head = |(scores, list): (&Vec<f32>, &Vec<u32>)| {
+            let of = |is_kept: bool| {
+                let keys =
+                    (0..scores.len() as u32).filter(move |key| list.binary_search(key).is_ok() == is_kept);
+                keys.map(|key| f64::from(scores[key as usize]))
+            };
+            let best_left = of(false).fold(f64::NEG_INFINITY, f64::max);
+            let worst_kept = of(true).fold(f64::INFINITY, f64::min);
+            match (best_left > worst_kept, products) {
+                (false, _) => 0.0,
+                (true, 0) => (best_left / worst_kept).ln() / 4.0,
+                (true, terms) => (best_left - worst_kept) / (2.0 * terms as f64 * (head_dim as f64).sqrt()),
+            }
+        };
+        let off = scores.iter().zip(lists).map(of_head).fold(0.0, f64::max);
+        Judged { off, reach: lengths / head_dim as f64 }
+    }
+
+    /// Notes what scores of these queries and keys are made of.
+    fn note(&self, queries: &Tensor, kv: &Counted, of_products: bool) -> Result<()> {
+        let head_dim = kv.head_dim;
+        let numbers = self.inner.read(queries)?;
+        let products = if of_products { numbers.len() / self.rows(queries) / head_dim } else { 0 };
+        let lengths = longest(&numbers, head_dim) * kv.longest_key;
+        let mut scored = self.scored.lock().expect("a lock");
+        let before = if scored.products == products { scored.lengths } else { 0.0 };
+        *scored = Scored { products, lengths: before.max(lengths), head_dim };
+        Ok(())
     }
 
     /// Lets the attention of the n-th layer that decodes from now on fail, once.
@@ -109,10 +188,10 @@ impl Probe {
         positions.iter().map(Vec::len).sum::<usize>()
     }
 
-    fn counted(&self, kv: Kv) -> Counted {
+    fn counted(&self, kv: Kv, head_dim: usize, longest_key: f64) -> Counted {
         let entries = self.entries(&kv);
         self.alive.resize(0, entries);
-        Counted { kv, entries, alive: Arc::clone(&self.alive) }
+        Counted { kv, entries, head_dim, longest_key, alive: Arc::clone(&self.alive) }
     }
 
     fn recount(&self, kv: &mut Counted) {
@@ -126,6 +205,12 @@ impl Drop for Counted {
     fn drop(&mut self) {
         self.alive.resize(self.entries, 0);
     }
+}
+
+/// Length of the longest of these vectors.
+fn longest(numbers: &[f32], head_dim: usize) -> f64 {
+    let length = |vector: &[f32]| vector.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    numbers.chunks(head_dim).map(length).fold(0.0, f64::max)
 }
 
 type Result<T> = std::result::Result<T, BackendError>;
@@ -190,7 +275,7 @@ impl Backend for Probe {
     }
 
     fn new_kv(&self, kv_heads: usize, head_dim: usize, capacity: usize) -> Result<Counted> {
-        Ok(self.counted(self.inner.new_kv(kv_heads, head_dim, capacity)?))
+        Ok(self.counted(self.inner.new_kv(kv_heads, head_dim, capacity)?, head_dim, 0.0))
     }
 
     fn append_kv(
@@ -202,6 +287,7 @@ impl Backend for Probe {
         first_row: usize,
     ) -> Result<()> {
         self.inner.append_kv(&mut kv.kv, keys, values, positions, first_row)?;
+        kv.longest_key = kv.longest_key.max(longest(&self.inner.read(keys)?, kv.head_dim));
         self.recount(kv);
         Ok(())
     }
@@ -226,6 +312,7 @@ impl Backend for Probe {
     }
 
     fn window_scores(&self, queries: &Tensor, kv: &Counted) -> Result<Scores> {
+        self.note(queries, kv, false)?;
         self.inner.window_scores(queries, &kv.kv)
     }
 
@@ -240,6 +327,7 @@ impl Backend for Probe {
     }
 
     fn biased_window_scores(&self, queries: &Tensor, kv: &Counted, bias: &Bias<'_>) -> Result<Scores> {
+        self.note(queries, kv, false)?;
         self.inner.biased_window_scores(queries, &kv.kv, bias)
     }
 
@@ -250,6 +338,7 @@ impl Backend for Probe {
         columns: Columns,
         bias: Option<&Bias<'_>>,
     ) -> Result<Scores> {
+        self.note(queries, kv, false)?;
         self.inner.column_sums(queries, &kv.kv, columns, bias)
     }
 
@@ -266,6 +355,7 @@ impl Backend for Probe {
     }
 
     fn query_key_products(&self, query: &Tensor, kv: &Counted) -> Result<Scores> {
+        self.note(query, kv, true)?;
         self.inner.query_key_products(query, &kv.kv)
     }
 
@@ -296,11 +386,11 @@ impl Backend for Probe {
     }
 
     fn select(&self, scores: &Scores, select: Select) -> Result<Indices> {
-        self.forced_or(|| self.inner.select(scores, select))
+        self.forced_or(scores, || self.inner.select(scores, select))
     }
 
     fn select_each(&self, scores: &Scores, counts: &[usize], tail: usize) -> Result<Indices> {
-        self.forced_or(|| self.inner.select_each(scores, counts, tail))
+        self.forced_or(scores, || self.inner.select_each(scores, counts, tail))
     }
 
     fn indices(&self, lists: Vec<Vec<u32>>) -> Result<Indices> {
@@ -324,15 +414,16 @@ impl Backend for Probe {
     }
 
     fn gather_kv(&self, kv: &Counted, entries: &Indices, slack: usize) -> Result<Counted> {
-        Ok(self.counted(self.inner.gather_kv(&kv.kv, entries, slack)?))
+        let gathered = self.inner.gather_kv(&kv.kv, entries, slack)?;
+        Ok(self.counted(gathered, kv.head_dim, kv.longest_key))
     }
 
     fn gather_kv_shared(&self, kv: &Counted, scores: &Scores, share: Share, slack: usize) -> Result<Counted> {
-        let forced = self.forced.lock().expect("a lock").pop_front();
-        Ok(self.counted(match forced {
-            Some(lists) => self.inner.gather_kv(&kv.kv, &self.inner.indices(lists)?, slack)?,
+        let gathered = match self.next_forced(scores)? {
+            Some(lists) => self.inner.gather_kv(&kv.kv, &lists, slack)?,
             None => self.inner.gather_kv_shared(&kv.kv, scores, share, slack)?,
-        }))
+        };
+        Ok(self.counted(gathered, kv.head_dim, kv.longest_key))
     }
 
     fn count_kv(&self, kv: Counted) -> Result<Counted> {
@@ -343,12 +434,15 @@ impl Backend for Probe {
         if self.fails_joining.swap(false, Relaxed) {
             return Err(BackendError::OutOfMemory { what: "a test", bytes: 1 });
         }
+        let head_dim = stores[0].head_dim;
+        let longest_key = stores.iter().map(|kv| kv.longest_key).fold(0.0, f64::max);
         let stores = stores.iter().map(|kv| kv.kv.clone()).collect();
-        Ok(Joined { batch: self.inner.join_kv(stores, room)?, room })
+        Ok(Joined { batch: self.inner.join_kv(stores, room)?, room, head_dim, longest_key })
     }
 
     fn split_kv(&self, batch: Joined, steps: usize) -> Result<Vec<Counted>> {
-        Ok(self.inner.split_kv(batch.batch, steps)?.into_iter().map(|kv| self.counted(kv)).collect())
+        let stores = self.inner.split_kv(batch.batch, steps)?.into_iter();
+        Ok(stores.map(|kv| self.counted(kv, batch.head_dim, batch.longest_key)).collect())
     }
 
     fn decode_attention(
