@@ -121,14 +121,19 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
             continue;
         }
         let targets = if hopper { vec!["90a".to_string()] } else { architectures.clone() };
-        let ptx = format!("-gencode=arch=compute_{0},code=compute_{0}", targets[0]);
+        let ptx = |target: &String| format!("-gencode=arch=compute_{target},code=compute_{target}");
         let mut fatbin = vec!["--fatbin".to_string()];
         fatbin
             .extend(targets.iter().map(|target| format!("-gencode=arch=compute_{target},code=sm_{target}")));
         if !hopper {
-            fatbin.push(ptx.clone());
+            fatbin.push(ptx(&targets[0]));
         }
-        for (arguments, extension) in [(fatbin, "fatbin"), (vec!["--ptx".into(), ptx], "ptx")] {
+        let mut runs = vec![(fatbin, "fatbin".to_string())];
+        for target in &targets {
+            runs.push((vec!["--ptx".into(), ptx(target)], format!("sm_{target}.ptx")));
+            writeln!(ptxs, "(\"{name}\", \"sm_{target}\", include_str!(\"{name}.sm_{target}.ptx\")),")?;
+        }
+        for (arguments, extension) in runs {
             let output = out.join(format!("{name}.{extension}"));
             let mut arguments =
                 [arguments, common.clone()].concat().into_iter().map(OsString::from).collect::<Vec<_>>();
@@ -141,7 +146,6 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
             "Image {{ name: \"{name}\", archs: &[{names}], \
              fatbin: &Aligned(*include_bytes!(\"{name}.fatbin\")).0 }},"
         )?;
-        writeln!(ptxs, "(\"{name}\", include_str!(\"{name}.ptx\")),")?;
     }
 
     let queue = Mutex::new(jobs.into_iter());
@@ -165,7 +169,7 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
         format!(
             "const NVCC: Option<(u32, u32)> = Some(({major}, {minor}));\n\
              static IMAGES: &[Image] = &[\n{images}];\n\
-             static PTX: &[(&str, &str)] = &[\n{ptxs}];\n"
+             static PTX: &[(&str, &str, &str)] = &[\n{ptxs}];\n"
         ),
     )?;
     println!("cargo::rustc-cfg=fastkv_kernels");

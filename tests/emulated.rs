@@ -5,10 +5,10 @@ mod support;
 
 use std::process::ExitCode;
 
-use fastkv::kernels::images;
+use fastkv::kernels::{Kernel, images};
 use libtest_mimic::{Arguments, Failed, Trial};
 use ptx_emulator::Schedule;
-use support::emulator::Emulator;
+use support::emulator::{Emulator, LAUNCHED};
 
 /// Eager, late copies, and two orders of preemption.
 const SCHEDULES: [(&str, Schedule); 4] = [
@@ -18,17 +18,33 @@ const SCHEDULES: [(&str, Schedule); 4] = [
     ("random_2", Schedule::Random(2)),
 ];
 
+const AMPERE: (&str, (u32, u32)) = ("sm_80", (8, 0));
+const HOPPER: (&str, (u32, u32)) = ("sm_90", (9, 0));
+
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     for check in support::checks::<Emulator>() {
-        let (chip, compute_capability) = if check.hopper { ("sm_90", (9, 0)) } else { ("sm_80", (8, 0)) };
-        for (seed, (name, schedule)) in SCHEDULES.into_iter().enumerate() {
-            let run = move || {
-                (check.run)(&Emulator::new(schedule, compute_capability), seed as u64).map_err(Failed::from)
-            };
+        let mut add = |(chip, compute_capability), seed, (name, schedule)| {
+            let run =
+                move || (check.run)(&Emulator::new(schedule, compute_capability), seed).map_err(Failed::from);
             let name = format!("{}::{chip}::{name}", check.name);
             trials.push(Trial::test(name, run).with_ignored_flag(!images::built()));
+        };
+        for (seed, schedule) in (0..).zip(SCHEDULES) {
+            add(if check.hopper { HOPPER } else { AMPERE }, seed, schedule);
+        }
+        // Code for Hopper is another where the kernel is the same.
+        if !check.hopper {
+            add(HOPPER, 4, ("random_3", Schedule::Random(3)));
         }
     }
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+    let all = trials.len() as u64;
+    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    let launched = LAUNCHED.lock().expect("a lock");
+    let left: Vec<_> = Kernel::ALL.iter().filter(|kernel| !launched.contains(kernel.entry())).collect();
+    if conclusion.num_passed == all && !left.is_empty() {
+        eprintln!("no check launches {left:?}");
+        return ExitCode::FAILURE;
+    }
+    conclusion.exit_code()
 }

@@ -34,10 +34,10 @@ pub fn nvcc_version() -> Option<(u32, u32)> {
     NVCC
 }
 
-/// The PTX of an image's first architecture, for those who read or interpret it. A program that never
-/// asks does not carry it.
-pub fn ptx(image: &str) -> Option<&'static str> {
-    PTX.iter().find(|(name, _)| *name == image).map(|(_, text)| *text)
+/// The PTX of an image for one of its [architectures](Image::archs), for those who read or interpret it. A program
+/// that never asks does not carry it.
+pub fn ptx(image: &str, arch: &str) -> Option<&'static str> {
+    PTX.iter().find(|(name, of, _)| (*name, *of) == (image, arch)).map(|(.., text)| *text)
 }
 
 #[cfg(fastkv_kernels)]
@@ -48,7 +48,7 @@ const NVCC: Option<(u32, u32)> = None;
 #[cfg(not(fastkv_kernels))]
 static IMAGES: &[Image] = &[];
 #[cfg(not(fastkv_kernels))]
-static PTX: &[(&str, &str)] = &[];
+static PTX: &[(&str, &str, &str)] = &[];
 
 /// Puts the bytes of an image where a driver that reads words finds them aligned.
 #[cfg(fastkv_kernels)]

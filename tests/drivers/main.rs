@@ -24,11 +24,14 @@ fn images_hold_every_kernel() {
     for (number, kernel) in Kernel::ALL.iter().enumerate() {
         assert_eq!(*kernel as usize, number);
         let image = images::images().iter().find(|image| image.name == kernel.image()).expect("an image");
-        let ptx = images::ptx(kernel.image()).expect("PTX");
-        assert!(ptx.contains(&format!(".entry {}(", kernel.entry())), "{}", kernel.entry());
+        assert!(!image.archs.is_empty());
+        for arch in image.archs {
+            let ptx = images::ptx(image.name, arch).expect("PTX");
+            assert!(ptx.contains(&format!(".entry {}(", kernel.entry())), "{}", kernel.entry());
+            assert!(ptx.contains(&format!(".target {arch}\n")), "{}: {arch}", image.name);
+        }
         // A fatbin begins with this word.
         assert_eq!(image.fatbin[..4], 0xBA55_ED50_u32.to_le_bytes());
         assert!((image.fatbin.as_ptr() as usize).is_multiple_of(16));
-        assert!(!image.archs.is_empty());
     }
 }

@@ -1,6 +1,6 @@
 //! The PTX emulator as a device: drivers run the kernels that ship, without a GPU.
 
-use std::{cell::RefCell, fmt, rc::Rc};
+use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Mutex};
 
 use fastkv::{
     abi::{self, Rows},
@@ -11,6 +11,9 @@ use fastkv::{
 use ptx_emulator::{Counters, Schedule, Swizzle};
 
 use super::number::{decode, encode};
+
+/// Entries of kernels that any device of this program has launched.
+pub(crate) static LAUNCHED: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
 
 /// Clones are the same device.
 #[derive(Clone)]
@@ -76,6 +79,11 @@ impl Emulator {
     pub(crate) fn new(schedule: Schedule, compute_capability: (u32, u32)) -> Self {
         let mut device = ptx_emulator::Device::new();
         device.set_schedule(schedule);
+        // Chips approximate in ways of their own.
+        device.set_jitter(match schedule {
+            Schedule::Random(seed) => Some(seed),
+            _ => None,
+        });
         // Tests run side by side.
         device.set_cores(1);
         Self {
@@ -105,10 +113,20 @@ impl Emulator {
         *self.counters.borrow()
     }
 
+    /// The newest architecture of an image that the chip runs.
+    fn arch(&self, image: &str) -> Option<&'static str> {
+        let (major, minor) = self.compute_capability;
+        let number = |arch: &str| arch.trim_matches(|c: char| !c.is_ascii_digit()).parse::<u32>().ok();
+        let image = images::images().iter().find(|known| known.name == image)?;
+        let archs = image.archs.iter().filter(|arch| number(arch) <= Some(10 * major + minor));
+        archs.max_by_key(|arch| number(arch)).copied()
+    }
+
     fn load(&self, image: &'static str) {
         if !self.loaded.borrow().contains(&image) {
-            let ptx = images::ptx(image).expect("a build with kernels has their PTX");
-            self.device.borrow_mut().load(ptx).unwrap_or_else(|error| panic!("{image}.ptx: {error}"));
+            let arch = self.arch(image).expect("an image for this chip");
+            let ptx = images::ptx(image, arch).expect("a build with kernels has their PTX");
+            self.device.borrow_mut().load(ptx).unwrap_or_else(|error| panic!("{image}, {arch}: {error}"));
             self.loaded.borrow_mut().push(image);
         }
     }
@@ -125,6 +143,7 @@ impl Launcher for Emulator {
         if self.captures(|| Queued::Launch { kernel, sizes, shared_bytes, params: params.to_vec() }) {
             return Ok(());
         }
+        LAUNCHED.lock().expect("a lock").insert(kernel.entry());
         self.load(kernel.image());
         let launch =
             ptx_emulator::Launch { kernel: kernel.entry(), grid, cluster, block, shared_bytes, params };
