@@ -38,6 +38,12 @@ pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
 pub(super) const TYPES: [(DType, Stored, f64); 2] =
     [(DType::BF16, Stored::Bf16, 1.0 / 256.0), (DType::F16, Stored::F16, 1.0 / 2048.0)];
 
+/// The share of their size by which activations may be off behind four layers of some ten roundings each, which add up
+/// as the root of their number, and grow where a softmax is sharp.
+pub(super) fn activations_error(unit: f64) -> f64 {
+    12.0 * unit
+}
+
 pub(super) fn cuda<D: MatrixProduct + Clone + Debug>(
     device: &D,
     dtype: DType,
@@ -675,7 +681,7 @@ fn settles<D: MatrixProduct + Clone + Debug>(device: &D, tiny: &Tiny) -> Result<
     if found.and_then(|found| found.layer) != Some(picked) {
         return Err("another layer is picked where scores come before attention".into());
     }
-    near("logits", &shortcut, &logits, 12.0 * unit)
+    near("logits", &shortcut, &logits, activations_error(unit))
 }
 
 /// Layers of a width, and a prompt of a length, that only a GPU has the time for.
@@ -863,9 +869,7 @@ fn agree<A: Backend>(
     unit: f64,
     agreement: &mut Agreement,
 ) -> Result<(), String> {
-    // Through four layers of some ten roundings each, which add up as the root of their number, and grow
-    // where a softmax is sharp.
-    let allowed = 12.0 * unit;
+    let allowed = activations_error(unit);
     let error = |error: EngineError| error.to_string();
     let control = Control::default();
     let mut found = cuda.prefill(ids, plan, options, &control).map_err(error)?;

@@ -16,7 +16,7 @@ use fastkv::model::ModelDir;
 use fastkv::policy::{AdaKv, Budget, FastKv, Plan, Policy, SnapKv};
 
 use super::Check;
-use super::backend::{Output, Scene, Sizes, TYPES, compare, cpu, cuda, flat, model, near};
+use super::backend::{Output, Scene, Sizes, TYPES, activations_error, compare, cpu, cuda, flat, model, near};
 use super::forward::forward;
 use super::tiny::{Rng, Tiny};
 
@@ -173,7 +173,7 @@ fn models<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(),
     let backend = cuda(device, dtype)?.with_chunk_rows(64);
     let engine = Engine::load(backend, &model).map_err(|error| error.to_string())?;
     let run = || {
-        read_together(&engine, &tiny, seed, 12.0 * unit).map_err(|error| error.to_string())??;
+        read_together(&engine, &tiny, seed, activations_error(unit)).map_err(|error| error.to_string())??;
         Ok::<_, String>(engine.backend().memory().0)
     };
     match [run()?, run()?] {

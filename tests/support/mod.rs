@@ -13,6 +13,8 @@ pub(crate) mod example;
 pub(crate) mod example_pages;
 #[cfg(feature = "pipeline")]
 pub(crate) mod faults;
+#[cfg(feature = "pipeline")]
+pub(crate) mod fixtures;
 pub(crate) mod forward;
 pub(crate) mod gather;
 pub(crate) mod llama;
@@ -75,6 +77,8 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         batch::checks(),
         #[cfg(feature = "pipeline")]
         faults::checks(),
+        #[cfg(feature = "pipeline")]
+        fixtures::checks(),
         #[cfg(feature = "pipeline")]
         reserve::checks(),
         #[cfg(feature = "pipeline")]
