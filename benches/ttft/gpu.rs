@@ -4,7 +4,6 @@
 //! `FASTKV_TTFT_POLICIES=full,fastkv` these policies; `FASTKV_BENCH_JSON=file` writes the figures for programs.
 
 pub(crate) mod emulated;
-mod staged;
 
 use std::fmt;
 use std::path::Path;
@@ -15,18 +14,19 @@ use fastkv::backend::Backend;
 use fastkv::backend::cuda::{CudaBackend, CudaLauncher, probe};
 use fastkv::engine::{Control, Engine, EngineError, MemoryEstimate, MemoryOptions, PrefillOptions, Prompt};
 use fastkv::kernels::{DType, MatrixProduct};
-use fastkv::measure::{decode, median, prefill, prefill_flops, random_engine, random_prompts, shape};
+use fastkv::measure::{
+    Measurable, StageSeconds, Staged, decode, median, prefill_by_stage, prefill_flops, random_engine,
+    random_prompts, shape,
+};
 use fastkv::policy::{FastKv, GemFilter, Plan, Policy, SnapKv};
 use serde::Serialize;
-
-use staged::{STAGES, Staged};
 
 const CASES: &str = "8192,16384,32768,65536,131072,4x8192,2x32768";
 const POLICIES: [&str; 5] = ["full", "fastkv", "fastkv-constant", "snapkv", "gemfilter"];
 /// Policies whose decoding is measured: the others decode over caches like these.
 const DECODED: [&str; 2] = ["full", "fastkv"];
 
-type Gpu<D> = CudaBackend<Staged<D>>;
+type Gpu<D> = Staged<CudaBackend<D>>;
 
 /// A model, what it reads, and by which policies.
 struct Setting {
@@ -35,7 +35,7 @@ struct Setting {
     policies: Vec<&'static str>,
     /// Tokens of an answer.
     answer: usize,
-    /// From so many tokens on, events between launches are lost in the noise, and tell the time by stage.
+    /// From so many tokens on, events behind every operation tell the time by stage.
     staged: usize,
 }
 
@@ -65,15 +65,14 @@ struct Measured {
     kv_peak_bytes: usize,
     /// Of all prompts together.
     decode_tokens_per_s: Option<f64>,
-    /// Milliseconds by stage, in the order of `stages`.
-    stages_ms: Option<[f64; STAGES.len()]>,
+    /// Of the last run.
+    stages_s: Option<StageSeconds>,
 }
 
 #[derive(Serialize)]
 struct Report {
     device: String,
     weight_bytes: usize,
-    stages: [&'static str; STAGES.len()],
     measured: Vec<Measured>,
     skipped: Vec<Skipped>,
 }
@@ -124,7 +123,13 @@ impl Setting {
             bail!("FASTKV_TTFT_POLICIES names {unknown}: there are {}", POLICIES.join(", "));
         }
         let policies = POLICIES.into_iter().filter(|name| chosen.contains(name)).collect();
-        Ok(Self { shape: "llama-3.1-8b", cases, policies, answer: 32, staged: 32_768 })
+        Ok(Self {
+            shape: "llama-3.1-8b",
+            cases,
+            policies,
+            answer: 32,
+            staged: Gpu::<CudaLauncher>::MARKED_ROWS,
+        })
     }
 }
 
@@ -147,10 +152,10 @@ fn measure_all<D: MatrixProduct + fmt::Debug>(
     setting: &Setting,
     mut save: impl FnMut(&Report) -> Result<()>,
 ) -> Result<Report> {
-    let backend = CudaBackend::new(Staged::new(device), &*name, DType::BF16)?;
+    let backend = Staged::new(CudaBackend::new(device, &*name, DType::BF16)?);
     let config = shape(setting.shape).context(setting.shape)?;
     let engine = random_engine(backend, config, 1, |_| ())?;
-    let weight_bytes = engine.backend().memory().0;
+    let weight_bytes = engine.backend().inner().memory().0;
     println!("{name}: {}, random bf16 weights of {:.1} GiB", setting.shape, gib(weight_bytes));
     println!(
         "{:>5} {:>7} {:16} {:>9} {:>8} {:>6} {:>9} {:>9} {:>9}  {}",
@@ -163,10 +168,9 @@ fn measure_all<D: MatrixProduct + fmt::Debug>(
         "TFLOP/s",
         "peak GiB",
         "decode/s",
-        STAGES.join(" / ")
+        StageSeconds::default().named().map(|(name, _)| name).join(" / ")
     );
-    let mut report =
-        Report { device: name, weight_bytes, stages: STAGES, measured: Vec::new(), skipped: Vec::new() };
+    let mut report = Report { device: name, weight_bytes, measured: Vec::new(), skipped: Vec::new() };
     for case in &setting.cases {
         let mut full_s = None;
         for name in &setting.policies {
@@ -220,8 +224,9 @@ fn print(line: &Measured) {
     let or_dash =
         |number: Option<f64>, digits| number.map_or("-".into(), |number| format!("{number:.digits$}"));
     let stages = line
-        .stages_ms
-        .map_or_else(String::new, |stages| stages.map(|ms| format!("{ms:.0}")).join(" / ") + " ms");
+        .stages_s
+        .map(|stages| stages.named().map(|(_, seconds)| format!("{:.1}", 1e3 * seconds)).join(" / ") + " ms")
+        .unwrap_or_default();
     println!(
         "{:5} {:7} {:16} {:7.3} s {:>8} {:6.2} {:9.0} {:9.1} {:>9}  {stages}",
         line.batch,
@@ -250,7 +255,7 @@ fn measure_policy<D: MatrixProduct + fmt::Debug>(
     let options = PrefillOptions { slack: setting.answer, ..PrefillOptions::default() };
     let control = Control::default();
     let prompts: Vec<Prompt<'_>> = ids.iter().map(|ids| Prompt { ids, plan }).collect();
-    let prefill = || prefill(engine, &prompts, &options, &control);
+    let prefill = || prefill_by_stage(engine, &prompts, &options, &control, setting.staged);
     // Long prompts take their time; what a first run has to do beside is little there.
     if case.rows() <= 32_768 || name == "full" {
         prefill()?;
@@ -260,20 +265,18 @@ fn measure_policy<D: MatrixProduct + fmt::Debug>(
         32_769..=65_536 => 2,
         _ => 1,
     };
-    let stages = case.rows() >= setting.staged;
-    let (mut runs_s, mut stages_ms) = (Vec::new(), None);
+    let (mut runs_s, mut stages_s) = (Vec::new(), None);
     let mut last = None;
-    backend.forget_peak();
+    backend.forget_memory_peak();
     for _ in 0..runs {
         // One cache at a time.
         drop(last.take());
-        backend.device().start(stages);
-        let (prefills, seconds) = prefill()?;
-        stages_ms = backend.device().stop()?;
+        let (prefills, seconds, stages) = prefill()?;
+        stages_s = stages;
         runs_s.push(seconds);
         last = Some(prefills);
     }
-    let peak_bytes = backend.memory().1;
+    let peak_bytes = backend.inner().memory().1;
     let ttft_s = median(&runs_s).context("a run")?;
 
     let mut last = last.context("a run")?;
@@ -296,7 +299,7 @@ fn measure_policy<D: MatrixProduct + fmt::Debug>(
         peak_bytes,
         kv_peak_bytes,
         decode_tokens_per_s,
-        stages_ms,
+        stages_s,
     })
 }
 

@@ -3,12 +3,14 @@
 mod flops;
 mod random;
 mod shapes;
+mod staged;
 mod timing;
 
 pub use flops::prefill_flops;
 pub use random::{Measurable, Normals, random_engine, random_prompts, random_tokens};
 pub use shapes::{SHAPES, parameters, shape};
-pub use timing::{decode, median, prefill};
+pub use staged::{StageSeconds, Staged};
+pub use timing::{decode, median, prefill, prefill_by_stage};
 
 #[cfg(feature = "cuda")]
 pub use random::Blocks;

@@ -1,5 +1,7 @@
 //! Weights and prompts that no file holds.
 
+use std::time::Instant;
+
 use crate::backend::cpu::{CpuBackend, Weight};
 use crate::backend::{Backend, BackendError};
 use crate::engine::{Engine, EngineError};
@@ -13,9 +15,14 @@ pub use cuda::Blocks;
 pub trait Measurable: Backend {
     /// Where its random numbers come from.
     type Source;
+    /// A moment between operations that were asked for.
+    type Mark;
 
     /// Bytes of an element of a random weight.
     const WEIGHT_ELEMENT_BYTES: usize;
+
+    /// From so many rows of prompts on, marks behind every operation are lost in the noise of its time.
+    const MARKED_ROWS: usize;
 
     /// Random numbers; a seed always gives the same ones.
     fn source(&self, seed: u64) -> Self::Source;
@@ -38,6 +45,18 @@ pub trait Measurable: Backend {
     fn finish(&self) -> Result<(), BackendError> {
         Ok(())
     }
+
+    /// Marks the moment when all that was asked for is done.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    fn mark(&self) -> Result<Self::Mark, BackendError>;
+
+    /// Seconds from one mark to a later one, by the device's clock. Waits for the later one.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    fn seconds(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64, BackendError>;
 
     /// Begins to look for the most memory in use anew.
     fn forget_memory_peak(&self) {}
@@ -105,8 +124,10 @@ impl Iterator for Normals {
 
 impl Measurable for CpuBackend {
     type Source = Normals;
+    type Mark = Instant;
 
     const WEIGHT_ELEMENT_BYTES: usize = size_of::<f32>();
+    const MARKED_ROWS: usize = 0;
 
     fn source(&self, seed: u64) -> Normals {
         Normals::new(seed)
@@ -126,6 +147,14 @@ impl Measurable for CpuBackend {
         let stored = StoredTensor::from_f32("random", shape, &numbers);
         let out_of_memory = BackendError::OutOfMemory { what: "a weight", bytes: size_of_val(&numbers[..]) };
         self.weight(&stored.map_err(|_| out_of_memory)?)
+    }
+
+    fn mark(&self) -> Result<Instant, BackendError> {
+        Ok(Instant::now())
+    }
+
+    fn seconds(&self, from: &Instant, to: &Instant) -> Result<f64, BackendError> {
+        Ok(to.duration_since(*from).as_secs_f64())
     }
 }
 
@@ -176,8 +205,10 @@ mod cuda {
 
     impl<D: MatrixProduct + Debug> Measurable for CudaBackend<D> {
         type Source = Blocks<D>;
+        type Mark = D::Event;
 
         const WEIGHT_ELEMENT_BYTES: usize = 2;
+        const MARKED_ROWS: usize = 32_768;
 
         fn source(&self, seed: u64) -> Blocks<D> {
             let normal = Normals::new(seed).take(BLOCK).collect();
@@ -220,6 +251,14 @@ mod cuda {
 
         fn finish(&self) -> Result<(), BackendError> {
             Ok(self.device().synchronize()?)
+        }
+
+        fn mark(&self) -> Result<D::Event, BackendError> {
+            Ok(self.device().record()?)
+        }
+
+        fn seconds(&self, from: &D::Event, to: &D::Event) -> Result<f64, BackendError> {
+            Ok(f64::from(self.device().elapsed_ms(from, to)?) / 1e3)
         }
 
         fn forget_memory_peak(&self) {

@@ -2,25 +2,50 @@
 
 use std::time::Instant;
 
+use super::{Measurable, StageSeconds, Staged};
 use crate::backend::Backend;
 use crate::engine::{
     Control, Engine, EngineError, FinishReason, GenerationOptions, Prefill, PrefillOptions, Prompt, Turn,
 };
 
 /// Reads prompts together; returns what is left of them, and the seconds from the ids on the host to the logits on the
-/// host.
+/// host, by the device's clock.
 ///
 /// # Errors
 /// As [`Engine::prefill_batch`].
-pub fn prefill<B: Backend>(
+pub fn prefill<B: Measurable>(
     engine: &Engine<B>,
     prompts: &[Prompt<'_>],
     options: &PrefillOptions,
     control: &Control<'_>,
 ) -> Result<(Vec<Prefill<B>>, f64), EngineError> {
-    let begin = Instant::now();
+    let backend = engine.backend();
+    let begin = backend.mark()?;
     let prefills = engine.prefill_batch(prompts, options, control)?;
-    Ok((prefills, begin.elapsed().as_secs_f64()))
+    let end = backend.mark()?;
+    Ok((prefills, backend.seconds(&begin, &end)?))
+}
+
+/// [`prefill`] and its time by stage, where prompts have so many rows together that marks take none of it.
+///
+/// # Errors
+/// As [`Engine::prefill_batch`].
+#[allow(clippy::type_complexity)]
+pub fn prefill_by_stage<B: Measurable>(
+    engine: &Engine<Staged<B>>,
+    prompts: &[Prompt<'_>],
+    options: &PrefillOptions,
+    control: &Control<'_>,
+    marked_rows: usize,
+) -> Result<(Vec<Prefill<Staged<B>>>, f64, Option<StageSeconds>), EngineError> {
+    let backend = engine.backend();
+    let is_marked = prompts.iter().map(|prompt| prompt.ids.len()).sum::<usize>() >= marked_rows;
+    if is_marked {
+        backend.start()?;
+    }
+    let (prefills, seconds) = prefill(engine, prompts, options, control)?;
+    let stages = is_marked.then(|| backend.stop()).transpose()?;
+    Ok((prefills, seconds, stages))
 }
 
 /// Answers prompts together, greedily; returns tokens per second, of all together. The first two steps, which prepare

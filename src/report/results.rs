@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::measure::StageSeconds;
 use crate::messages::{count, json_problem};
 use crate::policy::Policy;
 
@@ -58,6 +59,8 @@ pub struct Measured {
     pub ttft_runs_s: Vec<f64>,
     /// TTFT of full context over this one.
     pub ttft_speedup: Option<f64>,
+    /// Of the last run; none where marks would take time themselves.
+    pub stages_s: Option<StageSeconds>,
     /// Multiplications and additions of the prefill's products.
     pub flops: f64,
     /// Those of full context over these: the speed-up at one rate.
@@ -343,7 +346,9 @@ impl Measured {
             [("ttft_speedup", self.ttft_speedup), ("decode_tokens_per_s", self.decode_tokens_per_s)];
         let optional = optional.into_iter().filter_map(|(name, value)| Some((name, value?)));
         let mut all = times.chain(rates).chain(one).chain(optional);
-        all.try_for_each(|(name, value)| above_nought(name, value))
+        all.try_for_each(|(name, value)| above_nought(name, value))?;
+        let mut stages = self.stages_s.iter().flat_map(StageSeconds::named);
+        stages.try_for_each(|(name, value)| within(&format!("stages_s.{name}"), value, 0.0, f64::MAX))
     }
 }
 

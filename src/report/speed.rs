@@ -1,5 +1,7 @@
 //! What a bench measured: time, speed-up and memory over the length of the context.
 
+use crate::measure::StageSeconds;
+
 use super::accuracy::name_of;
 use super::chart::{Axis, Entry, Lines, Panel, Picture, Point, Series};
 use super::results::{Bench, BenchSettings, Measured, Skipped};
@@ -38,7 +40,7 @@ impl Bench {
             figures.push(Figure { name: "speed".to_owned(), svg: self.speed(styles).svg() });
             figures.push(Figure { name: "memory".to_owned(), svg: self.memory(styles).svg() });
         }
-        let mut tables = vec![self.table(), self.skipped_table(), self.options_table()];
+        let mut tables = vec![self.table(), self.stages_table(), self.skipped_table(), self.options_table()];
         tables.retain(|table| !table.rows.is_empty());
         Section { title: format!("Speed and memory: {file}"), facts, notes, figures, tables }
     }
@@ -196,6 +198,21 @@ impl Bench {
             caption: "What was measured: medians, and the least and the most of the runs".to_owned(),
             header: strings(header),
             rows: self.measured.iter().map(row).collect(),
+            words: 1,
+        }
+    }
+
+    fn stages_table(&self) -> Table {
+        let names = StageSeconds::default().named().map(|(name, _)| name);
+        let row = |row: &Measured| {
+            let seconds = row.stages_s?.named().map(|(_, seconds)| figures(seconds));
+            let first = [row.policy.clone(), tokens(row.tokens as f64)];
+            Some(first.into_iter().chain(seconds).collect())
+        };
+        Table {
+            caption: "Seconds of a prefill by stage, of the last run".to_owned(),
+            header: strings(["policy", "tokens"].into_iter().chain(names)),
+            rows: self.measured.iter().filter_map(row).collect(),
             words: 1,
         }
     }

@@ -48,6 +48,11 @@ fn every_policy_is_measured_at_every_length() {
             rows(&report).iter().find(|other| other["tokens"] == row["tokens"]).expect("full comes first");
         let ratio = full["ttft_s"].as_f64().expect("a time") / runs[1];
         assert!((row["ttft_speedup"].as_f64().expect("a ratio") / ratio - 1.0).abs() < 1e-12);
+        let stages = row["stages_s"].as_object().expect("stages");
+        let of_stages: f64 = stages.values().map(|seconds| seconds.as_f64().expect("a time")).sum();
+        assert!(stages.len() == 6 && of_stages > 0.0, "{stages:?}");
+        let selects = stages["selection"].as_f64().expect("a time") > 0.0;
+        assert_eq!(selects, row["policy"] != "full", "{stages:?}");
         // 4 layers, K and V of 2 heads of 64 elements of 4 bytes, two prompts.
         let tokens = row["tokens"].as_u64().expect("a number");
         assert_eq!(row["kv_full_bytes"], 2 * tokens * 4 * 2 * 2 * 64 * 4);
@@ -86,7 +91,9 @@ fn models_are_measured_as_well_and_shown_as_a_table() {
     let model = model.to_str().expect("UTF-8");
     let options = ["--tokens", "64", "--policies", "full,snapkv", "--repeat", "1", "--warm-up", "0"];
     let text = stdout_of(["bench", "--model", model, "--device", "cpu"].iter().chain(&options));
-    for part in ["bf16-gqa4", "TTFT", "snapkv", "speed-up", "bound", "tok/s", "KV peak"] {
+    for part in
+        ["bf16-gqa4", "TTFT", "snapkv", "speed-up", "bound", "tok/s", "KV peak", "by stage", "products"]
+    {
         assert!(text.contains(part), "{part}: {text}");
     }
 }

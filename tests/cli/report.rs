@@ -215,6 +215,10 @@ fn tables_and_points_are_those_of_the_bench() {
         }
     }
     assert_eq!([ttft.marks.len(), decode.marks.len()], [9, decoded], "and nothing else");
+    let stages = table(&drawn.html, "by stage");
+    let seconds: Vec<f64> = stages[0][2..].iter().map(|cell| number(cell)).collect();
+    assert_eq!((stages.len(), &stages[0][..2]), (1, &["full".to_owned(), "8K".to_owned()][..]));
+    assert_eq!(seconds, [0.031, 0.168, 0.0, 0.0, 0.0, 0.0041]);
     let skipped = table(&drawn.html, "Not measured");
     assert_eq!(skipped[0][..2], ["h2o", "8K"]);
 }
@@ -434,6 +438,11 @@ fn broken_results_are_told_with_file_and_line() {
         "speed.json",
         |text| text.replace("\"ttft_s\": 0.203", "\"ttft_s\": -0.203"),
         &["measured[0]", "ttft_s is -0.203"],
+    );
+    assert_broken(
+        "speed.json",
+        |text| text.replace("\"gather\": 0.0", "\"gather\": -1.0"),
+        &["measured[0]", "stages_s.gather is -1"],
     );
     assert_broken("speed.json", |text| format!("{text}{text}"), &["there is more"]);
     assert_broken("kept.json", |text| text.replace("38, 39]", "38, 40]"), &["position 40", "40 tokens"]);

@@ -35,7 +35,7 @@ pub(crate) fn check() -> Result<()> {
     for (line, (policy, case)) in report.measured.iter().zip(expected) {
         let found = Case { batch: line.batch, tokens: line.tokens };
         ensure!((line.policy, found) == (policy, case), "{}, {found}: not {policy}, {case}", line.policy);
-        ensure!(line.stages_ms.is_some() == (case == together), "{policy}, {case}: {:?}", line.stages_ms);
+        ensure!(line.stages_s.is_some() == (case == together), "{policy}, {case}: {:?}", line.stages_s);
         // K and V of 2 heads of 64 in 4 layers, in 16 bits.
         let of_all = 2048 * case.rows();
         ensure!(policy != "full" || line.kv_peak_bytes == of_all, "{case}: {} bytes", line.kv_peak_bytes);

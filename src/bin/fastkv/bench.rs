@@ -8,14 +8,14 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
-use fastkv::backend::BackendError;
+use fastkv::backend::{Backend, BackendError};
 use fastkv::engine::{
     Bytes, Cancel, Control, Engine, EngineError, MemoryEstimate, MemoryOptions, PrefillOptions, Progress,
     Prompt,
 };
 use fastkv::measure::{
-    Measurable, SHAPES, decode, median, parameters, prefill, prefill_flops, random_engine, random_prompts,
-    shape,
+    Measurable, SHAPES, StageSeconds, Staged, decode, median, parameters, prefill_by_stage, prefill_flops,
+    random_engine, random_prompts, shape,
 };
 use fastkv::messages::count;
 use fastkv::model::{Dtype, LlamaConfig, ModelDir};
@@ -118,6 +118,7 @@ struct Job {
 /// One run.
 struct Run {
     ttft_s: f64,
+    stages_s: Option<StageSeconds>,
     decode_tokens_per_s: Option<f64>,
     kv_kept_bytes: usize,
     kv_peak_bytes: usize,
@@ -148,8 +149,9 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<()> {
     let subject = arguments.subject()?;
     subject.complete(arguments, &mut policies)?;
     let (backend, device_reason) = arguments.machine.backend(Some(subject.needs()))?;
-    let report =
-        on!(backend, backend => measure(arguments, &subject, backend, &policies, device_reason, cancel)?);
+    let report = on!(backend, backend => {
+        measure(arguments, &subject, Staged::new(backend), &policies, device_reason, cancel)?
+    });
     let json = output::json(&report)?;
     if let Some(out) = out {
         out.write(&json)?;
@@ -242,7 +244,7 @@ impl Subject {
 fn measure<B: Measurable>(
     arguments: &Arguments,
     subject: &Subject,
-    backend: B,
+    backend: Staged<B>,
     policies: &[Policy],
     device_reason: String,
     cancel: &Cancel,
@@ -300,7 +302,7 @@ fn measure<B: Measurable>(
         }
     }
     if jobs.iter().any(|job| job.skipped.is_none()) {
-        let run = |engine: Engine<B>| run_all(arguments, &engine, &mut jobs, cancel);
+        let run = |engine: Engine<Staged<B>>| run_all(arguments, &engine, &mut jobs, cancel);
         match subject.engine(arguments, backend, cancel).and_then(run) {
             Err(error) if exit::is_cancelled(&error) => {}
             done => done?,
@@ -314,7 +316,7 @@ fn measure<B: Measurable>(
 /// Runs of all jobs, length by length, the policies of a length by turns.
 fn run_all<B: Measurable>(
     arguments: &Arguments,
-    engine: &Engine<B>,
+    engine: &Engine<Staged<B>>,
     jobs: &mut [Job],
     cancel: &Cancel,
 ) -> Result<()> {
@@ -357,7 +359,7 @@ fn run_all<B: Measurable>(
 
 fn run_once<B: Measurable>(
     arguments: &Arguments,
-    engine: &Engine<B>,
+    engine: &Engine<Staged<B>>,
     ids: &[Vec<u32>],
     plan: &Plan,
     control: &Control<'_>,
@@ -370,7 +372,8 @@ fn run_once<B: Measurable>(
     };
     let prompts: Vec<Prompt<'_>> = ids.iter().map(|ids| Prompt { ids, plan }).collect();
     backend.forget_memory_peak();
-    let (mut prefills, ttft_s) = prefill(engine, &prompts, &options, control)?;
+    let (mut prefills, ttft_s, stages_s) =
+        prefill_by_stage(engine, &prompts, &options, control, B::MARKED_ROWS)?;
     let kv_kept_bytes = prefills.iter().map(|prefill| prefill.cache.bytes(backend)).sum();
     // Its progress is that of the prompt again.
     let quiet = Control { progress: None, ..*control };
@@ -380,6 +383,7 @@ fn run_once<B: Measurable>(
     };
     Ok(Run {
         ttft_s,
+        stages_s,
         decode_tokens_per_s,
         kv_kept_bytes,
         kv_peak_bytes: prefills.iter().map(|prefill| prefill.peak_kv_bytes).sum(),
@@ -412,6 +416,7 @@ fn summarise(arguments: &Arguments, config: &LlamaConfig, jobs: &[Job], report: 
             ttft_s,
             ttft_runs_s: runs.iter().map(|run| run.ttft_s).collect(),
             ttft_speedup: full.map(|full| full / ttft_s),
+            stages_s: last.stages_s,
             flops: batch * flops,
             flop_bound: of_full / flops,
             decode_tokens_per_s: median(&rates),
@@ -460,9 +465,7 @@ fn readable(report: &Bench) -> String {
         ];
         table.add_row(cells.map(|cell| cell.unwrap_or_else(|| "–".to_owned())));
     }
-    for (_, column) in table.column_iter_mut().enumerate().filter(|(index, _)| *index != 1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    align(&mut table);
     let subject = match (&report.model, &report.shape) {
         (Some(model), _) => model.clone(),
         (None, shape) => format!("random weights of the shape {}", shape.as_deref().unwrap_or_default()),
@@ -476,6 +479,9 @@ fn readable(report: &Bench) -> String {
     if !report.measured.is_empty() {
         text += &format!("{table}\n");
     }
+    if let Some(stages) = stages(&report.measured) {
+        text += &format!("Seconds of a prefill by stage:\n{stages}\n");
+    }
     for Skipped { policy, tokens, reason } in &report.skipped {
         text += &format!("{policy} at {} was not measured: {reason}\n", count(*tokens, "token"));
     }
@@ -483,4 +489,26 @@ fn readable(report: &Bench) -> String {
         text += "cancelled: what was measured by then\n";
     }
     text
+}
+
+/// What the last run of each spent where, if that was taken.
+fn stages(measured: &[Measured]) -> Option<Table> {
+    let mut table = Table::new();
+    let names = StageSeconds::default().named().map(|(name, _)| name);
+    table.load_style(UTF8_FULL_CONDENSED).set_header(["tokens", "policy"].iter().chain(&names));
+    for Measured { tokens, policy, stages_s, .. } in measured {
+        if let Some(stages) = stages_s {
+            let seconds = stages.named().map(|(_, seconds)| format!("{seconds:.4}"));
+            table.add_row([tokens.to_string(), policy.clone()].into_iter().chain(seconds));
+        }
+    }
+    align(&mut table);
+    (!table.is_empty()).then_some(table)
+}
+
+/// Numbers to the right; the policy is in the second column.
+fn align(table: &mut Table) {
+    for (_, column) in table.column_iter_mut().enumerate().filter(|(index, _)| *index != 1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
 }
