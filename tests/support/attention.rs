@@ -820,7 +820,10 @@ fn shapes() -> Vec<Case> {
             });
         }
     }
-    cases.push(Case::plain(DType::BF16, 64, [1, 16], &[(9, 17)]));
+    cases.extend((1..=16).map(|group| Case {
+        scores: Some((Window::Last(4), ScoreHeads::Group)),
+        ..Case::plain([DType::F16, DType::BF16][group % 2], 64, [1, group], &[(9, 17)])
+    }));
     cases
 }
 

@@ -10,10 +10,11 @@ use fastkv::backend::{Backend, BackendError, Bias, Columns, Select, Share, Visib
 use fastkv::cache::Cache;
 #[cfg(feature = "text")]
 use fastkv::engine::GenerationOptions;
-use fastkv::engine::{Control, Engine, EngineError, PrefillOptions, Trace};
+use fastkv::engine::{Control, Engine, EngineError, MemoryEstimate, MemoryOptions, PrefillOptions, Trace};
 #[cfg(feature = "text")]
 use fastkv::eval::{Dialect, NeedlePrompt};
 use fastkv::kernels::{DType, MatrixProduct};
+use fastkv::measure::{parameters, shape};
 use fastkv::model::{Checkpoint, ModelDir, StoredTensor};
 use fastkv::policy::{
     AdaKv, Budget, FastGen, FastKv, GemFilter, H2o, HeadKv, HeadScores, Keep, ModelShape, Plan, Policy,
@@ -31,6 +32,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
         Check::hopper("backend_models", models),
         Check::portable("backend_bad_operands", bad_operands),
         Check::portable("backend_weights_take_what_is_told", |device, _| weights(device)),
+        Check::portable("backend_long_prompts_fit", |device, _| long_prompts_fit(device)),
     ]
 }
 
@@ -647,6 +649,22 @@ fn weights<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(), String> {
         if !matches!(cancelled, Err(EngineError::Cancelled)) {
             return Err("loaded although it was cancelled".into());
         }
+    }
+    Ok(())
+}
+
+/// 128K tokens of Llama 3.1 8B fit into 80 GB with full context, and into less by almost all of its keys and values,
+/// which are 17 GB, with FastKV.
+fn long_prompts_fit<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(), String> {
+    let config = shape("llama-3.1-8b").ok_or("a shape")?;
+    let options = MemoryOptions::new(&cuda(device, DType::BF16)?, 2 * parameters(&config), 1000);
+    let needed = |policy: Policy| {
+        let plan = policy.plan(ModelShape::from(&config), 131_072).map_err(|error| error.to_string())?;
+        Ok::<_, String>(MemoryEstimate::new(&config, &plan, &options))
+    };
+    let (full, fastkv) = (needed(Policy::Full)?, needed(Policy::FastKv(FastKv::proportional()))?);
+    if full.check(80_000_000_000).is_err() || fastkv.total() + 14_000_000_000 > full.total() {
+        return Err(format!("full context takes {full}, FastKV {fastkv}"));
     }
     Ok(())
 }

@@ -464,7 +464,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("select_grid_pages", |device, _| check(device, Grid, pages())),
         Check::portable("select_grid_random", |device, seed| check(device, Grid, random(seed))),
         Check::portable("select_grid_alone", |device, seed| check_alone(device, Grid, few(seed))),
-        Check::portable("select_grid_long", |device, seed| check(device, Grid, long(seed))),
+        Check::portable("select_grid_long", |device, seed| check(device, Grid, long(seed, 1 << 20))),
         Check::hopper("select_cluster_sizes", |device, _| {
             check(device, Cluster, sizes(&[0, 1, 3, 5, 31, 32, 33, 2049, 16381, 16389]))
         }),
@@ -472,7 +472,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::hopper("select_cluster_pages", |device, _| check(device, Cluster, pages())),
         Check::hopper("select_cluster_random", |device, seed| check(device, Cluster, random(seed))),
         Check::hopper("select_cluster_alone", |device, seed| check_alone(device, Cluster, few(seed))),
-        Check::hopper("select_cluster_long", |device, seed| check(device, Cluster, long(seed))),
+        Check::hopper("select_cluster_long", |device, seed| check(device, Cluster, long(seed, MOST_OF_A_CLUSTER))),
     ]
 }
 
@@ -507,12 +507,18 @@ fn few(seed: u64) -> Vec<Case> {
     (0..4).map(|n| Case::random(1000 + seed * 4 + n)).collect()
 }
 
+/// Items of the longest row that a cluster takes.
+const MOST_OF_A_CLUSTER: usize = abi::SELECT_CLUSTER as usize * (48 << 10);
+
 /// Once: the order of things is tried on shorter ones.
-fn long(seed: u64) -> Vec<Case> {
+fn long(seed: u64, most: usize) -> Vec<Case> {
     if seed > 0 {
         return Vec::new();
     }
-    vec![Case::softmax(seed, [1, 1, 1, 2, 100_003], Pooling::max(7), vec![2048])]
+    vec![
+        Case::softmax(seed, [1, 1, 1, 2, 100_003], Pooling::max(7), vec![2048]),
+        Case::softmax(seed, [1, 1, 1, 1, most], Pooling::NONE, vec![most as i32 / 10]),
+    ]
 }
 
 /// What scores may be, in rows of two chunks, long enough that threads ask for several vectors at once; the boundary
