@@ -1,10 +1,11 @@
 //! Device memory: separate allocations with space between them, a bit for each byte that was written,
-//! and, during a launch, the last accesses to each word.
+//! and, during a launch, the last accesses to each word. Memory that nothing touches takes next to none of the
+//! host's, so an allocation may be as large as those of a GPU.
 
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU32, Ordering::Relaxed},
     },
 };
@@ -18,8 +19,10 @@ use crate::{
 const GAP: u64 = 4096;
 /// Addresses of device memory begin here.
 const FIRST: u64 = 0x10_0000_0000;
+/// Bytes of an allocation that the host makes room for together, once one of them is touched.
+const PAGE: u64 = 64 << 10;
 /// Words whose last accesses are kept together.
-const PAGE: usize = 256;
+const CELLS: usize = 256;
 
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
@@ -36,11 +39,18 @@ pub(crate) struct Memory {
 pub(crate) struct Allocation {
     address: u64,
     bytes: u64,
-    words: Vec<AtomicU32>,
-    /// A bit for each byte that something wrote.
-    initialised: Vec<AtomicU32>,
+    /// In their order, each from the first write to it on.
+    pages: Vec<OnceLock<Page>>,
     /// Held by whoever reads or writes more than a word at once and must not be torn.
     whole: Mutex<()>,
+}
+
+/// [`PAGE`] bytes of an allocation, or what is left of them at its end.
+#[derive(Debug)]
+struct Page {
+    words: Box<[AtomicU32]>,
+    /// A bit for each byte that something wrote.
+    initialised: Box<[AtomicU32]>,
 }
 
 impl Memory {
@@ -57,15 +67,9 @@ impl Memory {
 
     /// An allocation at an address that is not before the next one.
     pub(crate) fn insert(&mut self, address: u64, bytes: u64) {
-        let words = bytes.div_ceil(4) as usize;
         self.next = (address + bytes + GAP).next_multiple_of(256);
-        self.allocations.push(Allocation {
-            address,
-            bytes,
-            words: (0..words).map(|_| AtomicU32::new(0)).collect(),
-            initialised: (0..words.div_ceil(8)).map(|_| AtomicU32::new(0)).collect(),
-            whole: Mutex::new(()),
-        });
+        let pages = (0..bytes.div_ceil(PAGE)).map(|_| OnceLock::new()).collect();
+        self.allocations.push(Allocation { address, bytes, pages, whole: Mutex::new(()) });
     }
 
     pub(crate) fn free(&mut self, address: u64) -> Result<(), String> {
@@ -177,52 +181,36 @@ fn pieces(from: u64, bytes: u64) -> impl Iterator<Item = (u64, u32)> {
     })
 }
 
+/// The page of a byte, and where in it the byte is.
+fn place(offset: u64) -> (usize, usize) {
+    ((offset / PAGE) as usize, (offset % PAGE) as usize)
+}
+
 impl Allocation {
     pub(crate) const fn address(&self) -> u64 {
         self.address
     }
 
-    /// Up to 8 aligned bytes.
+    /// Words of a page.
+    fn words(&self, page: usize) -> usize {
+        (self.bytes - page as u64 * PAGE).min(PAGE).div_ceil(4) as usize
+    }
+
+    /// Up to 8 aligned bytes; zeros where nothing was written.
     pub(crate) fn load(&self, offset: u64, bytes: u32) -> u64 {
-        let word = (offset / 4) as usize;
-        match bytes {
-            8 => {
-                let high = self.words[word + 1].load(Relaxed);
-                u64::from(self.words[word].load(Relaxed)) | u64::from(high) << 32
-            }
-            4 => u64::from(self.words[word].load(Relaxed)),
-            _ => {
-                let shifted = self.words[word].load(Relaxed) >> (8 * (offset % 4));
-                u64::from(shifted & ((1 << (8 * bytes)) - 1))
-            }
-        }
+        let (page, at) = place(offset);
+        self.pages[page].get().map_or(0, |page| page.load(at, bytes))
     }
 
     /// Up to 8 aligned bytes.
     pub(crate) fn store(&self, offset: u64, bytes: u32, value: u64) {
-        let word = (offset / 4) as usize;
-        match bytes {
-            8 => {
-                self.words[word].store(value as u32, Relaxed);
-                self.words[word + 1].store((value >> 32) as u32, Relaxed);
-            }
-            4 => self.words[word].store(value as u32, Relaxed),
-            _ => {
-                let shift = 8 * (offset % 4);
-                let mask = ((1_u32 << (8 * bytes)) - 1) << shift;
-                self.words[word].fetch_and(!mask, Relaxed);
-                self.words[word].fetch_or((value as u32) << shift & mask, Relaxed);
-            }
-        }
-        let (at, mask) = bit_range(offset, bytes);
-        if self.initialised[at].load(Relaxed) & mask != mask {
-            self.initialised[at].fetch_or(mask, Relaxed);
-        }
+        let (page, at) = place(offset);
+        self.pages[page].get_or_init(|| Page::new(self.words(page))).store(at, bytes, value);
     }
 
     pub(crate) fn is_initialised(&self, offset: u64, bytes: u32) -> bool {
-        let (at, mask) = bit_range(offset, bytes);
-        self.initialised[at].load(Relaxed) & mask == mask
+        let (page, at) = place(offset);
+        self.pages[page].get().is_some_and(|page| page.is_initialised(at, bytes))
     }
 
     /// Reads and writes that are one step for all others that ask for this too.
@@ -231,27 +219,78 @@ impl Allocation {
     }
 }
 
+impl Page {
+    fn new(words: usize) -> Self {
+        let zeros = |count| (0..count).map(|_| AtomicU32::new(0)).collect();
+        Self { words: zeros(words), initialised: zeros(words.div_ceil(8)) }
+    }
+
+    fn load(&self, at: usize, bytes: u32) -> u64 {
+        let word = at / 4;
+        match bytes {
+            8 => {
+                let high = self.words[word + 1].load(Relaxed);
+                u64::from(self.words[word].load(Relaxed)) | u64::from(high) << 32
+            }
+            4 => u64::from(self.words[word].load(Relaxed)),
+            _ => {
+                let shifted = self.words[word].load(Relaxed) >> (8 * (at % 4));
+                u64::from(shifted & ((1 << (8 * bytes)) - 1))
+            }
+        }
+    }
+
+    fn store(&self, at: usize, bytes: u32, value: u64) {
+        let word = at / 4;
+        match bytes {
+            8 => {
+                self.words[word].store(value as u32, Relaxed);
+                self.words[word + 1].store((value >> 32) as u32, Relaxed);
+            }
+            4 => self.words[word].store(value as u32, Relaxed),
+            _ => {
+                let shift = 8 * (at % 4);
+                let mask = ((1_u32 << (8 * bytes)) - 1) << shift;
+                self.words[word].fetch_and(!mask, Relaxed);
+                self.words[word].fetch_or((value as u32) << shift & mask, Relaxed);
+            }
+        }
+        let (word, mask) = bit_range(at, bytes);
+        if self.initialised[word].load(Relaxed) & mask != mask {
+            self.initialised[word].fetch_or(mask, Relaxed);
+        }
+    }
+
+    fn is_initialised(&self, at: usize, bytes: u32) -> bool {
+        let (word, mask) = bit_range(at, bytes);
+        self.initialised[word].load(Relaxed) & mask == mask
+    }
+}
+
 /// The word of bits and the bits in it for aligned bytes.
-fn bit_range(offset: u64, bytes: u32) -> (usize, u32) {
-    (usize::try_from(offset / 32).expect("an offset in memory"), ((1_u32 << bytes) - 1) << (offset % 32))
+fn bit_range(at: usize, bytes: u32) -> (usize, u32) {
+    (at / 32, ((1_u32 << bytes) - 1) << (at % 32))
 }
 
 /// The last accesses to neighbouring words, once there are some.
-type Page = Option<Box<[Cell; PAGE]>>;
+type Cells = Mutex<Option<Box<[Cell; CELLS]>>>;
 
 /// The last accesses to device memory in a launch.
 pub(crate) struct Shadow {
-    pages: Vec<Vec<Mutex<Page>>>,
+    /// Of each page of each allocation, once it is touched.
+    pages: Vec<Vec<OnceLock<Box<[Cells]>>>>,
     /// What releases at an address have told, for those who acquire there.
     pub(crate) told: Mutex<HashMap<u64, Arc<Clock>>>,
 }
 
 impl Shadow {
     pub(crate) fn new(memory: &Memory) -> Self {
-        let pages = |allocation: &Allocation| {
-            (0..allocation.words.len().div_ceil(PAGE)).map(|_| Mutex::default()).collect()
-        };
+        let pages = |allocation: &Allocation| allocation.pages.iter().map(|_| OnceLock::new()).collect();
         Self { pages: memory.allocations.iter().map(pages).collect(), told: Mutex::default() }
+    }
+
+    fn page() -> Box<[Cells]> {
+        (0..PAGE as usize / 4 / CELLS).map(|_| Cells::default()).collect()
     }
 
     /// Runs `check` on the cell of each word that an access touches, with the bytes it touches.
@@ -262,15 +301,17 @@ impl Shadow {
         bytes: u32,
         mut check: impl FnMut(&mut Cell, u8) -> Result<(), Conflict>,
     ) -> Result<(), Conflict> {
-        let first = (offset / 4) as usize;
-        // Aligned accesses of at most 16 bytes never leave a page.
-        let page = &self.pages[allocation][first / PAGE];
-        let mut page = page.lock().unwrap_or_else(PoisonError::into_inner);
-        let page = page.get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
+        let (page, at) = place(offset);
+        let first = at / 4;
+        let page = self.pages[allocation][page].get_or_init(Self::page);
+        // Aligned accesses of at most 16 bytes never leave their cells.
+        let mut cells = page[first / CELLS].lock().unwrap_or_else(PoisonError::into_inner);
+        let cells = cells.get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
+        let first = first % CELLS;
         if bytes < 4 {
-            return check(&mut page[first % PAGE], (((1 << bytes) - 1) << (offset % 4)) as u8);
+            return check(&mut cells[first], (((1 << bytes) - 1) << (offset % 4)) as u8);
         }
-        page[first % PAGE..][..bytes as usize / 4].iter_mut().try_for_each(|cell| check(cell, 0xf))
+        cells[first..][..bytes as usize / 4].iter_mut().try_for_each(|cell| check(cell, 0xf))
     }
 
     pub(crate) fn read(
