@@ -13,6 +13,7 @@ use fastkv::{
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::{
     gather::{self, Case, Layout},
+    memory::FAR_ROOM,
     scores, select,
 };
 
@@ -54,16 +55,21 @@ fn main() -> ExitCode {
     if let Err(unavailable) = &device {
         eprintln!("GPU tests are ignored: {unavailable}");
     }
-    let trial = |name: &str, run: Run| {
+    let free = device.as_ref().ok().and_then(|device| device.free_memory());
+    if let Some(free) = free.filter(|free| *free < FAR_ROOM) {
+        let [needed, free] = [FAR_ROOM, free].map(|bytes| bytes >> 30);
+        eprintln!("tests of what lies far apart are ignored: they take {needed} GiB, and {free} are free");
+    }
+    let trial = |name: &str, room: u64, run: Run| {
         let device = device.clone();
-        let ignored = device.is_err();
+        let ignored = device.is_err() || free.is_some_and(|free| free < room);
         Trial::test(name, move || run(&*device?)).with_ignored_flag(ignored)
     };
     let checks = support::checks().into_iter().map(|check| {
         let run = move |device: &_| (0..seeds).try_for_each(|seed| Ok((check.run)(device, seed)?));
-        trial(check.name, Box::new(run))
+        trial(check.name, check.room, Box::new(run))
     });
-    let trials = checks.chain(TESTS.iter().map(|(name, test)| trial(name, Box::new(test)))).collect();
+    let trials = checks.chain(TESTS.iter().map(|(name, test)| trial(name, 0, Box::new(test)))).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

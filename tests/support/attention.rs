@@ -18,8 +18,9 @@ use half::{bf16, f16};
 use super::{
     Check, all,
     lse::{LseLayout, Order, Queries},
-    memory::{Memory, UNTOUCHED},
+    memory::{Memory, Spread, UNTOUCHED},
     random::Random,
+    scores::Far,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +91,8 @@ pub(crate) struct Case {
     pub(crate) lse_layout: LseLayout,
     pub(crate) scores: Option<(Window, ScoreHeads)>,
     pub(crate) form: Option<Form>,
+    /// What lies far apart along its outermost axis.
+    pub(crate) far: Option<Far>,
     pub(crate) seed: u64,
 }
 
@@ -126,6 +129,7 @@ impl Case {
             lse_layout: LseLayout { gap: 5, ..LseLayout::PLAIN },
             scores: None,
             form: Some(Form::Portable),
+            far: None,
             seed: 1,
         }
     }
@@ -266,6 +270,29 @@ impl Tensor {
             Layout::HeadMajor => Rows::head_major(base, self.heads as u32, (tokens + self.gap) as u32, width),
             Layout::Packed => Rows::packed(base, heads, width),
         }
+    }
+
+    /// The stride of the outermost axis.
+    fn outermost<'a>(&self, rows: &'a mut Rows) -> &'a mut i64 {
+        match self.layout {
+            Layout::TokenMajor => &mut rows.sequence_stride,
+            Layout::HeadMajor if self.tokens.len() > 1 => &mut rows.sequence_stride,
+            Layout::HeadMajor => &mut rows.head_stride,
+            Layout::Packed => &mut rows.token_stride,
+        }
+    }
+
+    fn spread(&self, far: bool) -> Spread {
+        let step = *self.outermost(&mut self.rows(0)) as usize;
+        Spread::apart_if(far, 2 * step, 2 * self.elements())
+    }
+
+    fn spread_rows(&self, base: u64, spread: Spread) -> Rows {
+        let mut rows = self.rows(base);
+        if let Some(stride) = spread.stride(2) {
+            *self.outermost(&mut rows) = stride;
+        }
+        rows
     }
 
     /// Every (sequence, head, token).
@@ -559,15 +586,24 @@ fn launch_with<D: Device>(
     let lse_queries = case.lse_queries(of_queries.longest);
     let lse_places = case.lse_layout.places(&lse_queries);
     let lse_elements = case.lse_layout.elements(&lse_queries);
+    let far_sums = case.far == Some(Far::Sums);
+    let lse_step = case.lse_layout.outermost(&lse_queries);
+    let lse_spread = Spread::apart_if(far_sums, 4 * lse_step, 4 * lse_elements);
     let score_heads = match case.scores {
         Some((_, ScoreHeads::Group)) => case.kv_heads,
         _ => case.query_heads(),
     };
     let score_stride = of_keys.longest as usize + 3;
     let sequence_stride = score_heads * score_stride + 2;
-    let out = memory.untouched(queries.elements() * 2);
-    let lse = memory.untouched(lse_elements * 4);
-    let scores = memory.untouched(case.lengths.len() * sequence_stride * 4);
+    let score_elements = case.lengths.len() * sequence_stride;
+    let of_heads = case.lengths.len() == 1;
+    let score_step = if of_heads { score_stride } else { sequence_stride };
+    let score_spread = Spread::apart_if(far_sums, 4 * score_step, 4 * score_elements);
+    let query_spread = queries.spread(case.far == Some(Far::Queries));
+    let key_spread = keys.spread(case.far == Some(Far::Keys));
+    let out = memory.untouched_spread(queries.elements() * 2, query_spread);
+    let lse = memory.untouched_spread(lse_elements * 4, lse_spread);
+    let scores = memory.untouched_spread(score_elements * 4, score_spread);
     let bias = case.bias.as_ref().map(|bias| {
         let key_stride = (of_keys.longest as usize).div_ceil(32) + case.gap;
         let words: Vec<u32> = bias
@@ -579,18 +615,22 @@ fn launch_with<D: Device>(
                 words
             })
             .collect();
+        let spread = Spread::apart_if(far_sums, 4 * key_stride, 4 * words.len());
         Bias {
             heads: memory.put(bytemuck::cast_slice(&bits_of(&bias.heads))),
-            keys: memory.put(bytemuck::cast_slice(&words)),
-            key_stride: key_stride as i64,
+            keys: memory.put_spread(bytemuck::cast_slice(&words), spread),
+            key_stride: spread.stride(4).unwrap_or(key_stride as i64),
             value: bias.value,
         }
     });
+    let mut put = |tensor: &Tensor, elements: &Elements, spread| {
+        tensor.spread_rows(memory.put_spread(bytemuck::cast_slice(&elements.bits), spread), spread)
+    };
     let mut work = PrefillAttention {
-        q: queries.rows(memory.put(bytemuck::cast_slice(&inputs.q.bits))),
-        k: keys.rows(memory.put(bytemuck::cast_slice(&inputs.k.bits))),
-        v: keys.rows(memory.put(bytemuck::cast_slice(&inputs.v.bits))),
-        out: queries.rows(out),
+        q: put(&queries, &inputs.q, query_spread),
+        k: put(&keys, &inputs.k, key_spread),
+        v: put(&keys, &inputs.v, key_spread),
+        out: queries.spread_rows(out, query_spread),
         sequences: case.lengths.len() as u32,
         query_heads: case.query_heads() as u32,
         kv_heads: case.kv_heads as u32,
@@ -601,13 +641,13 @@ fn launch_with<D: Device>(
         positions: case.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
         scale: default_scale(case.head_dim as u32),
         bias,
-        lse: case.lse.then(|| case.lse_layout.describe(lse, &lse_queries)),
-        scores: case.scores.map(|(window, heads)| Scores {
-            base: scores,
-            sequence_stride: sequence_stride as i64,
-            head_stride: score_stride as i64,
-            window,
-            heads,
+        lse: case.lse.then(|| case.lse_layout.describe_spread(lse, &lse_queries, lse_spread)),
+        scores: case.scores.map(|(window, heads)| {
+            let [mut sequence_stride, mut head_stride] = [sequence_stride, score_stride].map(|n| n as i64);
+            if let Some(stride) = score_spread.stride(4) {
+                *(if of_heads { &mut head_stride } else { &mut sequence_stride }) = stride;
+            }
+            Scores { base: scores, sequence_stride, head_stride, window, heads }
         }),
         workspace: 0,
         workspace_bytes: 0,
@@ -619,14 +659,14 @@ fn launch_with<D: Device>(
     // SAFETY: every address is a block of `memory` of the size that its field states.
     unsafe { attention::prefill_attention(device, &work) }.map_err(|error| error.to_string())?;
 
-    let bytes = memory.get(out, queries.elements() * 2)?;
+    let bytes = memory.get_spread(out, queries.elements() * 2, query_spread)?;
     let mut found_out: Vec<_> = bytes.chunks_exact(2).map(|b| u16::from_ne_bytes([b[0], b[1]])).collect();
-    let words = |address, count: usize| -> Result<Vec<u32>, String> {
-        let bytes = memory.get(address, count * 4)?;
+    let words = |address, count: usize, spread| -> Result<Vec<u32>, String> {
+        let bytes = memory.get_spread(address, count * 4, spread)?;
         Ok(bytes.chunks_exact(4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect())
     };
-    let mut found_lse = words(lse, lse_elements)?;
-    let mut found_scores = words(scores, case.lengths.len() * sequence_stride)?;
+    let mut found_lse = words(lse, lse_elements, lse_spread)?;
+    let mut found_scores = words(scores, score_elements, score_spread)?;
 
     // Takes what was to be written, and leaves what was not.
     let mut written = Written { out: Vec::new(), lse: Vec::new(), scores: Vec::new() };
@@ -733,6 +773,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
             same_scores(device, Portable, seed)
         }),
         Check::portable("prefill_attention_hostile", |device, _| hostile(device, Portable)),
+        Check::portable("prefill_attention_far_apart", |device, _| far_apart(device, Portable)).far(),
         Check::hopper("sm90_attention_lengths", |device, _| {
             check_all(device, Hopper, lengths().into_iter().chain(long_lengths()))
         }),
@@ -756,6 +797,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
             same_scores(device, Hopper, seed)
         }),
         Check::hopper("sm90_attention_hostile", |device, _| hostile(device, Hopper)),
+        Check::hopper("sm90_attention_far_apart", |device, _| far_apart(device, Hopper)).far(),
     ]
 }
 
@@ -1180,6 +1222,63 @@ fn same_scores<D: Device>(device: &D, form: Form, seed: u64) -> Result<(), Strin
             }
         }
         memory.expect("scores", base, &expected).map_err(|error| format!("{error}\n{case:?}"))?;
+    }
+    Ok(())
+}
+
+/// Sequences, heads and tokens of every tensor further apart than 32 bits count: the same bits as close together. The last
+/// key has a value that is not finite, which some rows of its tile do not see.
+fn far_apart<D: Device>(device: &D, form: Form) -> Result<(), String> {
+    if !has(device, form) {
+        return Ok(());
+    }
+    let of_sequences = Case {
+        layout: Layout::TokenMajor,
+        lse_layout: LseLayout { order: Order::Padded, ..LseLayout::PLAIN },
+        bias: Some(BiasBits {
+            heads: vec![true, false],
+            keys: vec![(0..70).map(|key| key % 3 == 0).collect(); 2],
+            value: 2.0,
+        }),
+        scores: Some((Window::Last(8), ScoreHeads::Group)),
+        ..Case::plain(DType::BF16, 64, [1, 2], &[(40, 70); 2])
+    };
+    let of_heads = Case {
+        layout: Layout::HeadMajor,
+        lse_layout: LseLayout::PLAIN,
+        scores: Some((Window::Last(3), ScoreHeads::Query)),
+        ..Case::plain(DType::F16, 128, [2, 1], &[(20, 135)])
+    };
+    let of_tokens = Case {
+        layout: Layout::Packed,
+        lse_layout: LseLayout { order: Order::TokenMajor, ..LseLayout::PLAIN },
+        scores: Some((Window::Last(8), ScoreHeads::Query)),
+        ..Case::plain(DType::BF16, 128, [1, 2], &[(70, 130), (5, 9)])
+    };
+    // A thread's steps from row to row are as large.
+    let of_few_tokens = Case { lengths: vec![(12, 12)], ..of_tokens.clone() };
+    for case in [of_sequences, of_heads, of_tokens, of_few_tokens] {
+        let (queries, keys) = case.lengths[0];
+        let value = Planted {
+            operand: Operand::Value,
+            head: 0,
+            sequence: 0,
+            tokens: keys - 1..keys,
+            column: 5,
+            number: f32::INFINITY,
+        };
+        let near = Case { planted: vec![value], form: Some(form), seed: queries as u64, ..case };
+        let inputs = Inputs::new(&near);
+        let expected = launch(device, &near, &inputs)?;
+        expected
+            .compare(&near, &Expected::new(&near, &inputs))
+            .map_err(|error| format!("{error}\n{near:?}"))?;
+        for far in [Far::Queries, Far::Keys, Far::Sums] {
+            let case = Case { far: Some(far), ..near.clone() };
+            if launch(device, &case, &inputs).map_err(|error| format!("{error}\n{case:?}"))? != expected {
+                return Err(format!("other bits than close together\n{case:?}"));
+            }
+        }
     }
     Ok(())
 }

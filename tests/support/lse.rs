@@ -4,7 +4,7 @@ use std::f64::consts::LN_2;
 
 use fastkv::kernels::batch::{Logarithm, Lse};
 
-use super::random::Random;
+use super::{memory::Spread, random::Random};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
@@ -70,6 +70,28 @@ impl LseLayout {
             Order::Padded => [row(queries.heads * (queries.room + gap)), row(queries.room), 1],
         };
         Lse { base, sequence_stride, head_stride, token_stride, logarithm }
+    }
+
+    /// The same where steps along the outermost axis lie apart.
+    pub(crate) fn describe_spread(self, base: u64, queries: &Queries, spread: Spread) -> Lse {
+        let mut lse = self.describe(base, queries);
+        if let Some(stride) = spread.stride(4) {
+            *self.outermost_of(&mut lse) = stride;
+        }
+        lse
+    }
+
+    /// Elements of a step along the outermost axis.
+    pub(crate) fn outermost(self, queries: &Queries) -> usize {
+        *self.outermost_of(&mut self.describe(0, queries)) as usize
+    }
+
+    fn outermost_of(self, lse: &mut Lse) -> &mut i64 {
+        match self.order {
+            Order::HeadMajor => &mut lse.head_stride,
+            Order::TokenMajor => &mut lse.token_stride,
+            Order::Padded => &mut lse.sequence_stride,
+        }
     }
 
     /// The element of every query of every head of every sequence, in this order.

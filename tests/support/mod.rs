@@ -52,6 +52,8 @@ pub(crate) struct Check<D> {
     pub(crate) name: &'static str,
     /// Whether it is of a kernel that compute capability 9.0 alone has.
     pub(crate) hopper: bool,
+    /// Bytes of device memory that it may take, where these are many.
+    pub(crate) room: u64,
     /// Takes a seed, for checks that draw shapes and contents.
     pub(crate) run: fn(&D, u64) -> Result<(), String>,
 }
@@ -59,12 +61,17 @@ pub(crate) struct Check<D> {
 impl<D> Check<D> {
     /// A check of a kernel that every chip has.
     pub(crate) fn portable(name: &'static str, run: fn(&D, u64) -> Result<(), String>) -> Self {
-        Self { name, hopper: false, run }
+        Self { name, hopper: false, room: 0, run }
     }
 
     /// A check of a kernel that Hopper alone has.
     pub(crate) fn hopper(name: &'static str, run: fn(&D, u64) -> Result<(), String>) -> Self {
-        Self { name, hopper: true, run }
+        Self { name, hopper: true, room: 0, run }
+    }
+
+    /// The same with tensors that lie far apart.
+    pub(crate) fn far(self) -> Self {
+        Self { room: memory::FAR_ROOM, ..self }
     }
 }
 

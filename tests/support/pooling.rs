@@ -11,7 +11,7 @@ use fastkv::{
 
 use super::{
     Check, all,
-    memory::{Memory, UNTOUCHED},
+    memory::{Memory, Spread, UNTOUCHED},
     random::Random,
     scores::{HOSTILE_LENGTHS, ULP},
 };
@@ -22,6 +22,8 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
             all((0..25).map(|n| Case::random(seed * 25 + n)), |case| check(device, case))
         }),
         Check::portable("pool_scores_hostile", |device, _| hostile(device)),
+        Check::portable("pool_scores_far_apart", |device, _| all(far_apart(), |case| check(device, case)))
+            .far(),
     ]
 }
 
@@ -40,6 +42,8 @@ struct Case {
     total: bool,
     /// Whether rows begin at multiples of 16 bytes.
     aligned: bool,
+    /// Whether rows, or sequences of them where there are several, lie far apart.
+    far: bool,
     seed: u64,
 }
 
@@ -64,9 +68,35 @@ impl Case {
             groups: random.below(4) > 0,
             total: random.below(3) > 0,
             aligned: random.below(2) == 0,
+            far: false,
             seed,
         }
     }
+}
+
+/// Heads and sequences further apart than 32 bits count, in vectors and not.
+fn far_apart() -> Vec<Case> {
+    let case = Case {
+        kv_heads: 2,
+        group: 2,
+        packed: false,
+        keys: vec![300],
+        lengths: false,
+        tail: 0,
+        pooling: Pooling::max(7),
+        groups: true,
+        total: true,
+        aligned: true,
+        far: true,
+        seed: 8,
+    };
+    vec![
+        case.clone(),
+        // Two heads in all: their stride itself is larger.
+        Case { kv_heads: 1, ..case.clone() },
+        Case { keys: vec![300; 2], pooling: Pooling::average(5), ..case.clone() },
+        Case { keys: vec![40; 3], pooling: Pooling::NONE, aligned: false, ..case },
+    ]
 }
 
 /// Runs a pooling and compares it with plain loops.
@@ -97,14 +127,20 @@ fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
     } else {
         0
     };
+    let spread = |heads: usize| {
+        let step = if sequences > 1 { heads * stride } else { stride };
+        Spread::apart_if(case.far, 4 * step, 4 * sequences * heads * stride)
+    };
     let mut rows = |heads: usize, contents: Option<&[f32]>| {
-        let sequence_stride = heads * stride;
-        let bytes = (sequences * sequence_stride * 4).max(1);
+        let (mut sequence_stride, mut head_stride) = ((heads * stride) as i64, stride as i64);
+        let outermost = if sequences > 1 { &mut sequence_stride } else { &mut head_stride };
+        *outermost = spread(heads).stride(4).unwrap_or(*outermost);
+        let bytes = (sequences * heads * stride * 4).max(1);
         let base = match contents {
-            Some(contents) => memory.put(bytemuck::cast_slice(contents)),
-            None => memory.untouched(bytes),
+            Some(contents) => memory.put_spread(bytemuck::cast_slice(contents), spread(heads)),
+            None => memory.untouched_spread(bytes, spread(heads)),
         };
-        ScoreRows { base, sequence_stride: sequence_stride as i64, head_stride: stride as i64 }
+        ScoreRows { base, sequence_stride, head_stride }
     };
     let work = PoolScores {
         // Nothing lies behind the last score.
@@ -142,9 +178,11 @@ fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
             total[sequence * stride + key] = all_heads;
         }
     }
-    for (what, rows, expected) in [("groups", work.groups, groups), ("total", work.total, total)] {
+    for (what, rows, heads, expected) in
+        [("groups", work.groups, case.kv_heads, groups), ("total", work.total, 1, total)]
+    {
         if let Some(rows) = rows {
-            let found = memory.floats(rows.base, expected.len())?;
+            let found = memory.floats_spread(rows.base, expected.len(), spread(heads))?;
             for (at, (found, expected)) in found.into_iter().zip(expected).enumerate() {
                 if !expected.holds(found) {
                     return Err(format!("{what}: element {at} is {found}, not {expected:?}"));

@@ -12,8 +12,8 @@ use half::{bf16, f16};
 
 use super::{
     Check, all,
-    lse::{LseLayout, Queries},
-    memory::{Memory, UNTOUCHED},
+    lse::{LseLayout, Order, Queries},
+    memory::{Memory, Spread, UNTOUCHED},
     random::Random,
     recorder::{Recorded, Recorder},
 };
@@ -39,6 +39,17 @@ pub(crate) enum Contents {
     Denormal,
     /// This infinity in an element of some keys of the first kv head, which every query meets with a positive one.
     Infinite(f32),
+}
+
+/// What lies far apart along its outermost axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Far {
+    /// Queries, and the output of attention.
+    Queries,
+    /// Keys, or their pages, and values.
+    Keys,
+    /// LSE, scores, and the bits of the bias.
+    Sums,
 }
 
 /// One run of `window_scores`.
@@ -69,6 +80,7 @@ pub(crate) struct Case {
     /// How queries count, where it is sums over columns.
     pub(crate) columns: Option<Columns>,
     pub(crate) contents: Contents,
+    pub(crate) far: Option<Far>,
     pub(crate) seed: u64,
 }
 
@@ -110,6 +122,7 @@ impl Case {
             lse_layout: LseLayout::PLAIN,
             columns: None,
             contents: Contents::Random,
+            far: None,
             seed: (head_dim * 31 + group * 7 + window * 1000 + keys) as u64,
         }
     }
@@ -163,6 +176,7 @@ impl Case {
             lse_layout: LseLayout::random(&mut random),
             columns: None,
             contents: Contents::Random,
+            far: None,
             seed,
         }
     }
@@ -268,6 +282,31 @@ impl Case {
                 token_stride: width as i64,
             },
         }
+    }
+
+    /// The stride of the outermost axis of a tensor, or of scores.
+    fn outermost<'a>(&self, sequence_stride: &'a mut i64, head_stride: &'a mut i64) -> &'a mut i64 {
+        if self.sequences.len() > 1 { sequence_stride } else { head_stride }
+    }
+
+    /// Puts a tensor where the case has it.
+    fn put<D: Device>(
+        &self,
+        memory: &mut Memory<'_, D>,
+        far: Far,
+        tensor: &Tensor,
+        [heads, axis]: [usize; 2],
+    ) -> Rows {
+        let mut rows = self.rows(0, heads, axis);
+        let outermost = match self.layout {
+            Layout::Packed => &mut rows.token_stride,
+            Layout::TokenMajor => &mut rows.sequence_stride,
+            Layout::HeadMajor => self.outermost(&mut rows.sequence_stride, &mut rows.head_stride),
+        };
+        let spread = Spread::apart_if(self.far == Some(far), 2 * *outermost as usize, 2 * tensor.bits.len());
+        *outermost = spread.stride(2).unwrap_or(*outermost);
+        rows.base = memory.put_spread(bytemuck::cast_slice(&tensor.bits), spread);
+        rows
     }
 
     /// Index of the first element of a token's row.
@@ -494,17 +533,18 @@ fn run_by<D: Device>(
     let score_heads = if case.heads == ScoreHeads::Query { case.query_heads() } else { case.kv_heads };
     let (k, pages) = match case.pages {
         Some(paging) => put_pages(&mut memory, case, paging, &inputs.k),
-        None => {
-            let base = memory.put(bytemuck::cast_slice(&inputs.k.bits));
-            (case.rows(base, case.kv_heads, 1), Pages::default())
-        }
+        None => (case.put(&mut memory, Far::Keys, &inputs.k, [case.kv_heads, 1]), Pages::default()),
     };
     // Rows stand apart, and not in steps of vectors.
     let head_stride = case.longest(1) + 3;
     let sequence_stride = score_heads * head_stride + 5;
     let score_bytes = (count * sequence_stride).max(1) * 4;
+    let [mut of_sequences, mut of_heads] = [sequence_stride, head_stride].map(|stride| stride as i64);
+    let outermost = case.outermost(&mut of_sequences, &mut of_heads);
+    let score_spread = Spread::apart_if(case.far == Some(Far::Sums), 4 * *outermost as usize, score_bytes);
+    *outermost = score_spread.stride(4).unwrap_or(*outermost);
     let mut work = scores::WindowScores {
-        q: case.rows(memory.put(bytemuck::cast_slice(&inputs.q.bits)), case.query_heads(), 0),
+        q: case.put(&mut memory, Far::Queries, &inputs.q, [case.query_heads(), 0]),
         k,
         pages,
         sequences: count as u32,
@@ -520,9 +560,9 @@ fn run_by<D: Device>(
         bias: case.bias.map(|value| put_bias(&mut memory, case, value)),
         lse: case.lse.then(|| put_lse(&mut memory, case, &inputs.lse)),
         scores: Scores {
-            base: memory.untouched(score_bytes),
-            sequence_stride: sequence_stride as i64,
-            head_stride: head_stride as i64,
+            base: memory.untouched_spread(score_bytes, score_spread),
+            sequence_stride: of_sequences,
+            head_stride: of_heads,
             window: case.window,
             heads: case.heads,
         },
@@ -532,7 +572,7 @@ fn run_by<D: Device>(
     work.workspace = memory.reserve(work.workspace_bytes);
     launch(&work).map_err(|error| error.to_string())?;
 
-    let found = memory.floats(work.scores.base, score_bytes / 4)?;
+    let found = memory.floats_spread(work.scores.base, score_bytes / 4, score_spread)?;
     let untouched = f32::from_ne_bytes([UNTOUCHED; 4]).to_bits();
     let mut expected_untouched = vec![true; found.len()];
     let scores = (0..count)
@@ -593,9 +633,10 @@ fn put_pages<D: Device>(
             }
         }
     }
+    let spread = Spread::apart_if(case.far == Some(Far::Keys), 2 * page_stride, 2 * pool.len());
     let rows = Rows {
-        base: memory.put(bytemuck::cast_slice(&pool)),
-        sequence_stride: page_stride as i64,
+        base: memory.put_spread(bytemuck::cast_slice(&pool), spread),
+        sequence_stride: spread.stride(2).unwrap_or(page_stride as i64),
         head_stride: head_stride as i64,
         token_stride: token_stride as i64,
     };
@@ -624,7 +665,10 @@ fn put_lse<D: Device>(memory: &mut Memory<'_, D>, case: &Case, lse: &[f32]) -> L
     for (place, from) in case.lse_layout.places(&queries).into_iter().zip(in_order) {
         stored[place] = case.lse_layout.value(lse[from].into()) as f32;
     }
-    case.lse_layout.describe(memory.put(bytemuck::cast_slice(&stored)), &queries)
+    let step = case.lse_layout.outermost(&queries);
+    let spread = Spread::apart_if(case.far == Some(Far::Sums), 4 * step, 4 * stored.len());
+    let base = memory.put_spread(bytemuck::cast_slice(&stored), spread);
+    case.lse_layout.describe_spread(base, &queries, spread)
 }
 
 fn put_bias<D: Device>(memory: &mut Memory<'_, D>, case: &Case, value: f32) -> Bias {
@@ -642,10 +686,11 @@ fn put_bias<D: Device>(memory: &mut Memory<'_, D>, case: &Case, value: f32) -> B
         let words = words(&|key| case.biased_key(sequence, key), count);
         keys[sequence * key_stride..][..words.len()].copy_from_slice(&words);
     }
+    let spread = Spread::apart_if(case.far == Some(Far::Sums), 4 * key_stride, 4 * keys.len());
     Bias {
         heads: memory.put(bytemuck::cast_slice(&words(&Case::biased_head, case.query_heads()))),
-        keys: memory.put(bytemuck::cast_slice(&keys)),
-        key_stride: key_stride as i64,
+        keys: memory.put_spread(bytemuck::cast_slice(&keys), spread),
+        key_stride: spread.stride(4).unwrap_or(key_stride as i64),
         value,
     }
 }
@@ -691,11 +736,21 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("window_scores_order_of_sums", |device, _| order_of_sums(device)),
         Check::portable("window_scores_nan", |device, _| nan(device)),
         Check::portable("window_scores_hostile", |device, _| hostile(device)),
+        Check::portable("window_scores_far_apart", |device, _| {
+            all(far_apart(), |case| check_far_apart(device, case))
+        })
+        .far(),
         Check::portable("column_sums_edges", |device, _| all(column_edges(), |case| check(device, case))),
         Check::portable("column_sums_random", |device, seed| {
             all((0..8).map(|n| Case::random_columns(seed * 8 + n)), |case| check(device, case))
         }),
         Check::portable("column_sums_in_a_batch", |device, _| columns_in_a_batch(device)),
+        Check::portable("column_sums_far_apart", |device, _| {
+            let columns = Some(Columns { weight: 0.5, step: 0.125, band: Some(40) });
+            let given = far_apart().into_iter().filter(|case| case.lse);
+            all(given.map(|case| Case { columns, ..case }.summed()), |case| check_far_apart(device, case))
+        })
+        .far(),
     ]
 }
 
@@ -906,6 +961,56 @@ fn lse_layouts() -> Vec<Case> {
         Case { lse_layout, layout, sequences, kv_heads: 2, ..Case::plain(DType::BF16, 64, 3, 9, 0) }
     };
     LseLayout::each().enumerate().flat_map(|(n, layout)| [case(layout, n), case(layout, n + 1)]).collect()
+}
+
+/// Sequences, heads, tokens and pages of every tensor, to lie further apart than 32 bits count. Where there are two of
+/// them in all the stride itself is larger.
+fn far_apart() -> Vec<Case> {
+    let plain = |dtype, head_dim, group| Case::plain(dtype, head_dim, group, 8, 0);
+    let lse = |order| LseLayout { order, ..LseLayout::PLAIN };
+    let of_sequences = Case {
+        sequences: vec![[12, 40]; 2],
+        bias: Some(1.5),
+        lse_layout: lse(Order::Padded),
+        ..plain(DType::BF16, 64, 2)
+    };
+    let of_heads = Case {
+        layout: Layout::HeadMajor,
+        kv_heads: 2,
+        sequences: vec![[9, 300]],
+        lse_layout: lse(Order::HeadMajor),
+        ..plain(DType::F16, 128, 1)
+    };
+    let of_tokens = Case {
+        layout: Layout::Packed,
+        sequences: vec![[9, 150], [3, 7]],
+        lse_layout: lse(Order::TokenMajor),
+        ..plain(DType::BF16, 96, 2)
+    };
+    let of_two_tokens = Case { sequences: vec![[2, 2]], ..of_tokens.clone() };
+    let of_a_group = Case { kv_heads: 1, group: 2, sequences: vec![[9, 40]], ..of_heads.clone() };
+    let in_pages = Case {
+        sequences: vec![[9, 70], [9, 33]],
+        lengths: true,
+        pages: Some(Paging { size: 16, holes: true }),
+        ..plain(DType::F16, 64, 2)
+    };
+    [of_sequences, of_heads, of_a_group, of_tokens, of_two_tokens, in_pages]
+        .into_iter()
+        .flat_map(|case| [Case { lse: false, ..case.clone() }, case])
+        .collect()
+}
+
+fn check_far_apart<D: Device>(device: &D, case: &Case) -> Result<(), String> {
+    check(device, case)?;
+    let (inputs, _) = Inputs::of(case);
+    let expected = run(device, case, &inputs)?;
+    for far in [Far::Queries, Far::Keys, Far::Sums] {
+        let found = run(device, &Case { far: Some(far), ..case.clone() }, &inputs);
+        same("far apart", &found.map_err(|error| format!("{far:?}: {error}"))?, &expected)
+            .map_err(|error| format!("{far:?}: {error}"))?;
+    }
+    Ok(())
 }
 
 /// A score has the same bits whatever the block, its memory and the rest of the batch; and the score of a
