@@ -12,7 +12,7 @@ use half::{bf16, f16};
 
 use super::{
     Check, all,
-    memory::{Memory, UNTOUCHED},
+    memory::{Memory, Spread, UNTOUCHED},
     processors::Processors,
     random::Random,
 };
@@ -38,6 +38,21 @@ pub(crate) enum Layout {
     PagedTogether(usize),
 }
 
+/// What lies far apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Far {
+    /// All lists, behind the first row there is.
+    Lists,
+    /// Rows of K and V, or their pages.
+    Rows,
+    /// Sequences of queries, new keys and values, and the output; heads where there is one.
+    Tokens,
+    /// Bits of the bias.
+    Bias,
+    /// Entries of the positions, of pages that share their memory.
+    Positions,
+}
+
 /// Some steps of decoding over one batch.
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
@@ -61,6 +76,7 @@ pub(crate) struct Case {
     pub(crate) steps: usize,
     /// Whether the launches have counters to themselves, which nobody clears between them.
     pub(crate) counters: bool,
+    pub(crate) far: Option<Far>,
     /// What the contents of each sequence are drawn from.
     pub(crate) seeds: Vec<u64>,
 }
@@ -83,6 +99,7 @@ impl Case {
             rising: false,
             steps: 1,
             counters: false,
+            far: None,
             seeds: (1..=lengths.len() as u64).collect(),
         }
     }
@@ -120,6 +137,7 @@ impl Case {
             rising: random.below(3) == 0,
             steps: 1 + random.below(2),
             counters: random.below(2) == 0,
+            far: None,
             seeds: (0..sequences).map(|_| random.next()).collect(),
         }
     }
@@ -493,10 +511,60 @@ fn grow(case: &Case, state: &mut State, step: &Step) {
     }
 }
 
+/// Where the rows of a cache lie.
+struct Places {
+    /// Of K and V, or of both in the first.
+    tensors: [Spread; 2],
+    positions: Spread,
+    /// Rows, or pages, before those of the host.
+    before: usize,
+    /// Pages from one of the host's to the next.
+    step: usize,
+}
+
+impl Places {
+    fn new(case: &Case, state: &State) -> Self {
+        let (strides, size) = (case.strides(), case.page_size());
+        let of_page = size.map(|size| size * case.heads);
+        let together = matches!(case.layout, Layout::PagedTogether(_));
+        // Bytes of a row of K and V, or of a page, and of its positions.
+        let steps = strides.map(|stride| 2 * stride * of_page.unwrap_or(1) * (1 + usize::from(together)));
+        let step_positions = 4 * of_page.unwrap_or(1);
+        let near = Self { tensors: [Spread::NEAR; 2], positions: Spread::NEAR, before: 0, step: 1 };
+        match case.far {
+            Some(Far::Lists) => {
+                let before = Spread::BEHIND.rows_before(steps[0]);
+                let positions = Spread::behind(before * step_positions);
+                Self { tensors: [Spread::BEHIND; 2], positions, before, ..near }
+            }
+            Some(Far::Rows) => {
+                let apart = |which: usize| Spread::apart(steps[which], 2 * state.tensors[which].len());
+                Self { tensors: [0, 1].map(apart), ..near }
+            }
+            Some(Far::Positions) => {
+                let before = Spread::BEHIND.rows_before(step_positions);
+                let step = steps[0] / VECTOR;
+                let positions = Spread::BEHIND.at_distances(step_positions, step * step_positions);
+                Self { tensors: [Spread::behind(before * VECTOR); 2], positions, before, step }
+            }
+            Some(Far::Tokens | Far::Bias) | None => near,
+        }
+    }
+
+    /// A page, or what stands in its place, as a device has it.
+    fn page(&self, page: i32) -> i32 {
+        if page < 0 { page } else { (self.before + page as usize * self.step) as i32 }
+    }
+}
+
+/// Bytes from one page to the next where pages share their memory: the least there are.
+const VECTOR: usize = 16;
+
 /// Addresses of a cache on a device.
 struct OnDevice {
     cache: Cache,
     tensors: [u64; 2],
+    places: Places,
     full: u64,
     /// 0 where the workspace is to hold them.
     counters: u64,
@@ -506,55 +574,73 @@ struct OnDevice {
 impl OnDevice {
     fn new<D: Device>(case: &Case, state: &State, memory: &mut Memory<'_, D>) -> Self {
         let (d, heads) = (case.head_dim as i64, case.heads as i64);
+        let places = Places::new(case, state);
         let tensors = [0, 1].map(|which| {
             let tensor: &Vec<u16> = &state.tensors[which];
-            if tensor.is_empty() { 0 } else { memory.put(bytemuck::cast_slice(tensor)) }
+            let spread = places.tensors[which];
+            if tensor.is_empty() { 0 } else { memory.put_spread(bytemuck::cast_slice(tensor), spread) }
         });
         let size = case.page_size().unwrap_or(0) as i64;
-        let [k_stride, v_stride] = case.strides();
-        let rows = |base, stride: usize| match case.layout {
-            Layout::Ragged | Layout::Apart => Rows { base, token_stride: stride as i64, ..Rows::default() },
-            Layout::Paged(_) => {
-                Rows { base, sequence_stride: size * heads * d, head_stride: d, token_stride: heads * d }
-            }
-            Layout::PagedTogether(_) => {
-                Rows { base, sequence_stride: 2 * size * heads * d, head_stride: d, token_stride: heads * d }
+        let strides = case.strides();
+        let together = matches!(case.layout, Layout::PagedTogether(_));
+        let rows = |base, which: usize| {
+            let stride = places.tensors[if together { 0 } else { which }].stride(2);
+            match case.layout {
+                Layout::Ragged | Layout::Apart => {
+                    let token_stride = stride.unwrap_or(strides[which] as i64);
+                    Rows { base, token_stride, ..Rows::default() }
+                }
+                Layout::Paged(_) | Layout::PagedTogether(_) => {
+                    let of_page = size * heads * d * if together { 2 } else { 1 };
+                    let shared = VECTOR as i64 / 2;
+                    let sequence_stride = match case.far {
+                        Some(Far::Positions) => shared,
+                        _ => stride.unwrap_or(of_page),
+                    };
+                    Rows { base, sequence_stride, head_stride: d, token_stride: heads * d }
+                }
             }
         };
-        let together = matches!(case.layout, Layout::PagedTogether(_));
         let v = if together { tensors[0] + 2 * (size * heads * d) as u64 } else { tensors[1] };
         let paged = case.page_size().is_some();
+        let starts: Vec<_> = state.starts.iter().map(|start| start + places.before as i64).collect();
+        let table: Vec<_> = state.table.iter().map(|page| places.page(*page)).collect();
+        let positions = memory.put_spread(bytemuck::cast_slice(&state.positions), places.positions);
         let mut put = |bytes: &[u8], present: bool| if present { memory.put(bytes) } else { 0 };
         let cache = Cache {
-            k: rows(tensors[0], k_stride),
-            v: rows(v, v_stride),
-            starts: put(bytemuck::cast_slice(&state.starts), !paged),
+            k: rows(tensors[0], 0),
+            v: rows(v, 1),
+            starts: put(bytemuck::cast_slice(&starts), !paged),
             lengths: put(bytemuck::cast_slice(&state.lengths), true),
             capacities: put(bytemuck::cast_slice(&state.capacities), !paged),
-            positions: put(bytemuck::cast_slice(&state.positions), true),
+            positions,
             pages: Pages {
-                table: put(bytemuck::cast_slice(&state.table), paged),
+                table: put(bytemuck::cast_slice(&table), paged),
                 table_pages: state.table_pages as i32,
-                pages: state.pages as i32,
+                pages: places.page(state.pages as i32 - 1) + 1,
                 page_size: size as i32,
                 reserved: 0,
             },
-            rows: if paged { 0 } else { state.positions.len() as i64 },
+            rows: if paged { 0 } else { (places.before + state.positions.len()) as i64 },
             capacity: state.capacity(case) as i32,
             sequences: case.lengths.len() as i32,
             heads: case.heads as i32,
             reserved: 0,
         };
         let (head_words, key_words) = bias_words(case);
-        let bias = case.bias.then(|| Bias {
-            heads: put(bytemuck::cast_slice(&head_words), true),
-            keys: put(bytemuck::cast_slice(&key_words), true),
-            key_stride: BIASED_POSITIONS.div_ceil(32).into(),
-            value: BIAS,
-        });
         let full = put(bytemuck::bytes_of(&state.full), true);
         let counters = put(&case.counter_bytes(), case.counters);
-        Self { cache, tensors, full, counters, bias }
+        let bias = case.bias.then(|| {
+            let stride = BIASED_POSITIONS.div_ceil(32) as usize;
+            let spread = Spread::apart_if(case.far == Some(Far::Bias), 4 * stride, 4 * key_words.len());
+            Bias {
+                heads: memory.put(bytemuck::cast_slice(&head_words)),
+                keys: memory.put_spread(bytemuck::cast_slice(&key_words), spread),
+                key_stride: spread.stride(4).unwrap_or(stride as i64),
+                value: BIAS,
+            }
+        });
+        Self { cache, tensors, places, full, counters, bias }
     }
 
     /// Everything that a step may change, against what it should be.
@@ -562,12 +648,13 @@ impl OnDevice {
         if self.counters != 0 {
             memory.expect("counters", self.counters, &case.counter_bytes())?;
         }
-        for (name, address, tensor) in
-            [("k", self.tensors[0], &state.tensors[0]), ("v", self.tensors[1], &state.tensors[1])]
-        {
-            memory.expect(name, address, bytemuck::cast_slice(tensor))?;
+        let Places { tensors, positions, .. } = &self.places;
+        for (which, name) in ["k", "v"].into_iter().enumerate() {
+            let tensor = bytemuck::cast_slice(&state.tensors[which]);
+            memory.expect_spread(name, self.tensors[which], tensor, tensors[which])?;
         }
-        memory.expect("positions", self.cache.positions, bytemuck::cast_slice(&state.positions))?;
+        let of_host = bytemuck::cast_slice(&state.positions);
+        memory.expect_spread("positions", self.cache.positions, of_host, *positions)?;
         memory.expect("lengths", self.cache.lengths, bytemuck::cast_slice(&state.lengths))?;
         memory.expect("full", self.full, bytemuck::bytes_of(&state.full))
     }
@@ -590,16 +677,31 @@ fn run<D: Device>(
 ) -> Result<Outputs, String> {
     let query_heads = case.heads * case.group;
     let (tokens, d) = (case.tokens as u32, case.head_dim as u32);
-    let rows = |base, heads: usize| Rows::head_major(base, heads as u32, tokens, d);
-    let new = |memory: &mut Memory<'_, D>, rows: &[u16]| {
-        if case.appends { memory.put(bytemuck::cast_slice(rows)) } else { 0 }
+    let of_head = case.tokens * case.head_dim;
+    let spread = |heads: usize| {
+        let count = case.lengths.len() * heads;
+        let step = if case.lengths.len() > 1 { heads * of_head } else { of_head };
+        Spread::apart_if(case.far == Some(Far::Tokens), 2 * step, 2 * count * of_head)
+    };
+    let rows = |base, heads: usize| {
+        let mut rows = Rows::head_major(base, heads as u32, tokens, d);
+        let outermost =
+            if case.lengths.len() > 1 { &mut rows.sequence_stride } else { &mut rows.head_stride };
+        *outermost = spread(heads).stride(2).unwrap_or(*outermost);
+        rows
+    };
+    let put = |memory: &mut Memory<'_, D>, elements: &[u16], heads| {
+        rows(memory.put_spread(bytemuck::cast_slice(elements), spread(heads)), heads)
+    };
+    let new = |memory: &mut Memory<'_, D>, elements: &[u16]| {
+        if case.appends { put(memory, elements, case.heads) } else { rows(0, case.heads) }
     };
     let mut work = Decode {
         cache: on.cache,
-        q: rows(memory.put(bytemuck::cast_slice(&step.q)), query_heads),
-        k_new: rows(new(memory, &step.k), case.heads),
-        v_new: rows(new(memory, &step.v), case.heads),
-        out: rows(memory.untouched(2 * step.q.len()), query_heads),
+        q: put(memory, &step.q, query_heads),
+        k_new: new(memory, &step.k),
+        v_new: new(memory, &step.v),
+        out: rows(memory.untouched_spread(2 * step.q.len(), spread(query_heads)), query_heads),
         positions_new: memory.put(bytemuck::cast_slice(&step.positions)),
         lse: memory.untouched(4 * step.q.len() / case.head_dim),
         full: on.full,
@@ -623,7 +725,7 @@ fn run<D: Device>(
     // SAFETY: every address is a block of `memory` of the size that its field states.
     unsafe { decode::decode(device, &work) }.map_err(|error| error.to_string())?;
     Ok(Outputs {
-        out: memory.get(work.out.base, 2 * step.q.len())?,
+        out: memory.get_spread(work.out.base, 2 * step.q.len(), spread(query_heads))?,
         lse: memory.get(work.lse, 4 * step.q.len() / case.head_dim)?,
     })
 }
@@ -709,6 +811,10 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("decode_not_seen", |device, _| all(not_seen(), |case| check_not_seen(device, case))),
         Check::portable("decode_contents", |device, _| all(contents(), |case| check_contents(device, case))),
         Check::portable("decode_same_bits", |device, _| same_bits(device)),
+        Check::portable("decode_far_apart", |device, _| {
+            all(far_apart(), |case| check_far_apart(device, case))
+        })
+        .far(),
         Check::portable("decode_random", |device, seed| {
             all((0..12).map(|n| Case::random(seed * 12 + n)), |case| check(device, case))
         }),
@@ -767,6 +873,47 @@ fn paged() -> Vec<Case> {
     // The second token of the second sequence has no page.
     cases.push(Case { layout: Layout::Paged(8), tokens: 2, slack: 2, holes: true, ..case });
     cases
+}
+
+/// Lists, rows, pages and tokens further apart than 32 bits count, and table entries as large.
+fn far_apart() -> Vec<(Far, Case)> {
+    let ragged = Case { steps: 2, slack: 2, ..Case::new(64, 2, &[&[70, 3], &[20, 300]]) };
+    let paged = Case {
+        layout: Layout::Paged(16),
+        holes: true,
+        steps: 2,
+        slack: 4,
+        ..Case::new(64, 2, &[&[70, 70], &[33, 33]])
+    };
+    let together = Case { layout: Layout::PagedTogether(16), ..paged.clone() };
+    let biased = |case: &Case| Case { bias: true, ..case.clone() };
+    let one = Case { tokens: 2, slack: 2, ..Case::new(128, 4, &[&[70, 3]]) };
+    vec![
+        (Far::Lists, ragged.clone()),
+        (Far::Lists, paged.clone()),
+        (Far::Lists, biased(&together)),
+        (Far::Rows, ragged.clone()),
+        (Far::Rows, Case { layout: Layout::Apart, tokens: 3, slack: 4, ..biased(&ragged) }),
+        // As few rows as a warp takes together (no other stands before these), and fewer: the strides are as large as there
+        // is room for.
+        (Far::Rows, Case { appends: false, slack: 0, seeds: vec![3], ..Case::new(64, 2, &[&[16]]) }),
+        (Far::Rows, Case { slack: 0, ..Case::new(256, 1, &[&[2]]) }),
+        (Far::Rows, Case { holes: false, ..paged.clone() }),
+        (Far::Rows, together),
+        (Far::Tokens, Case { steps: 1, ..ragged.clone() }),
+        (Far::Tokens, one),
+        (Far::Bias, biased(&ragged)),
+        // Nothing is appended to pages that share their memory.
+        (Far::Positions, Case { appends: false, ..biased(&paged) }),
+    ]
+}
+
+/// A case close together, then with the same bits far apart.
+fn check_far_apart<D: Device>(device: &D, (far, case): &(Far, Case)) -> Result<(), String> {
+    let expected = check_from(device, case, State::new(case))?;
+    let apart = Case { far: Some(*far), ..case.clone() };
+    let found = check_from(device, &apart, State::new(&apart))?;
+    if found == expected { Ok(()) } else { Err("other bits than close together".to_owned()) }
 }
 
 /// Places of a batch without a sequence: nothing is written there, and nothing is full.

@@ -7,7 +7,7 @@ use fastkv::{
 
 use super::{
     Check, all,
-    memory::{Memory, UNTOUCHED},
+    memory::{Memory, Spread, UNTOUCHED},
     random::Random,
     recorder::{Recorded, Recorder},
 };
@@ -18,6 +18,17 @@ pub(crate) enum Layout {
     HeadMajor,
     /// Token-major with sequences of different lengths, one after the other.
     Packed,
+}
+
+/// What lies far apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Far {
+    /// The source along its outermost axis, or its pages.
+    Source,
+    /// All of a destination behind its first row, or its pages.
+    Destination,
+    /// Lists of indices.
+    Indices,
 }
 
 /// One gather. `sequences`, `heads` and so on are as in `fastkv_kept`.
@@ -42,6 +53,7 @@ pub(crate) struct Case {
     pub(crate) table: Option<Table>,
     /// Where rows of K and V go that are paged, `[pages, page_size, heads, width]`, or without heads.
     pub(crate) slots: Option<SlotMap>,
+    pub(crate) far: Option<Far>,
     pub(crate) seed: u64,
 }
 
@@ -121,6 +133,7 @@ impl Case {
             positions: None,
             table: None,
             slots: None,
+            far: None,
             seed: 1,
         }
     }
@@ -198,6 +211,7 @@ impl Case {
             positions,
             table: None,
             slots: None,
+            far: None,
             seed,
         }
     }
@@ -205,6 +219,38 @@ impl Case {
     fn elements(&self) -> usize {
         let tokens = self.tokens.iter().sum::<usize>();
         self.table.as_ref().map_or(tokens, |table| table.pages * table.page_size) * self.heads * self.width
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.width * self.dtype.bytes() as usize
+    }
+
+    /// How the source lies.
+    fn source_spread(&self) -> Spread {
+        let step = *self.outermost(&mut self.dense_rows()) as usize * self.dtype.bytes() as usize;
+        Spread::apart_if(self.far == Some(Far::Source), step, self.elements() * self.dtype.bytes() as usize)
+    }
+
+    /// How the destinations lie.
+    fn out_spread(&self) -> Spread {
+        match &self.slots {
+            Some(map) => {
+                let step = map.page_size * map.heads(self) * self.row_bytes();
+                Spread::apart_if(self.far == Some(Far::Destination), step, self.places() * self.row_bytes())
+            }
+            None if self.far == Some(Far::Destination) => Spread::BEHIND,
+            None => Spread::NEAR,
+        }
+    }
+
+    /// Rows of a dense destination before the first that the host knows.
+    fn rows_before(&self) -> usize {
+        self.out_spread().rows_before(self.row_bytes())
+    }
+
+    /// How positions of the destination lie.
+    fn positions_spread(&self) -> Spread {
+        Spread::behind(4 * self.rows_before())
     }
 
     /// Rows of K that the destination has for each head, or for all together where it is dense.
@@ -271,7 +317,7 @@ impl Case {
     /// What the destination should hold, from bytes of [`UNTOUCHED`] and this source.
     fn moved(&self, source: &[u8]) -> Vec<u8> {
         let element = self.dtype.bytes() as usize;
-        let row_bytes = self.width * element;
+        let row_bytes = self.row_bytes();
         let mut out = vec![UNTOUCHED; self.places() * row_bytes];
         for (sequence, head, token, row) in self.moves() {
             let from = self.element(sequence, head, token) * element;
@@ -289,37 +335,64 @@ impl Case {
         bytemuck::cast_slice(&out).to_vec()
     }
 
-    fn rows(&self, base: u64) -> Rows {
+    /// The source without gaps.
+    fn dense_rows(&self) -> Rows {
         let (heads, width) = (self.heads as u32, self.width as u32);
         let tokens = self.tokens.first().map_or(0, |tokens| *tokens as u32);
         if let Some(table) = &self.table {
-            return Rows::token_major(base, table.page_size as u32, heads, width);
+            return Rows::token_major(0, table.page_size as u32, heads, width);
         }
         match self.layout {
-            Layout::TokenMajor => Rows::token_major(base, tokens, heads, width),
-            Layout::HeadMajor => Rows::head_major(base, heads, tokens, width),
-            Layout::Packed => Rows::packed(base, heads, width),
+            Layout::TokenMajor => Rows::token_major(0, tokens, heads, width),
+            Layout::HeadMajor => Rows::head_major(0, heads, tokens, width),
+            Layout::Packed => Rows::packed(0, heads, width),
         }
+    }
+
+    /// The stride of the outermost axis.
+    fn outermost<'a>(&self, rows: &'a mut Rows) -> &'a mut i64 {
+        match self.layout {
+            Layout::Packed => &mut rows.token_stride,
+            Layout::HeadMajor if self.table.is_none() && self.tokens.len() == 1 => &mut rows.head_stride,
+            _ => &mut rows.sequence_stride,
+        }
+    }
+
+    /// Uploads a source and describes it.
+    fn put_rows<D: Device>(&self, memory: &mut Memory<'_, D>, source: &[u8]) -> Rows {
+        let (spread, mut rows) = (self.source_spread(), self.dense_rows());
+        let outermost = self.outermost(&mut rows);
+        *outermost = spread.stride(self.dtype.bytes() as usize).unwrap_or(*outermost);
+        rows.base = memory.put_spread(source, spread);
+        rows
     }
 
     /// Uploads the lists and describes them.
     fn kept<D: Device>(&self, memory: &mut Memory<'_, D>) -> Kept {
         let packed = self.layout == Layout::Packed;
-        let per_sequence = self.capacity * if self.shared { 1 } else { self.heads };
+        let per_sequence = if self.shared { 1 } else { self.heads };
         let cu_seqlens: Vec<i32> =
             (0..=self.tokens.len()).map(|n| self.tokens[..n].iter().sum::<usize>() as i32).collect();
         let tokens =
             if packed { self.tokens.iter().sum() } else { self.tokens.first().copied().unwrap_or(0) };
+        let before = self.rows_before();
+        let starts = self.starts.as_ref().map_or(0, |starts| {
+            let starts: Vec<_> = starts.iter().map(|start| start.saturating_add(before as i64)).collect();
+            memory.put(bytemuck::cast_slice(&starts))
+        });
+        let lists = Lists { sequences: self.tokens.len(), per_sequence, capacity: self.capacity };
+        let (indices, index_sequence_stride, index_head_stride) =
+            lists.put(memory, &self.indices, self.far == Some(Far::Indices));
         Kept {
-            indices: memory.put(bytemuck::cast_slice(&self.indices)),
-            index_sequence_stride: per_sequence as i64,
-            index_head_stride: if self.shared { 0 } else { self.capacity as i64 },
+            indices,
+            index_sequence_stride,
+            index_head_stride,
             lengths: self.lengths.as_ref().map_or(0, |lengths| memory.put(bytemuck::cast_slice(lengths))),
-            starts: self.starts.as_ref().map_or(0, |starts| memory.put(bytemuck::cast_slice(starts))),
+            starts,
             cu_seqlens: if packed { memory.put(bytemuck::cast_slice(&cu_seqlens)) } else { 0 },
             positions: self.positions.as_ref().map_or(0, |p| memory.put(bytemuck::cast_slice(p))),
-            positions_out: memory.untouched(self.places() * 4),
-            out_rows: self.out_rows as i64,
+            positions_out: memory.untouched_spread(self.places() * 4, self.positions_spread()),
+            out_rows: (before + self.out_rows) as i64,
             sequences: self.tokens.len() as i32,
             heads: self.heads as i32,
             tokens: tokens as i32,
@@ -340,9 +413,10 @@ impl Case {
     fn slots<D: Device>(&self, memory: &mut Memory<'_, D>) -> Slots {
         self.slots.as_ref().map_or(Slots::default(), |map| {
             let row = (map.heads(self) * self.width) as i64;
+            let stride = self.out_spread().stride(self.dtype.bytes() as usize);
             Slots {
                 slots: memory.put(bytemuck::cast_slice(&map.slots)),
-                page_stride: map.page_size as i64 * row,
+                page_stride: stride.unwrap_or(map.page_size as i64 * row),
                 head_stride: if map.of_one_head { 0 } else { self.width as i64 },
                 slot_stride: row,
                 pages: map.pages as i32,
@@ -354,6 +428,27 @@ impl Case {
     fn source(&self, salt: u64) -> Vec<u8> {
         let mut random = Random(self.seed ^ salt);
         (0..self.elements() * self.dtype.bytes() as usize).map(|_| random.next() as u8).collect()
+    }
+}
+
+/// Lists of indices, `capacity` in each.
+struct Lists {
+    sequences: usize,
+    /// Lists of a sequence: one for each head, or one that they share.
+    per_sequence: usize,
+    capacity: usize,
+}
+
+impl Lists {
+    /// The address, and the elements from one sequence to the next and from one head to the next.
+    fn put<D: Device>(&self, memory: &mut Memory<'_, D>, indices: &[i32], far: bool) -> (u64, i64, i64) {
+        let Self { sequences, per_sequence, capacity } = *self;
+        let mut of_sequence = (per_sequence * capacity) as i64;
+        let mut of_head = if per_sequence == 1 { 0 } else { capacity as i64 };
+        let outermost = if sequences > 1 { &mut of_sequence } else { &mut of_head };
+        let spread = Spread::apart_if(far, 4 * *outermost as usize, 4 * indices.len());
+        *outermost = spread.stride(4).unwrap_or(*outermost);
+        (memory.put_spread(bytemuck::cast_slice(indices), spread), of_sequence, of_head)
     }
 }
 
@@ -375,6 +470,17 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
             })
         }),
         Check::portable("gather_kv_within_a_pool", |device, _| within_a_pool(device)),
+        Check::portable("gather_kv_far_apart", |device, _| all(far_apart(), |case| check_kv(device, case)))
+            .far(),
+        Check::portable("gather_rows_far_apart", |device, _| {
+            let cases = far_apart().into_iter().filter(|case| case.heads == 1 && case.table.is_none());
+            all(cases.filter(|case| case.slots.is_none()), |case| check_rows(device, case))
+        })
+        .far(),
+        Check::portable("compact_far_apart", |device, _| {
+            all(compact_far_apart(), |case| check_compact(device, case))
+        })
+        .far(),
         Check::portable("compact_edges", |device, _| {
             all(compact_edges(), |case| check_compact(device, case))
         }),
@@ -561,23 +667,25 @@ fn check_kv_by<D: Device>(
 ) -> Result<(), String> {
     let mut memory = Memory::new(device);
     let (k, v) = (case.source(1), case.source(2));
-    let out_bytes = case.places() * case.width * case.dtype.bytes() as usize;
+    let out_bytes = case.places() * case.row_bytes();
+    let out_spread = case.out_spread();
     let kept = case.kept(&mut memory);
     let work = gather::GatherKv {
         kept,
-        k: case.rows(memory.put(&k)),
-        v: case.rows(memory.put(&v)),
+        k: case.put_rows(&mut memory, &k),
+        v: case.put_rows(&mut memory, &v),
         pages: case.pages(&mut memory),
         slots: case.slots(&mut memory),
-        k_out: memory.untouched(out_bytes),
-        v_out: memory.untouched(out_bytes),
+        k_out: memory.untouched_spread(out_bytes, out_spread),
+        v_out: memory.untouched_spread(out_bytes, out_spread),
         head_dim: case.width as u32,
         dtype: case.dtype,
     };
     launch(&work).map_err(|error| error.to_string())?;
-    memory.expect("k_out", work.k_out, &case.moved(&k))?;
-    memory.expect("v_out", work.v_out, &case.moved(&v))?;
-    memory.expect("positions_out", kept.positions_out, &case.moved_positions())
+    memory.expect_spread("k_out", work.k_out, &case.moved(&k), out_spread)?;
+    memory.expect_spread("v_out", work.v_out, &case.moved(&v), out_spread)?;
+    let positions = case.moved_positions();
+    memory.expect_spread("positions_out", kept.positions_out, &positions, case.positions_spread())
 }
 
 /// Runs `gather_rows` on a case of one head and compares every byte of the destination.
@@ -587,15 +695,16 @@ pub(crate) fn check_rows<D: Device>(device: &D, case: &Case) -> Result<(), Strin
     let kept = case.kept(&mut memory);
     let work = gather::GatherRows {
         kept,
-        rows: case.rows(memory.put(&source)),
-        out: memory.untouched(case.out_rows * case.width * case.dtype.bytes() as usize),
+        rows: case.put_rows(&mut memory, &source),
+        out: memory.untouched_spread(case.out_rows * case.row_bytes(), case.out_spread()),
         width: case.width as u32,
         dtype: case.dtype,
     };
     // SAFETY: every address is a block of `memory` of the size that its field states.
     unsafe { gather::gather_rows(device, &work) }.map_err(|error| error.to_string())?;
-    memory.expect("out", work.out, &case.moved(&source))?;
-    memory.expect("positions_out", kept.positions_out, &case.moved_positions())
+    memory.expect_spread("out", work.out, &case.moved(&source), case.out_spread())?;
+    let positions = case.moved_positions();
+    memory.expect_spread("positions_out", kept.positions_out, &positions, case.positions_spread())
 }
 
 /// Sizes at the edges: nothing kept, one, all; one token; more rows than a tile; skipped rows alone.
@@ -636,6 +745,37 @@ fn shared_slots() -> Vec<Case> {
     ]
 }
 
+/// Sequences, heads, tokens, pages and lists further apart than 32 bits count, destinations that begin as far behind.
+fn far_apart() -> Vec<Case> {
+    let positions = |case: Case| Case {
+        positions: Some((0..case.tokens.iter().sum::<usize>() as i32).map(|n| 3 * n).collect()),
+        starts: Some(
+            (0..(case.tokens.len() * case.heads) as i64).map(|n| n * case.capacity as i64).collect(),
+        ),
+        ..case
+    };
+    let of_sequences = positions(Case::plain(Layout::TokenMajor, DType::BF16, [2, 2, 40, 20, 64]));
+    let of_heads = positions(Case::plain(Layout::HeadMajor, DType::F16, [1, 2, 40, 20, 128]));
+    let of_tokens = Case {
+        tokens: vec![40, 7],
+        indices: (0..2 * 20).map(|i| i % 20 * 2).collect(),
+        ..positions(Case::plain(Layout::Packed, DType::BF16, [2, 1, 40, 20, 64]))
+    };
+    let of_two = positions(Case::plain(Layout::Packed, DType::F32, [1, 1, 2, 2, 64]));
+    let of_rows = positions(Case::plain(Layout::TokenMajor, DType::F32, [2, 1, 40, 20, 256]));
+    let table = Table::random(&mut Random(3), 2, 40);
+    let slots = SlotMap::random(&mut Random(6), of_sequences.out_rows);
+    let in_pages = Case { table: Some(table), slots: Some(slots), ..of_sequences.clone() };
+    [of_sequences, of_heads, of_tokens, of_two, of_rows, in_pages]
+        .into_iter()
+        .flat_map(|case| {
+            [Far::Source, Far::Destination, Far::Indices].map(|far| Case { far: Some(far), ..case.clone() })
+        })
+        // One list is not apart from another.
+        .filter(|case| case.far != Some(Far::Indices) || case.tokens.len() * case.heads > 1)
+        .collect()
+}
+
 /// A cache of lists and what is to stay of it.
 #[derive(Clone, Debug)]
 struct Compaction {
@@ -652,7 +792,19 @@ struct Compaction {
     index_capacity: usize,
     shared: bool,
     kept: Option<Vec<i32>>,
+    far: Option<FarEntries>,
     seed: u64,
+}
+
+/// What lies far apart of a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FarEntries {
+    /// All lists, or pages, behind the first row there is.
+    Behind,
+    /// Rows of K and V, or their pages.
+    Apart,
+    /// Lists of indices.
+    Indices,
 }
 
 impl Compaction {
@@ -669,6 +821,7 @@ impl Compaction {
             indices,
             shared: false,
             kept: None,
+            far: None,
             seed: 9,
         }
     }
@@ -705,6 +858,7 @@ impl Compaction {
             index_capacity,
             shared,
             kept,
+            far: None,
             seed,
         }
     }
@@ -784,6 +938,27 @@ fn compact_edges() -> Vec<Compaction> {
     cases
 }
 
+/// Lists, rows, pages and indices further apart than 32 bits count.
+fn compact_far_apart() -> Vec<Compaction> {
+    let ragged = Compaction {
+        heads: 2,
+        capacity: 40,
+        lengths: vec![40, 30, 7, 40],
+        indices: (0..4).flat_map(|list| (0..15).map(move |i| i * 2 + list % 2)).collect(),
+        index_capacity: 15,
+        ..Compaction::list(0, Vec::new())
+    };
+    let table = Table { page_size: 8, pages: 12, entries: vec![3, 11, 0, -1, 7, 2, 9, 1, 12, 5] };
+    let paged = Compaction { lengths: vec![40, 30], table: Some(table), ..ragged.clone() };
+    [ragged, paged]
+        .into_iter()
+        .flat_map(|case| {
+            [FarEntries::Behind, FarEntries::Apart, FarEntries::Indices]
+                .map(|far| Compaction { far: Some(far), ..case.clone() })
+        })
+        .collect()
+}
+
 /// Compacts a cache and compares every byte of it.
 fn check_compact<D: Device>(device: &D, case: &Compaction) -> Result<(), String> {
     let mut memory = Memory::new(device);
@@ -792,43 +967,70 @@ fn check_compact<D: Device>(device: &D, case: &Compaction) -> Result<(), String>
     let mut bytes = |count: usize| (0..count).map(|_| random.next() as u8).collect::<Vec<_>>();
     let mut tensors =
         [bytes(case.rows() * row_bytes), bytes(case.rows() * row_bytes), bytes(case.rows() * 4)];
-    let [k, v, positions] = [0, 1, 2].map(|which| memory.put(&tensors[which]));
+    let of_page = case.table.as_ref().map_or(1, |table| table.page_size * case.heads);
+    let spread = match case.far {
+        Some(FarEntries::Behind) => Spread::BEHIND,
+        Some(FarEntries::Apart) => Spread::apart(of_page * row_bytes, tensors[0].len()),
+        Some(FarEntries::Indices) | None => Spread::NEAR,
+    };
+    // Rows, or pages, that the host does not know.
+    let before = spread.rows_before(of_page * row_bytes);
+    let spreads = [spread, spread, Spread::behind(4 * before * of_page)];
+    let [k, v, positions] = [0, 1, 2].map(|which| memory.put_spread(&tensors[which], spreads[which]));
     let width = case.width as i64;
     let row = case.heads as i64 * width;
-    let page_size = case.table.as_ref().map_or(0, |table| table.page_size);
-    let rows = |base| match case.table {
-        None => Rows { base, token_stride: width, ..Rows::default() },
-        Some(_) => {
-            Rows { base, sequence_stride: page_size as i64 * row, head_stride: width, token_stride: row }
+    let stride = spread.stride(case.dtype.bytes() as usize);
+    let rows = |base| match &case.table {
+        None => Rows { base, token_stride: stride.unwrap_or(width), ..Rows::default() },
+        Some(table) => {
+            let sequence_stride = stride.unwrap_or(table.page_size as i64 * row);
+            Rows { base, sequence_stride, head_stride: width, token_stride: row }
         }
     };
-    let pages = case.table.as_ref().map_or(Pages::default(), |table| Pages {
-        table: memory.put(bytemuck::cast_slice(&table.entries)),
-        table_pages: (table.entries.len() / case.sequences()) as i32,
-        pages: table.pages as i32,
-        page_size: table.page_size as i32,
-        reserved: 0,
+    let pages = case.table.as_ref().map_or(Pages::default(), |table| {
+        let entries: Vec<_> = table
+            .entries
+            .iter()
+            .map(|page| if *page < 0 { *page } else { page.saturating_add(before as i32) })
+            .collect();
+        Pages {
+            table: memory.put(bytemuck::cast_slice(&entries)),
+            table_pages: (table.entries.len() / case.sequences()) as i32,
+            pages: (before + table.pages) as i32,
+            page_size: table.page_size as i32,
+            reserved: 0,
+        }
     });
-    let per_sequence = case.index_capacity * if case.shared { 1 } else { case.heads };
     let lists = case.sequences() * case.heads;
+    let starts: Vec<_> = (0..lists).map(|list| (before + list * case.capacity) as i64).collect();
+    let (indices, index_sequence_stride, index_head_stride) = Lists {
+        sequences: case.sequences(),
+        per_sequence: if case.shared { 1 } else { case.heads },
+        capacity: case.index_capacity,
+    }
+    .put(&mut memory, &case.indices, case.far == Some(FarEntries::Indices));
     let work = gather::Compact {
         cache: Cache {
             k: rows(k),
             v: rows(v),
-            starts: 0,
+            starts: if before > 0 && case.table.is_none() {
+                memory.put(bytemuck::cast_slice(&starts))
+            } else {
+                0
+            },
             lengths: memory.put(bytemuck::cast_slice(&case.lengths)),
             capacities: 0,
             positions,
             pages,
-            rows: case.rows() as i64,
+            rows: (before + case.rows()) as i64,
             capacity: case.capacity as i32,
             sequences: case.sequences() as i32,
             heads: case.heads as i32,
             reserved: 0,
         },
-        indices: memory.put(bytemuck::cast_slice(&case.indices)),
-        index_sequence_stride: per_sequence as i64,
-        index_head_stride: if case.shared { 0 } else { case.index_capacity as i64 },
+        indices,
+        index_sequence_stride,
+        index_head_stride,
         index_capacity: case.index_capacity as u32,
         kept: case.kept.as_ref().map_or(0, |kept| memory.put(bytemuck::cast_slice(kept))),
         lengths_out: memory.untouched(4 * lists),
@@ -845,8 +1047,8 @@ fn check_compact<D: Device>(device: &D, case: &Compaction) -> Result<(), String>
             tensor[to * bytes..][..bytes].copy_from_slice(&before[from * bytes..][..bytes]);
         }
     }
-    memory.expect("k", k, &tensors[0])?;
-    memory.expect("v", v, &tensors[1])?;
-    memory.expect("positions", positions, &tensors[2])?;
+    for (which, (name, address)) in [("k", k), ("v", v), ("positions", positions)].into_iter().enumerate() {
+        memory.expect_spread(name, address, &tensors[which], spreads[which])?;
+    }
     memory.expect("lengths_out", work.lengths_out, bytemuck::cast_slice(&lengths))
 }
