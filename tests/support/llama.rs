@@ -8,7 +8,7 @@ use fastkv::{
 
 use super::{
     Check, all,
-    memory::{Memory, UNTOUCHED},
+    memory::{Memory, Spread, UNTOUCHED},
     number::{decode, encode, rounded, rounding, within},
     random::Random,
 };
@@ -22,7 +22,9 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
     vec![
         Check::portable("add", |device, seed| all(matrices(seed), |case| check_add(device, case))),
         Check::portable("convert", |device, seed| all(matrices(seed), |case| check_convert(device, case))),
-        Check::portable("embed", check_embed),
+        Check::portable("embed", |device, seed| check_embed(device, seed, false)),
+        Check::portable("embed_far_apart", |device, seed| check_embed(device, seed, true)).far(),
+        Check::portable("matrices_far_apart", far_apart).far(),
         Check::portable("rms_norm_edges", |device, seed| {
             all(norm_edges(seed), |case| check_norm(device, case))
         }),
@@ -31,6 +33,8 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         }),
         Check::portable("rope_angles", check_angles),
         Check::portable("rope_edges", |device, _| all(rope_edges(), |case| check_rope(device, case))),
+        Check::portable("rope_far_apart", |device, _| all(rope_far_apart(), |case| check_rope(device, case)))
+            .far(),
         Check::portable("rope_hostile", |device, _| rope_hostile(device)),
         Check::portable("rope_random", |device, seed| {
             all((0..16).map(|n| RopeCase::random(seed * 16 + n)), |case| check_rope(device, case))
@@ -67,11 +71,18 @@ struct Matrix {
     width: usize,
     stride: usize,
     dtype: DType,
+    /// Whether rows lie far apart.
+    far: bool,
 }
 
 impl Matrix {
     fn describe(&self, base: u64) -> Rows {
-        Rows { base, token_stride: self.stride as i64, ..Rows::default() }
+        let stride = self.spread().stride(self.dtype.bytes() as usize);
+        Rows { base, token_stride: stride.unwrap_or(self.stride as i64), ..Rows::default() }
+    }
+
+    fn spread(&self) -> Spread {
+        Spread::apart_if(self.far, self.stride * self.dtype.bytes() as usize, self.size())
     }
 
     /// The bytes of rows, and [`UNTOUCHED`] between them; none behind the last.
@@ -93,12 +104,12 @@ impl Matrix {
     }
 
     fn put<D: Device>(&self, memory: &mut Memory<'_, D>, numbers: &[f64]) -> Rows {
-        let address = memory.put(&self.bytes(numbers));
+        let address = memory.put_spread(&self.bytes(numbers), self.spread());
         self.describe(address)
     }
 
     fn untouched<D: Device>(&self, memory: &mut Memory<'_, D>) -> Rows {
-        let address = memory.untouched(self.size());
+        let address = memory.untouched_spread(self.size(), self.spread());
         self.describe(address)
     }
 
@@ -106,7 +117,8 @@ impl Matrix {
     fn get<D: Device>(&self, memory: &Memory<'_, D>, matrix: &Rows) -> Result<Vec<f64>, String> {
         let bytes = self.dtype.bytes() as usize;
         let mut numbers = Vec::new();
-        for row in memory.get(matrix.base, self.size())?.chunks(self.stride * bytes) {
+        let stored = memory.get_spread(matrix.base, self.size(), self.spread())?;
+        for row in stored.chunks(self.stride * bytes) {
             let (row, gap) = row.split_at(self.width * bytes);
             if gap.iter().any(|byte| *byte != UNTOUCHED) {
                 return Err("something was written between rows".to_owned());
@@ -131,11 +143,43 @@ fn matrices(seed: u64) -> Vec<(Matrix, DType, u64)> {
     shapes
         .into_iter()
         .flat_map(|(rows, width, stride)| {
-            DTYPES.into_iter().map(move |dtype| Matrix { rows, width, stride, dtype })
+            DTYPES.into_iter().map(move |dtype| Matrix { rows, width, stride, dtype, far: false })
         })
         .enumerate()
         .map(|(n, matrix)| (matrix, DTYPES[(n + n / 3 + seed as usize) % 3], seed * 100 + n as u64))
         .collect()
+}
+
+/// Two rows, and some more, further apart than 32 bits count.
+fn far_matrices(seed: u64) -> Vec<(Matrix, DType, u64)> {
+    let matrices = DTYPES.map(|dtype| Matrix { rows: 2, width: 24, stride: 32, dtype, far: true });
+    let more = Matrix { rows: 5, width: 2056, stride: 2056, dtype: DType::BF16, far: true };
+    matrices
+        .into_iter()
+        .chain([more])
+        .zip(DTYPES.into_iter().cycle().skip(1))
+        .map(|(x, y)| (x, y, seed))
+        .collect()
+}
+
+/// Everything that takes matrices, of rows far apart.
+fn far_apart<D: Device>(device: &D, seed: u64) -> Result<(), String> {
+    for check in [check_add, check_convert, check_silu_mul] {
+        all(far_matrices(seed), |case| check(device, case))?;
+    }
+    let norms = far_matrices(seed).into_iter().map(|(x, dtype, seed)| NormCase {
+        x,
+        dtype,
+        fused: true,
+        scale: 1.0,
+        epsilon: 1e-5,
+        seed,
+    });
+    all(norms, |case| check_norm(device, case))?;
+    let logits = |dtype| (0..3).map(|n| normals(&mut Random(seed + n), dtype, 1.0, 301)).collect();
+    all(DTYPES.map(|dtype| SampleCase { far: true, ..SampleCase::new(dtype, logits(dtype), None) }), |case| {
+        check_sample(device, case)
+    })
 }
 
 fn check_add<D: Device>(device: &D, (x, y_dtype, seed): &(Matrix, DType, u64)) -> Result<(), String> {
@@ -224,10 +268,7 @@ fn check_silu_mul<D: Device>(device: &D, (gate, _, seed): &(Matrix, DType, u64))
         .collect();
     // Apart, in place of the gate, in place of what it lets through.
     for (matrix, out) in [(gate, on_out), (gate, on_gate), (&up, on_up)] {
-        if matrix.rows > 0 {
-            // SAFETY: blocks of `memory`, written again as they were.
-            unsafe { device.upload(on_gate.base, &gate.bytes(&g)) }.map_err(|error| error.to_string())?;
-        }
+        memory.write_spread(on_gate.base, &gate.bytes(&g), gate.spread());
         let work = activation::SiluMul {
             gate: on_gate,
             up: on_up,
@@ -246,14 +287,18 @@ fn check_silu_mul<D: Device>(device: &D, (gate, _, seed): &(Matrix, DType, u64))
 // ---------------------------------------------------------------------------------------------
 // Embedding
 
-fn check_embed<D: Device>(device: &D, seed: u64) -> Result<(), String> {
+/// `far`: all rows that are taken stand further behind the first of the table than 32 bits count.
+fn check_embed<D: Device>(device: &D, seed: u64, far: bool) -> Result<(), String> {
     let mut random = Random(seed);
-    for (n, width) in [8, 24, 2048, 2056].into_iter().enumerate() {
+    let widths = if far { [8, 64, 2048, 8192] } else { [8, 24, 2048, 2056] };
+    let spread = if far { Spread::BEHIND } else { Spread::NEAR };
+    for (n, width) in widths.into_iter().enumerate() {
         let (table_dtype, out_dtype) = (DTYPES[n % 3], random.of(&DTYPES));
+        let first = spread.rows_before(width * table_dtype.bytes() as usize);
         let vocabulary = 1 + random.below(20);
         let table = normals(&mut random, table_dtype, 1.0, vocabulary * width);
-        let known: Vec<i32> = (0..5).map(|_| random.below(vocabulary) as i32).collect();
-        let wrong = [vocabulary as i32, -1, i32::MIN, i32::MAX];
+        let known: Vec<i32> = (0..5).map(|_| (first + random.below(vocabulary)) as i32).collect();
+        let wrong = [(first + vocabulary) as i32, -1, i32::MIN, i32::MAX];
         for (ids, before, after) in [
             (known.clone(), 0, 0),
             (vec![], 0, 0),
@@ -264,18 +309,18 @@ fn check_embed<D: Device>(device: &D, seed: u64) -> Result<(), String> {
             let mut memory = Memory::new(device);
             let bytes = ids.len() * width * out_dtype.bytes() as usize;
             let mut work = embed::Embed {
-                table: memory.put(&encode(table_dtype, table.iter().copied())),
+                table: memory.put_spread(&encode(table_dtype, table.iter().copied()), spread),
                 ids: memory.put(bytemuck::cast_slice(&ids)),
                 out: memory.untouched(bytes),
                 fault: memory.put(&i32::to_ne_bytes(before)),
                 rows: ids.len() as u32,
-                vocabulary: vocabulary as u32,
+                vocabulary: (first + vocabulary) as u32,
                 width: width as u32,
                 table_dtype,
                 out_dtype,
             };
-            let rows = ids.iter().flat_map(|id| match usize::try_from(*id) {
-                Ok(id) if id < vocabulary => table[id * width..][..width].to_vec(),
+            let rows = ids.iter().flat_map(|id| match usize::try_from(*id).map(|id| id.checked_sub(first)) {
+                Ok(Some(id)) if id < vocabulary => table[id * width..][..width].to_vec(),
                 _ => vec![0.0; width],
             });
             let expected = encode(out_dtype, rows);
@@ -315,6 +360,7 @@ impl NormCase {
             width,
             stride: width + 8 * random.below(3),
             dtype: random.of(&DTYPES),
+            far: false,
         };
         let scale = random.of(&[1.0, 1e-3, 30.0]);
         let (dtype, fused) = (random.of(&DTYPES), random.below(2) == 0);
@@ -325,7 +371,7 @@ impl NormCase {
 /// One piece; a warp and a piece; the widths at which threads and pieces a thread change; zeros.
 fn norm_edges(seed: u64) -> Vec<NormCase> {
     let case = |rows, width, dtype, fused| NormCase {
-        x: Matrix { rows, width, stride: width, dtype: DType::F32 },
+        x: Matrix { rows, width, stride: width, dtype: DType::F32, far: false },
         dtype,
         fused,
         scale: 1.0,
@@ -403,6 +449,15 @@ fn check_norm<D: Device>(device: &D, case: &NormCase) -> Result<(), String> {
 // ---------------------------------------------------------------------------------------------
 // RoPE
 
+/// What lies far apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Far {
+    /// Queries, keys and values along their outermost axis.
+    Heads,
+    /// All rows of the cache behind its first.
+    Cache,
+}
+
 #[derive(Clone, Debug)]
 struct RopeCase {
     query_heads: usize,
@@ -420,6 +475,7 @@ struct RopeCase {
     turns: bool,
     out_rows: usize,
     largest_position: usize,
+    far: Option<Far>,
     seed: u64,
 }
 
@@ -442,6 +498,7 @@ impl RopeCase {
             turns: true,
             out_rows: lists * (tokens + 1),
             largest_position: 1 << 17,
+            far: None,
             seed: 1,
         }
     }
@@ -483,6 +540,7 @@ impl RopeCase {
             turns: random.below(4) > 0,
             out_rows,
             largest_position: random.of(&[100, 1 << 17, 1 << 20]),
+            far: None,
             seed,
         }
     }
@@ -492,16 +550,41 @@ impl RopeCase {
     }
 
     fn tensor(&self, heads: usize, base: u64) -> Rows {
+        let mut rows = Rows { base, ..self.dense(heads) };
+        let outermost = self.outermost(&mut rows);
+        *outermost = self.spread(heads).stride(self.dtype.bytes() as usize).unwrap_or(*outermost);
+        rows
+    }
+
+    /// The stride of the outermost axis.
+    fn outermost<'a>(&self, rows: &'a mut Rows) -> &'a mut i64 {
+        match (self.packed, self.head_major) {
+            (true, true) => &mut rows.head_stride,
+            (true, false) => &mut rows.token_stride,
+            (false, _) => &mut rows.sequence_stride,
+        }
+    }
+
+    /// How a tensor of so many heads lies.
+    fn spread(&self, heads: usize) -> Spread {
+        let bytes = self.dtype.bytes() as usize;
+        let step = *self.outermost(&mut self.dense(heads)) as usize;
+        let all = self.all_tokens() * heads * self.head_dim;
+        Spread::apart_if(self.far == Some(Far::Heads), step * bytes, all * bytes)
+    }
+
+    /// A tensor without gaps.
+    fn dense(&self, heads: usize) -> Rows {
         let (heads, width) = (heads as u32, self.head_dim as u32);
         let tokens = self.tokens[0] as u32;
         match (self.packed, self.head_major) {
             (true, true) => {
                 let head_stride = (self.all_tokens() * self.head_dim) as i64;
-                Rows { base, sequence_stride: 0, head_stride, token_stride: width.into() }
+                Rows { base: 0, sequence_stride: 0, head_stride, token_stride: width.into() }
             }
-            (true, false) => Rows::packed(base, heads, width),
-            (false, true) => Rows::head_major(base, heads, tokens, width),
-            (false, false) => Rows::token_major(base, tokens, heads, width),
+            (true, false) => Rows::packed(0, heads, width),
+            (false, true) => Rows::head_major(0, heads, tokens, width),
+            (false, false) => Rows::token_major(0, tokens, heads, width),
         }
     }
 
@@ -628,6 +711,24 @@ fn rope_edges() -> Vec<RopeCase> {
     cases
 }
 
+/// Sequences, heads and tokens further apart than 32 bits count, and caches as far behind the first row.
+fn rope_far_apart() -> Vec<RopeCase> {
+    let case = |dtype, tokens| RopeCase::plain(dtype, [2, 2, 64, 2, tokens]);
+    let packed = RopeCase { packed: true, ..case(DType::BF16, 5) };
+    let heads = [
+        RopeCase { head_major: true, in_place: false, ..case(DType::F16, 5) },
+        case(DType::F32, 3),
+        RopeCase { head_major: true, ..packed.clone() },
+        RopeCase { in_place: false, ..packed.clone() },
+        // The stride of a token itself is more than 32 bits count.
+        RopeCase { packed: true, ..case(DType::BF16, 1) },
+    ];
+    let lengths = Some(vec![1, 0, 2, 3]);
+    let caches = [case(DType::F32, 5), packed, RopeCase { lengths, ..case(DType::F16, 2) }];
+    let far = |far| move |case| RopeCase { far: Some(far), ..case };
+    heads.into_iter().map(far(Far::Heads)).chain(caches.into_iter().map(far(Far::Cache))).collect()
+}
+
 fn check_rope<D: Device>(device: &D, case: &RopeCase) -> Result<(), String> {
     let RopeCase { query_heads, kv_heads, head_dim, dtype, out_rows, .. } = *case;
     let sequences = case.tokens.len();
@@ -641,20 +742,27 @@ fn check_rope<D: Device>(device: &D, case: &RopeCase) -> Result<(), String> {
     let cu_seqlens: Vec<i32> =
         (0..=sequences).map(|n| case.tokens[..n].iter().sum::<usize>() as i32).collect();
 
-    let mut put = |numbers: &[f64]| memory.put(&encode(dtype, numbers.iter().copied()));
-    let (on_q, on_k, on_v) = (put(&q), put(&k), put(&v));
+    let mut put = |numbers: &[f64], heads| {
+        memory.put_spread(&encode(dtype, numbers.iter().copied()), case.spread(heads))
+    };
+    let (on_q, on_k, on_v) = (put(&q, query_heads), put(&k, kv_heads), put(&v, kv_heads));
     let bytes = dtype.bytes() as usize;
-    let on_q_out = if case.in_place { on_q } else { memory.untouched(q.len() * bytes) };
+    let q_spread = case.spread(query_heads);
+    let on_q_out = if case.in_place { on_q } else { memory.untouched_spread(q.len() * bytes, q_spread) };
+    let out_spread = if case.far == Some(Far::Cache) { Spread::BEHIND } else { Spread::NEAR };
+    let before = out_spread.rows_before(head_dim * bytes);
+    let positions_spread = Spread::behind(4 * before);
+    let starts: Vec<_> = case.starts.iter().map(|start| start.saturating_add(before as i64)).collect();
     let append = rope::Append {
         k: case.tensor(kv_heads, on_k),
         v: case.tensor(kv_heads, on_v),
-        k_out: memory.untouched(out_rows * head_dim * bytes),
-        v_out: memory.untouched(out_rows * head_dim * bytes),
-        starts: memory.put(bytemuck::cast_slice(&case.starts)),
+        k_out: memory.untouched_spread(out_rows * head_dim * bytes, out_spread),
+        v_out: memory.untouched_spread(out_rows * head_dim * bytes, out_spread),
+        starts: memory.put(bytemuck::cast_slice(&starts)),
         lengths: case.lengths.as_ref().map_or(0, |lengths| memory.put(bytemuck::cast_slice(lengths))),
         lengths_out: if case.lengths_out { memory.untouched(sequences * kv_heads * 4) } else { 0 },
-        positions_out: memory.untouched(out_rows * 4),
-        out_rows: out_rows as u64,
+        positions_out: memory.untouched_spread(out_rows * 4, positions_spread),
+        out_rows: (before + out_rows) as u64,
         kv_heads: kv_heads as u32,
     };
     let work = rope::Rope {
@@ -700,18 +808,21 @@ fn check_rope<D: Device>(device: &D, case: &RopeCase) -> Result<(), String> {
             }
         }
     }
-    within("q_out", &decode(dtype, &memory.get(on_q_out, q.len() * bytes)?), &expected_q)?;
+    let found_q = memory.get_spread(on_q_out, q.len() * bytes, q_spread)?;
+    within("q_out", &decode(dtype, &found_q), &expected_q)?;
     if !case.in_place {
-        memory.expect("q", on_q, &encode(dtype, q))?;
+        memory.expect_spread("q", on_q, &encode(dtype, q), q_spread)?;
     }
     let untouched: Vec<_> =
         decode(dtype, &vec![UNTOUCHED; head_dim * bytes]).into_iter().map(|x| (x, 0.0)).collect();
     for (name, address, rows) in [("k_out", append.k_out, rows_k), ("v_out", append.v_out, rows_v)] {
         let expected: Vec<_> =
             rows.into_iter().flat_map(|row| row.unwrap_or_else(|| untouched.clone())).collect();
-        within(name, &decode(dtype, &memory.get(address, out_rows * head_dim * bytes)?), &expected)?;
+        let found = memory.get_spread(address, out_rows * head_dim * bytes, out_spread)?;
+        within(name, &decode(dtype, &found), &expected)?;
     }
-    memory.expect("positions_out", append.positions_out, bytemuck::cast_slice(&expected_positions))?;
+    let expected_positions = bytemuck::cast_slice(&expected_positions);
+    memory.expect_spread("positions_out", append.positions_out, expected_positions, positions_spread)?;
     if case.lengths_out {
         let before = |list: usize| case.lengths.as_ref().map_or(0, |lengths| lengths[list]);
         // A place of the batch that is not in use stays so.
@@ -785,13 +896,15 @@ struct SampleCase {
     stride: usize,
     dtype: DType,
     draws: Option<Vec<Draw>>,
+    /// Whether rows lie far apart.
+    far: bool,
 }
 
 impl SampleCase {
     fn new(dtype: DType, logits: Vec<Vec<f64>>, draws: Option<Vec<Draw>>) -> Self {
         let round = |row: Vec<f64>| row.into_iter().map(|logit| rounded(dtype, logit)).collect();
         let logits: Vec<Vec<f64>> = logits.into_iter().map(round).collect();
-        Self { stride: logits[0].len().next_multiple_of(8), logits, dtype, draws }
+        Self { stride: logits[0].len().next_multiple_of(8), logits, dtype, draws, far: false }
     }
 
     fn random(seed: u64) -> Self {
@@ -814,7 +927,7 @@ impl SampleCase {
     fn run<D: Device>(&self, device: &D) -> Result<Vec<i32>, String> {
         let mut memory = Memory::new(device);
         let (rows, width) = (self.logits.len(), self.logits[0].len());
-        let matrix = Matrix { rows, width, stride: self.stride, dtype: self.dtype };
+        let matrix = Matrix { rows, width, stride: self.stride, dtype: self.dtype, far: self.far };
         let work = sample::Sample {
             logits: matrix.put(&mut memory, &self.logits.concat()),
             draws: self.draws.as_ref().map_or(0, |draws| memory.put(bytemuck::cast_slice(draws))),

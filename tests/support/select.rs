@@ -10,7 +10,11 @@ use fastkv::{
     },
 };
 
-use super::{Check, all, memory::Memory, random::Random};
+use super::{
+    Check, all,
+    memory::{Memory, Spread},
+    random::Random,
+};
 
 /// How a device learns the keys of each sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +49,8 @@ pub(crate) struct Case {
     pub(crate) offset: usize,
     /// Elements from one row of scores to the next.
     pub(crate) stride: usize,
+    /// Whether rows of scores lie far apart.
+    pub(crate) far: bool,
     /// Scores of each score head of each sequence, as many as a sequence of `keys` has.
     pub(crate) scores: Vec<Vec<f32>>,
     /// How far scores that the kernel reduces may be from exact ones, relatively.
@@ -107,6 +113,7 @@ impl Case {
             counts,
             offset: 0,
             stride: keys.next_multiple_of(4),
+            far: false,
             scores,
             tolerance: 0.0,
         }
@@ -293,6 +300,8 @@ impl Case {
         for (row, of_row) in self.scores.iter().enumerate() {
             scores[self.offset + row * self.stride..][..of_row.len()].copy_from_slice(of_row);
         }
+        let spread = Spread::apart_if(self.far, 4 * self.stride, 4 * scores.len());
+        let stride = spread.stride(4).unwrap_or(self.stride as i64);
         let mut put = |values: &[i32]| memory.put(bytemuck::cast_slice(values));
         let listed = self.lengths == Lengths::Listed;
         let lengths = if listed { put(&self.tokens) } else { 0 };
@@ -307,9 +316,9 @@ impl Case {
         let counts = if self.counts.len() == 1 { 0 } else { put(&self.counts) };
         SelectTopk {
             scores: ScoreRows {
-                base: memory.put(bytemuck::cast_slice(&scores)) + 4 * self.offset as u64,
-                sequence_stride: (heads * self.stride) as i64,
-                head_stride: self.stride as i64,
+                base: memory.put_spread(bytemuck::cast_slice(&scores), spread) + 4 * self.offset as u64,
+                sequence_stride: heads as i64 * stride,
+                head_stride: stride,
             },
             sequences: self.tokens.len() as u32,
             rows: self.rows as u32,
@@ -457,6 +466,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("select_block_forced", |device, _| check(device, Block, forced())),
         Check::portable("select_block_random", |device, seed| check(device, Block, random(seed))),
         Check::portable("select_block_fused", |device, _| check_fused(device)),
+        Check::portable("select_block_far_apart", |device, _| check(device, Block, far_apart())).far(),
         Check::portable("select_grid_sizes", |device, _| {
             check(device, Grid, sizes(&[0, 1, 3, 5, 2049, 4095, 4096, 4097, 8193]))
         }),
@@ -464,6 +474,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("select_grid_pages", |device, _| check(device, Grid, pages())),
         Check::portable("select_grid_random", |device, seed| check(device, Grid, random(seed))),
         Check::portable("select_grid_alone", |device, seed| check_alone(device, Grid, few(seed))),
+        Check::portable("select_grid_far_apart", |device, _| check(device, Grid, far_apart())).far(),
         Check::portable("select_grid_long", |device, seed| check(device, Grid, long(seed, 1 << 20))),
         Check::hopper("select_cluster_sizes", |device, _| {
             check(device, Cluster, sizes(&[0, 1, 3, 5, 31, 32, 33, 2049, 16381, 16389]))
@@ -472,7 +483,10 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::hopper("select_cluster_pages", |device, _| check(device, Cluster, pages())),
         Check::hopper("select_cluster_random", |device, seed| check(device, Cluster, random(seed))),
         Check::hopper("select_cluster_alone", |device, seed| check_alone(device, Cluster, few(seed))),
-        Check::hopper("select_cluster_long", |device, seed| check(device, Cluster, long(seed, MOST_OF_A_CLUSTER))),
+        Check::hopper("select_cluster_far_apart", |device, _| check(device, Cluster, far_apart())).far(),
+        Check::hopper("select_cluster_long", |device, seed| {
+            check(device, Cluster, long(seed, MOST_OF_A_CLUSTER))
+        }),
     ]
 }
 
@@ -595,6 +609,19 @@ fn pooling() -> Vec<Case> {
     cases.push(Case::whole(1, [1, 1, 1, 2, 2100], Pooling::average(63), vec![300]));
     cases.push(Case::softmax(2, [1, 1, 1, 2, 4100], Pooling::max(7), vec![300]));
     cases
+}
+
+/// Rows of scores further apart than 32 bits count: heads, groups, rows and sequences; as they lie, and pooled in vectors.
+fn far_apart() -> Vec<Case> {
+    let case = |shape, pooling| Case { far: true, ..Case::whole(4, shape, pooling, vec![30]) };
+    vec![
+        case([1, 2, 1, 1, 300], Pooling::NONE),
+        case([2, 1, 1, 1, 300], Pooling::NONE),
+        case([1, 1, 1, 2, 300], Pooling::max(7)),
+        case([1, 1, 2, 1, 301], Pooling::average(5)),
+        case([2, 2, 2, 3, 200], Pooling::max(7)),
+        Case { page: 16, ..case([2, 2, 1, 1, 300], Pooling::NONE) },
+    ]
 }
 
 /// Pages smaller than a vector, larger than a chunk, larger than the row.
