@@ -271,10 +271,10 @@ fn measure_policy<D: MatrixProduct + fmt::Debug>(
     for _ in 0..runs {
         // One cache at a time.
         drop(last.take());
-        let (prefills, seconds, stages) = prefill()?;
-        stages_s = stages;
-        runs_s.push(seconds);
-        last = Some(prefills);
+        let read = prefill()?;
+        stages_s = read.stages;
+        runs_s.push(read.seconds);
+        last = Some(read.prefills);
     }
     let peak_bytes = backend.inner().memory().1;
     let ttft_s = median(&runs_s).context("a run")?;

@@ -10,7 +10,7 @@ pub use flops::prefill_flops;
 pub use random::{Measurable, Normals, random_engine, random_prompts, random_tokens};
 pub use shapes::{SHAPES, parameters, shape};
 pub use staged::{StageSeconds, Staged};
-pub use timing::{decode, median, prefill, prefill_by_stage};
+pub use timing::{TimedPrefill, decode, median, prefill, prefill_by_stage};
 
 #[cfg(feature = "cuda")]
 pub use random::Blocks;

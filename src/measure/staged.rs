@@ -14,9 +14,11 @@ use crate::policy::Pooling;
 /// Passes everything on; from [`start`](Self::start) to [`stop`](Self::stop) a mark follows every operation.
 pub struct Staged<B: Measurable> {
     inner: B,
-    /// Each with the stage of what it follows.
-    marks: RefCell<Option<Vec<(Stage, B::Mark)>>>,
+    marks: RefCell<Option<Marks<B>>>,
 }
+
+/// Each with the stage of what it follows.
+type Marks<B> = Vec<(Stage, <B as Measurable>::Mark)>;
 
 #[derive(Clone, Copy)]
 enum Stage {

@@ -26,18 +26,28 @@ pub fn prefill<B: Measurable>(
     Ok((prefills, backend.seconds(&begin, &end)?))
 }
 
+/// Prompts that were read together.
+#[derive(Debug)]
+pub struct TimedPrefill<B: Measurable> {
+    /// What is left of them.
+    pub prefills: Vec<Prefill<Staged<B>>>,
+    /// As of [`prefill`].
+    pub seconds: f64,
+    /// The same by stage; `None` where that was not taken.
+    pub stages: Option<StageSeconds>,
+}
+
 /// [`prefill`] and its time by stage, where prompts have so many rows together that marks take none of it.
 ///
 /// # Errors
 /// As [`Engine::prefill_batch`].
-#[allow(clippy::type_complexity)]
 pub fn prefill_by_stage<B: Measurable>(
     engine: &Engine<Staged<B>>,
     prompts: &[Prompt<'_>],
     options: &PrefillOptions,
     control: &Control<'_>,
     marked_rows: usize,
-) -> Result<(Vec<Prefill<Staged<B>>>, f64, Option<StageSeconds>), EngineError> {
+) -> Result<TimedPrefill<B>, EngineError> {
     let backend = engine.backend();
     let is_marked = prompts.iter().map(|prompt| prompt.ids.len()).sum::<usize>() >= marked_rows;
     if is_marked {
@@ -45,7 +55,7 @@ pub fn prefill_by_stage<B: Measurable>(
     }
     let (prefills, seconds) = prefill(engine, prompts, options, control)?;
     let stages = is_marked.then(|| backend.stop()).transpose()?;
-    Ok((prefills, seconds, stages))
+    Ok(TimedPrefill { prefills, seconds, stages })
 }
 
 /// Answers prompts together, greedily; returns tokens per second, of all together. The first two steps, which prepare

@@ -215,7 +215,7 @@ fn tables_and_points_are_those_of_the_bench() {
         }
     }
     assert_eq!([ttft.marks.len(), decode.marks.len()], [9, decoded], "and nothing else");
-    let stages = table(&drawn.html, "by stage");
+    let stages = table(&drawn.html, "Seconds of a prefill by stage");
     let seconds: Vec<f64> = stages[0][2..].iter().map(|cell| number(cell)).collect();
     assert_eq!((stages.len(), &stages[0][..2]), (1, &["full".to_owned(), "8K".to_owned()][..]));
     assert_eq!(seconds, [0.031, 0.168, 0.0, 0.0, 0.0, 0.0041]);

@@ -1,6 +1,6 @@
 //! The PTX emulator as a device: drivers run the kernels that ship, without a GPU.
 
-use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Mutex};
+use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Mutex, time::Instant};
 
 use fastkv::{
     abi::{self, Rows},
@@ -181,7 +181,7 @@ impl Launcher for Emulator {
 }
 
 impl Device for Emulator {
-    type Event = ();
+    type Event = Instant;
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
         self.not_captured("alloc")?;
@@ -229,12 +229,13 @@ impl Device for Emulator {
         Ok(())
     }
 
-    fn record(&self) -> Result<(), Error> {
-        Ok(())
+    /// Everything is done at once.
+    fn record(&self) -> Result<Instant, Error> {
+        Ok(Instant::now())
     }
 
-    fn elapsed_ms(&self, _: &(), _: &()) -> Result<f32, Error> {
-        Ok(0.0)
+    fn elapsed_ms(&self, from: &Instant, to: &Instant) -> Result<f32, Error> {
+        Ok(to.duration_since(*from).as_secs_f32() * 1e3)
     }
 }
 

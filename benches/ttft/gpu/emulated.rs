@@ -36,6 +36,8 @@ pub(crate) fn check() -> Result<()> {
         let found = Case { batch: line.batch, tokens: line.tokens };
         ensure!((line.policy, found) == (policy, case), "{}, {found}: not {policy}, {case}", line.policy);
         ensure!(line.stages_s.is_some() == (case == together), "{policy}, {case}: {:?}", line.stages_s);
+        let timed = line.stages_s.is_none_or(|stages| stages.attention > 0.0 && stages.products > 0.0);
+        ensure!(line.ttft_s > 0.0 && timed, "{policy}, {case}: {} s, {:?}", line.ttft_s, line.stages_s);
         // K and V of 2 heads of 64 in 4 layers, in 16 bits.
         let of_all = 2048 * case.rows();
         ensure!(policy != "full" || line.kv_peak_bytes == of_all, "{case}: {} bytes", line.kv_peak_bytes);

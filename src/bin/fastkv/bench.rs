@@ -14,8 +14,8 @@ use fastkv::engine::{
     Prompt,
 };
 use fastkv::measure::{
-    Measurable, SHAPES, StageSeconds, Staged, decode, median, parameters, prefill_by_stage, prefill_flops,
-    random_engine, random_prompts, shape,
+    Measurable, SHAPES, StageSeconds, Staged, TimedPrefill, decode, median, parameters, prefill_by_stage,
+    prefill_flops, random_engine, random_prompts, shape,
 };
 use fastkv::messages::count;
 use fastkv::model::{Dtype, LlamaConfig, ModelDir};
@@ -372,7 +372,7 @@ fn run_once<B: Measurable>(
     };
     let prompts: Vec<Prompt<'_>> = ids.iter().map(|ids| Prompt { ids, plan }).collect();
     backend.forget_memory_peak();
-    let (mut prefills, ttft_s, stages_s) =
+    let TimedPrefill { mut prefills, seconds: ttft_s, stages: stages_s } =
         prefill_by_stage(engine, &prompts, &options, control, B::MARKED_ROWS)?;
     let kv_kept_bytes = prefills.iter().map(|prefill| prefill.cache.bytes(backend)).sum();
     // Its progress is that of the prompt again.
