@@ -103,7 +103,7 @@ impl Launcher for Observed {
 }
 
 impl Device for Observed {
-    type Event = ();
+    type Event = <Emulator as Device>::Event;
 
     forward! { device: alloc free upload download copy synchronize record elapsed_ms }
 }
