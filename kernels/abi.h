@@ -385,8 +385,8 @@ typedef struct fastkv_decode_params {
     fastkv_rows out;
     /** i32 `[sequences, tokens]`: positions of the new tokens. 0 where none are kept. */
     uint64_t positions_new;
-    /** Receives f32 `[sequence][query head][token]`: natural log of the sum. 0: not wanted. */
-    uint64_t lse;
+    /** Receives the LSE of the queries; token i of sequence s stands at place `s * tokens + i` of one row. Base 0: not wanted. */
+    fastkv_lse lse;
     /** i32: set to 1 where a list had no room; left alone otherwise. */
     uint64_t full;
     /** u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none. */

@@ -351,7 +351,7 @@ __device__ __forceinline__ void store_rows(const fastkv_prefill_attention_params
             const int row = 16 * m + 8 * i + lane / 4;
             if (p.lse.base && lane % 4 == 0 && row < rows) {
                 const int32_t sequence = present.tile.tile.sequence;
-                store_lse(p.lse, lse_place(p.lse, sequence, present.queries, head, first_row + row), lse);
+                store_lse(p.lse, lse_place(p.lse, sequence, present.queries.row, head, first_row + row), lse);
             }
 #pragma unroll
             for (int j = 0; j < d / 8; ++j) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "abi.h"
+#include "lse.cuh"
 #include "scoring/window.cuh"
 
 // The tokens of one sequence.
@@ -40,19 +41,6 @@ __device__ __forceinline__ uint64_t row_address(const fastkv_rows& rows, int32_t
            2 * (sequence * rows.sequence_stride + head * rows.head_stride + token * rows.token_stride);
 }
 
-// Elements of LSE before that of a query, which counts from the sequence's first.
-__device__ __forceinline__ int64_t lse_place(const fastkv_lse& lse, int32_t sequence, const Span& queries,
-                                             int32_t head, int32_t query) {
-    const int64_t token = (lse.sequence_stride ? 0 : queries.row) + query;
-    return sequence * lse.sequence_stride + head * lse.head_stride + token * lse.token_stride;
-}
-
-// Stores the LSE of a query, given its natural logarithm.
-__device__ __forceinline__ void store_lse(const fastkv_lse& lse, int64_t place, float natural) {
-    reinterpret_cast<float*>(lse.base)[place] =
-        lse.logarithm == FASTKV_LOGARITHM_BINARY ? natural * LOG2_E : natural;
-}
-
 // How many keys a sequence has, and where they lie.
 __device__ __forceinline__ void find_keys(const fastkv_prefill_attention_params& p, int32_t sequence,
                                           int32_t kv_head, Window& window) {
@@ -87,7 +75,7 @@ __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, i
     find_keys(p, sequence, kv_head, window);
     window.k_token_stride = p.k.token_stride;
     window.lse = reinterpret_cast<const float*>(p.lse.base) +
-                 lse_place(p.lse, sequence, queries, kv_head * heads, first);
+                 lse_place(p.lse, sequence, queries.row, kv_head * heads, first);
     window.lse_head_stride = p.lse.head_stride;
     window.lse_token_stride = p.lse.token_stride;
     window.lse_factor = p.lse.logarithm == FASTKV_LOGARITHM_BINARY ? 1.0f : LOG2_E;

@@ -15,6 +15,7 @@
 #include "abi.h"
 #include "decode/softmax.cuh"
 #include "decode/work.cuh"
+#include "lse.cuh"
 #include "primitives/convert.cuh"
 #include "primitives/cp_async.cuh"
 #include "primitives/global.cuh"
@@ -24,7 +25,7 @@
 #include "primitives/signal.cuh"
 
 static_assert(sizeof(fastkv_cache) == 144, "src/abi.rs was generated for another layout");
-static_assert(sizeof(fastkv_decode_params) == 376, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_decode_params) == 408, "src/abi.rs was generated for another layout");
 
 namespace {
 
@@ -452,9 +453,10 @@ __device__ __forceinline__ void store_output(const fastkv_decode_params& p, cons
 __device__ __forceinline__ void store_lse(const fastkv_decode_params& p, const Cursor& at, int32_t row,
                                           float maximum, float sum) {
     const Row r(p, at, row);
-    const int64_t head = int64_t(at.list.sequence(p.cache)) * p.cache.heads * p.group + r.head;
-    reinterpret_cast<float*>(p.lse)[head * p.tokens + r.token] =
-        sum == 0.0f ? -CUDART_INF_F : fmaf(maximum, p.scale, log2_approx(sum) * 0.693147181f);
+    const int32_t sequence = at.list.sequence(p.cache);
+    const int64_t place = lse_place(p.lse, sequence, int64_t(sequence) * p.tokens, r.head, r.token);
+    store_lse(p.lse, place,
+              sum == 0.0f ? -CUDART_INF_F : fmaf(maximum, p.scale, log2_approx(sum) * 0.693147181f));
 }
 
 // Adds the chunks of a list in their order. The block that finished the last of them does.
@@ -494,7 +496,7 @@ __device__ __forceinline__ void merge_chunks(const fastkv_decode_params& p, cons
         for (int32_t i = 0; i < 2; ++i) {
             factors[row * S::factor_row + lane + 32 * i] = weight[i] * normalize;
         }
-        if (p.lse && lane == 0) {
+        if (p.lse.base && lane == 0) {
             store_lse(p, at, row, most, sum);
         }
     }
@@ -586,7 +588,7 @@ __device__ __forceinline__ void finish_item(const fastkv_decode_params& p, const
             const float normalize = sum == 0.0f ? 0.0f : 1.0f / sum;
             store_output<T>(p, at, row, element,
                             add_scaled(make_float4(0.0f, 0.0f, 0.0f, 0.0f), normalize, value));
-            if (p.lse && element == 0) {
+            if (p.lse.base && element == 0) {
                 store_lse(p, at, row, most, sum);
             }
         }

@@ -36,7 +36,7 @@ __device__ __forceinline__ void window_scores(const fastkv_window_scores_params&
     if (p.partials) {
         // That of the first pass has no queries before the window's.
         window.lse = reinterpret_cast<const float*>(p.lse.base) +
-                     lse_place(p.lse, sequence, {}, window.first_head, 0);
+                     lse_place(p.lse, sequence, 0, window.first_head, 0);
     }
     const ScoreRows out = score_rows_of(p, sequence, kv_head);
     const int32_t first = blockIdx.x * p.block_keys;
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(FASTKV_SCORES_THREADS)
         whole.add(*partial);
         partial += p.partial_columns;
     }
-    store_lse(p.lse, lse_place(p.lse, sequence, {}, window.first_head + head, query), whole.lse());
+    store_lse(p.lse, lse_place(p.lse, sequence, 0, window.first_head + head, query), whole.lse());
 }
 
 // Grid: x = blocks of FASTKV_POOL_KEYS keys, y = sequences. A warp sums groups of query heads, a lane

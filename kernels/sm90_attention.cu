@@ -509,7 +509,7 @@ struct Consumer {
             if (p.lse.base && lane % 4 == 0 && own < left) {
                 const Tile tile = item.tile.tile;
                 const int32_t query = tile.index * ROWS + own;
-                store_lse(p.lse, lse_place(p.lse, tile.sequence, item.queries, item.tile.head, query), lse);
+                store_lse(p.lse, lse_place(p.lse, tile.sequence, item.queries.row, item.tile.head, query), lse);
             }
         }
         const int32_t first = row() - lane / 4;

@@ -680,8 +680,8 @@ pub struct DecodeParams {
     pub out: Rows,
     /// i32 `[sequences, tokens]`: positions of the new tokens. 0 where none are kept.
     pub positions_new: u64,
-    /// Receives f32 `[sequence][query head][token]`: natural log of the sum. 0: not wanted.
-    pub lse: u64,
+    /// Receives the LSE of the queries; token i of sequence s stands at place `s * tokens + i` of one row. Base 0: not wanted.
+    pub lse: Lse,
     /// i32: set to 1 where a list had no room; left alone otherwise.
     pub full: u64,
     /// u32 words, a bit for each query head, lowest bit first: heads that are biased. 0: none.
@@ -716,7 +716,7 @@ pub struct DecodeParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of DecodeParams"][::core::mem::size_of::<DecodeParams>() - 376usize];
+    ["Size of DecodeParams"][::core::mem::size_of::<DecodeParams>() - 408usize];
     ["Alignment of DecodeParams"][::core::mem::align_of::<DecodeParams>() - 8usize];
     [
         "Offset of field: DecodeParams::cache",
@@ -741,49 +741,49 @@ const _: () = {
     ][::core::mem::offset_of!(DecodeParams, lse) - 280usize];
     [
         "Offset of field: DecodeParams::full",
-    ][::core::mem::offset_of!(DecodeParams, full) - 288usize];
+    ][::core::mem::offset_of!(DecodeParams, full) - 320usize];
     [
         "Offset of field: DecodeParams::bias_heads",
-    ][::core::mem::offset_of!(DecodeParams, bias_heads) - 296usize];
+    ][::core::mem::offset_of!(DecodeParams, bias_heads) - 328usize];
     [
         "Offset of field: DecodeParams::bias_keys",
-    ][::core::mem::offset_of!(DecodeParams, bias_keys) - 304usize];
+    ][::core::mem::offset_of!(DecodeParams, bias_keys) - 336usize];
     [
         "Offset of field: DecodeParams::bias_key_stride",
-    ][::core::mem::offset_of!(DecodeParams, bias_key_stride) - 312usize];
+    ][::core::mem::offset_of!(DecodeParams, bias_key_stride) - 344usize];
     [
         "Offset of field: DecodeParams::partials",
-    ][::core::mem::offset_of!(DecodeParams, partials) - 320usize];
+    ][::core::mem::offset_of!(DecodeParams, partials) - 352usize];
     [
         "Offset of field: DecodeParams::statistics",
-    ][::core::mem::offset_of!(DecodeParams, statistics) - 328usize];
+    ][::core::mem::offset_of!(DecodeParams, statistics) - 360usize];
     [
         "Offset of field: DecodeParams::finished",
-    ][::core::mem::offset_of!(DecodeParams, finished) - 336usize];
+    ][::core::mem::offset_of!(DecodeParams, finished) - 368usize];
     [
         "Offset of field: DecodeParams::scale",
-    ][::core::mem::offset_of!(DecodeParams, scale) - 344usize];
+    ][::core::mem::offset_of!(DecodeParams, scale) - 376usize];
     [
         "Offset of field: DecodeParams::bias",
-    ][::core::mem::offset_of!(DecodeParams, bias) - 348usize];
+    ][::core::mem::offset_of!(DecodeParams, bias) - 380usize];
     [
         "Offset of field: DecodeParams::bias_positions",
-    ][::core::mem::offset_of!(DecodeParams, bias_positions) - 352usize];
+    ][::core::mem::offset_of!(DecodeParams, bias_positions) - 384usize];
     [
         "Offset of field: DecodeParams::group",
-    ][::core::mem::offset_of!(DecodeParams, group) - 356usize];
+    ][::core::mem::offset_of!(DecodeParams, group) - 388usize];
     [
         "Offset of field: DecodeParams::tokens",
-    ][::core::mem::offset_of!(DecodeParams, tokens) - 360usize];
+    ][::core::mem::offset_of!(DecodeParams, tokens) - 392usize];
     [
         "Offset of field: DecodeParams::query_tiles",
-    ][::core::mem::offset_of!(DecodeParams, query_tiles) - 364usize];
+    ][::core::mem::offset_of!(DecodeParams, query_tiles) - 396usize];
     [
         "Offset of field: DecodeParams::queries",
-    ][::core::mem::offset_of!(DecodeParams, queries) - 368usize];
+    ][::core::mem::offset_of!(DecodeParams, queries) - 400usize];
     [
         "Offset of field: DecodeParams::chunks",
-    ][::core::mem::offset_of!(DecodeParams, chunks) - 372usize];
+    ][::core::mem::offset_of!(DecodeParams, chunks) - 404usize];
 };
 /** Parameters of `fastkv_compact`: entries of a cache moved to the front of their lists, in place.
 

@@ -48,7 +48,7 @@ fn step<'a, D: Device>(
         v_new: Rows::default(),
         out: queries(memory.filled(outputs * 2, 0)?),
         positions_new: 0,
-        lse: 0,
+        lse: None,
         full: 0,
         bias: None,
         bias_positions: 0,

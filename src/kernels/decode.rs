@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{
     DType, Error, Kernel, Launch, Launcher,
-    batch::{self, Bias, Lengths},
+    batch::{self, Bias, Lengths, Lse},
     cache,
     check::{self, Presence, Shape, apart, each_apart, range},
 };
@@ -45,9 +45,9 @@ pub struct Decode {
     pub out: Rows,
     /// Address of i32 `[sequences, tokens]`: positions of the new tokens; 0 where the cache keeps none.
     pub positions_new: u64,
-    /// Address that receives f32 `[sequences, query_heads, tokens]`: the natural logarithm of each
-    /// query's sum of exponentials. 0: not wanted.
-    pub lse: u64,
+    /// Where the logarithm of each query's sum of exponentials goes, if it is wanted. The LSE of a list without
+    /// entries is -∞.
+    pub lse: Option<Lse>,
     /// Address of an i32 that is set to 1 where a list has no room for the new tokens. They are seen all the
     /// same, but such a list stays as it is: which one, its length tells. Nobody sets it back. Needed where
     /// something is appended.
@@ -120,7 +120,7 @@ pub unsafe fn decode<D: Launcher + ?Sized>(device: &D, work: &Decode) -> Result<
         v_new: work.v_new,
         out: work.out,
         positions_new: work.positions_new,
-        lse: work.lse,
+        lse: work.lse.unwrap_or_default().into(),
         full: work.full,
         bias_heads: bias.heads,
         bias_keys: bias.keys,
@@ -288,8 +288,10 @@ fn check_tensors(work: &Decode, split: &Split, workspace_bytes: usize) -> Result
     }
     let cache::Spans { entries, state, places } = cache::check(cache, width, dtype, appends)?;
     inputs.extend(places);
-    let queries = i128::from(split.lists) * i128::from(split.group) * i128::from(tokens);
-    outputs.push(("lse", range("lse", work.lse, queries, 4, Presence::Optional)?));
+    if let Some(lse) = work.lse {
+        let queries = Lengths::dense(work.tokens);
+        outputs.push(("lse", lse.check(sequences as u32, work.query_heads, queries)?));
+    }
     batch::check_scale(work.scale)?;
     if let Some(bias) = work.bias {
         let keys = Lengths::dense(work.bias_positions);

@@ -9,7 +9,7 @@ use fastkv::{
     abi::{Cache, DecodeParams, Pages, Rows},
     kernels::{
         DType, Kernel,
-        batch::Bias,
+        batch::{Bias, Lse},
         decode::{Decode, decode, decode_counters, decode_workspace},
         images,
     },
@@ -186,7 +186,14 @@ fn refuses() {
         |w| (w.cache.positions, w.positions_new) = (4096, 0),
         "positions_new is 0x0; it must be a device address, a multiple of 4",
     );
-    refuses(|w| w.lse = 2, "lse is 0x2; it must be a device address, a multiple of 4");
+    refuses(
+        |w| w.lse = Some(Lse::padded(2, 32, 1)),
+        "lse is 0x2; it must be a device address, a multiple of 4",
+    );
+    refuses(
+        |w| w.lse = Some(Lse { sequence_stride: 16, ..Lse::padded(4096, 32, 1) }),
+        "lse.sequence_stride is 16; it must be 32 or more: queries must not share a place",
+    );
     refuses(|w| w.scale = 0.0, "scale is 0; it must be a positive number below 2^27");
     refuses(|w| w.scale = f32::NAN, "scale is NaN; it must be a positive number below 2^27");
     refuses(
@@ -241,12 +248,12 @@ fn refuses() {
 fn refuses_what_is_not_apart() {
     let refuses = |change: fn(&mut Decode), message: &str| Recorder::refuses(decode, step(), change, message);
     refuses(
-        |w| w.lse = w.out.base,
+        |w| w.lse = Some(Lse::padded(w.out.base, 32, 1)),
         "lse is 0x8000000000000..0x8000000000100; it must be apart from out, \
          0x8000000000000..0x8000000004000",
     );
     refuses(
-        |w| (w.lse, w.k_new) = (w.cache.lengths, Rows::default()),
+        |w| (w.lse, w.k_new) = (Some(Lse::padded(w.cache.lengths, 32, 1)), Rows::default()),
         "lse is 0x10000..0x10100; it must be apart from cache.lengths, 0x10000..0x10040",
     );
     refuses(
@@ -423,7 +430,7 @@ fn step() -> Decode {
         v_new: heads(1 << 50, 8),
         out: heads(1 << 51, 32),
         positions_new: 4096,
-        lse: 0,
+        lse: None,
         full: 1 << 17,
         bias: None,
         bias_positions: 100,

@@ -107,7 +107,7 @@ fn workspaces(launcher: &Recorder, bounds: Bounds, group: u32, window: u32, page
         v_new: Rows::default(),
         out: Rows::default(),
         positions_new: 0,
-        lse: 0,
+        lse: None,
         full: 0,
         bias: None,
         bias_positions: 0,

@@ -12,6 +12,7 @@ use half::{bf16, f16};
 
 use super::{
     Check, all,
+    lse::{LseLayout, Order, Queries},
     memory::{Memory, Spread, UNTOUCHED},
     processors::Processors,
     random::Random,
@@ -77,6 +78,7 @@ pub(crate) struct Case {
     /// Whether the launches have counters to themselves, which nobody clears between them.
     pub(crate) counters: bool,
     pub(crate) far: Option<Far>,
+    pub(crate) lse_layout: LseLayout,
     /// What the contents of each sequence are drawn from.
     pub(crate) seeds: Vec<u64>,
 }
@@ -100,6 +102,7 @@ impl Case {
             steps: 1,
             counters: false,
             far: None,
+            lse_layout: LseLayout { order: Order::Padded, ..LseLayout::PLAIN },
             seeds: (1..=lengths.len() as u64).collect(),
         }
     }
@@ -138,12 +141,19 @@ impl Case {
             steps: 1 + random.below(2),
             counters: random.below(2) == 0,
             far: None,
+            lse_layout: LseLayout::random(&mut random),
             seeds: (0..sequences).map(|_| random.next()).collect(),
         }
     }
 
     fn lists(&self) -> usize {
         self.lengths.len() * self.heads
+    }
+
+    /// Those whose LSE is wanted.
+    fn lse_queries(&self) -> Queries {
+        let counts = vec![self.tokens; self.lengths.len()];
+        Queries { heads: self.heads * self.group, skipped: 0, counts, room: self.tokens }
     }
 
     /// Counters as they are before each step, and after it: one of each list and 16 rows of queries, and one.
@@ -660,7 +670,7 @@ impl OnDevice {
     }
 }
 
-/// The bytes that a step gave.
+/// The bytes that a step gave, `[sequence][query head][token]`.
 #[derive(Debug, PartialEq)]
 struct Outputs {
     out: Vec<u8>,
@@ -696,6 +706,9 @@ fn run<D: Device>(
     let new = |memory: &mut Memory<'_, D>, elements: &[u16]| {
         if case.appends { put(memory, elements, case.heads) } else { rows(0, case.heads) }
     };
+    let queries = case.lse_queries();
+    let lse_bytes = 4 * case.lse_layout.elements(&queries);
+    let lse = case.lse_layout.describe(memory.untouched(lse_bytes), &queries);
     let mut work = Decode {
         cache: on.cache,
         q: put(memory, &step.q, query_heads),
@@ -703,7 +716,7 @@ fn run<D: Device>(
         v_new: new(memory, &step.v),
         out: rows(memory.untouched_spread(2 * step.q.len(), spread(query_heads)), query_heads),
         positions_new: memory.put(bytemuck::cast_slice(&step.positions)),
-        lse: memory.untouched(4 * step.q.len() / case.head_dim),
+        lse: Some(lse),
         full: on.full,
         bias: on.bias,
         bias_positions: BIASED_POSITIONS,
@@ -724,10 +737,18 @@ fn run<D: Device>(
     work.workspace = memory.reserve(work.workspace_bytes);
     // SAFETY: every address is a block of `memory` of the size that its field states.
     unsafe { decode::decode(device, &work) }.map_err(|error| error.to_string())?;
-    Ok(Outputs {
-        out: memory.get_spread(work.out.base, 2 * step.q.len(), spread(query_heads))?,
-        lse: memory.get(work.lse, 4 * step.q.len() / case.head_dim)?,
-    })
+    let out = memory.get_spread(work.out.base, 2 * step.q.len(), spread(query_heads))?;
+    let mut stored = memory.get(lse.base, lse_bytes)?;
+    let mut of_queries = Vec::new();
+    for place in case.lse_layout.places(&queries) {
+        let bytes = &mut stored[4 * place..][..4];
+        of_queries.extend_from_slice(bytes);
+        bytes.fill(UNTOUCHED);
+    }
+    if stored.iter().any(|byte| *byte != UNTOUCHED) {
+        return Err("lse is written where none belongs".into());
+    }
+    Ok(Outputs { out, lse: of_queries })
 }
 
 /// Of a NaN any NaN, of an infinity only itself.
@@ -748,11 +769,12 @@ fn compare(case: &Case, state: &State, step: &Step, found: &Outputs) -> Result<(
                     let which = [sequence, head, in_group, token];
                     let expected = expected(case, state, step, which);
                     let row = ((sequence * case.heads + head) * case.group + in_group) * case.tokens + token;
-                    if !is_near(lse[row].into(), expected.lse, expected.lse_error) {
-                        return Err(format!(
-                            "lse of {which:?}: {} instead of {} +- {:e}",
-                            lse[row], expected.lse, expected.lse_error
-                        ));
+                    let found = lse[row];
+                    let [value, error] =
+                        [expected.lse, expected.lse_error].map(|natural| case.lse_layout.value(natural));
+                    let error = error + 2_f64.powi(-23) * value.abs();
+                    if !is_near(found.into(), value, error) {
+                        return Err(format!("lse of {which:?}: {found} instead of {value} +- {error:e}"));
                     }
                     for i in 0..case.head_dim {
                         let found = decode_element(case.dtype, out[row * case.head_dim + i]);

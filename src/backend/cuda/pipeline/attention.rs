@@ -204,6 +204,7 @@ fn newest<D: MatrixProduct + Debug>(
     out: &Tensor<D>,
 ) -> Result<(), BackendError> {
     let bias = beside.steered.map(Steered::of_positions);
+    let query_heads = (group * kv.lists.len()) as u32;
     let work = Decode {
         cache: kv.cache(),
         q: queries.heads(0, kv.head_dim),
@@ -211,12 +212,12 @@ fn newest<D: MatrixProduct + Debug>(
         v_new: Rows::default(),
         out: out.heads(0, kv.head_dim),
         positions_new: 0,
-        lse: beside.lse.map_or(0, Block::address),
+        lse: beside.lse.map(|lse| Lse::padded(lse.address(), query_heads, queries.rows as u32)),
         full: 0,
         bias: bias.map(|(bias, _)| bias),
         bias_positions: bias.map_or(0, |(_, positions)| positions),
         scale: default_scale(kv.head_dim as u32),
-        query_heads: (group * kv.lists.len()) as u32,
+        query_heads,
         tokens: queries.rows as u32,
         head_dim: kv.head_dim as u32,
         dtype: queries.dtype,

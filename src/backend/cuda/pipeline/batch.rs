@@ -144,7 +144,7 @@ pub(super) fn decode_attention<D: MatrixProduct + Debug>(
         v_new: of_sequences(values),
         out: of_sequences(&out),
         positions_new,
-        lse: 0,
+        lse: None,
         full: full.address(),
         bias: None,
         bias_positions: 0,
