@@ -11,7 +11,7 @@ use crate::random::SplitMix64;
 #[cfg(feature = "cuda")]
 pub use cuda::Blocks;
 
-/// A backend that makes weights from random numbers, and whose memory can be looked at.
+/// A backend that makes weights from random numbers, and whose clock and memory can be looked at.
 pub trait Measurable: Backend {
     /// Where its random numbers come from.
     type Source;

@@ -53,9 +53,11 @@ pub fn prefill_by_stage<B: Measurable>(
     if is_marked {
         backend.start()?;
     }
-    let (prefills, seconds) = prefill(engine, prompts, options, control)?;
-    let stages = is_marked.then(|| backend.stop()).transpose()?;
-    Ok(TimedPrefill { prefills, seconds, stages })
+    let read = prefill(engine, prompts, options, control);
+    // One that fails takes no time either.
+    let stages = is_marked.then(|| backend.stop());
+    let (prefills, seconds) = read?;
+    Ok(TimedPrefill { prefills, seconds, stages: stages.transpose()? })
 }
 
 /// Answers prompts together, greedily; returns tokens per second, of all together. The first two steps, which prepare

@@ -1255,7 +1255,7 @@ fn far_apart<D: Device>(device: &D, form: Form) -> Result<(), String> {
         scores: Some((Window::Last(8), ScoreHeads::Query)),
         ..Case::plain(DType::BF16, 128, [1, 2], &[(70, 130), (5, 9)])
     };
-    // A thread's steps from row to row are as large.
+    // Rows of one thread lie so far apart that their distances together are too large for 32 bits.
     let of_few_tokens = Case { lengths: vec![(12, 12)], ..of_tokens.clone() };
     for case in [of_sequences, of_heads, of_tokens, of_few_tokens] {
         let (queries, keys) = case.lengths[0];

@@ -855,11 +855,11 @@ impl Agreement {
     /// explains, with activations off by a share `error`.
     fn choices(&mut self, judged: Vec<Judged>, error: f64) -> Result<(), String> {
         for Judged { off, reach } in judged {
-            let share = off / logit_error(error, reach);
+            let share = if off == 0.0 { 0.0 } else { off / logit_error(error, reach) };
             self.selections += 1;
             self.differing += usize::from(off > 0.0);
             self.choice = self.choice.max(share);
-            if share > 1.0 {
+            if share.is_nan() || share > 1.0 {
                 return Err(format!(
                     "a key is kept although another is better by {share} of what may be off"
                 ));
@@ -871,7 +871,8 @@ impl Agreement {
 
 /// What a logit may be off, with activations off by a share `error`. Errors of queries and of keys are in no relation
 /// with each other, nor with what they belong to: of d products, each off by both, the sum is off by
-/// `√2 error |q| |k| / √d`, and the logit by `1 / √d` of that.
+/// `√2 error |q| |k| / √d`, and the logit by `1 / √d` of that. This is how far it strays as a rule; that it may stray
+/// further now and then is in the share.
 fn logit_error(error: f64, reach: f64) -> f64 {
     2_f64.sqrt() * error * reach
 }
@@ -902,6 +903,7 @@ fn agree<A: Backend>(
         agreement.overlap(layer, &handed_on, &of_free)?;
     }
 
+    cpu.backend().forget_scores();
     cpu.backend().force(selections(plan, trace));
     let mut expected = cpu.prefill(ids, plan, options, &control).map_err(error)?;
     if cpu.backend().forced() > 0 {
@@ -923,7 +925,7 @@ fn agree<A: Backend>(
         for (found, expected) in found.mass.iter().zip(&expected.mass) {
             let off = f64::from((found - expected).abs());
             agreement.mass = agreement.mass.max(off);
-            if off > of_mass {
+            if off.is_nan() || off > of_mass {
                 return Err(format!("layer {layer} keeps {found} of the attention, not {expected}"));
             }
         }

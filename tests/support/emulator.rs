@@ -12,8 +12,8 @@ use ptx_emulator::{Counters, Schedule, Swizzle};
 
 use super::number::{decode, encode};
 
-/// Entries of kernels that any device of this program has launched.
-pub(crate) static LAUNCHED: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
+/// Entries of kernels that any device of this program has launched, with the architecture of their code.
+pub(crate) static LAUNCHED: Mutex<BTreeSet<(&str, &str)>> = Mutex::new(BTreeSet::new());
 
 /// Clones are the same device.
 #[derive(Clone)]
@@ -113,18 +113,17 @@ impl Emulator {
         *self.counters.borrow()
     }
 
-    /// The newest architecture of an image that the chip runs.
-    fn arch(&self, image: &str) -> Option<&'static str> {
+    /// The newest architecture of an image that the chip runs; the first of all where a build has none for it.
+    pub(crate) fn arch(&self, image: &str) -> Option<&'static str> {
         let (major, minor) = self.compute_capability;
         let number = |arch: &str| arch.trim_matches(|c: char| !c.is_ascii_digit()).parse::<u32>().ok();
-        let image = images::images().iter().find(|known| known.name == image)?;
-        let archs = image.archs.iter().filter(|arch| number(arch) <= Some(10 * major + minor));
-        archs.max_by_key(|arch| number(arch)).copied()
+        let archs = images::images().iter().find(|known| known.name == image)?.archs;
+        let fits = archs.iter().filter(|arch| number(arch) <= Some(10 * major + minor));
+        fits.max_by_key(|arch| number(arch)).or(archs.first()).copied()
     }
 
-    fn load(&self, image: &'static str) {
+    fn load(&self, image: &'static str, arch: &str) {
         if !self.loaded.borrow().contains(&image) {
-            let arch = self.arch(image).expect("an image for this chip");
             let ptx = images::ptx(image, arch).expect("a build with kernels has their PTX");
             self.device.borrow_mut().load(ptx).unwrap_or_else(|error| panic!("{image}, {arch}: {error}"));
             self.loaded.borrow_mut().push(image);
@@ -143,8 +142,9 @@ impl Launcher for Emulator {
         if self.captures(|| Queued::Launch { kernel, sizes, shared_bytes, params: params.to_vec() }) {
             return Ok(());
         }
-        LAUNCHED.lock().expect("a lock").insert(kernel.entry());
-        self.load(kernel.image());
+        let arch = self.arch(kernel.image()).expect("a build with kernels has every image");
+        LAUNCHED.lock().expect("a lock").insert((kernel.entry(), arch));
+        self.load(kernel.image(), arch);
         let launch =
             ptx_emulator::Launch { kernel: kernel.entry(), grid, cluster, block, shared_bytes, params };
         *self.counters.borrow_mut() = self.device.borrow_mut().launch(&launch).map_err(failed("launch"))?;

@@ -48,7 +48,7 @@ fn conforms<D: MatrixProduct + Clone + Debug>(
             let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let largest = logits.iter().fold(0.0, |most: f32, logit| most.max(logit.abs()));
             let behind = f64::from((best - logits[token as usize]) / largest);
-            if behind > 2.0 * allowed {
+            if logits.iter().any(|logit| !logit.is_finite()) || behind > 2.0 * allowed {
                 return Err(format!(
                     "step {step}: {token} is behind the best by {behind} of the largest logit"
                 ));

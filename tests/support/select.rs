@@ -524,9 +524,9 @@ fn few(seed: u64) -> Vec<Case> {
 /// Items of the longest row that a cluster takes.
 const MOST_OF_A_CLUSTER: usize = abi::SELECT_CLUSTER as usize * (48 << 10);
 
-/// Once: the order of things is tried on shorter ones.
+/// In one schedule of each chip: the order of things is tried on shorter ones.
 fn long(seed: u64, most: usize) -> Vec<Case> {
-    if seed > 0 {
+    if !seed.is_multiple_of(4) {
         return Vec::new();
     }
     vec![

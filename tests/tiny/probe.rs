@@ -68,7 +68,7 @@ pub(crate) struct Judged {
     /// How far the best key that is left out of a list is above the worst that is in it, as by the error of a logit: 0
     /// where no key is better than one that is kept.
     pub(crate) off: f64,
-    /// The most that `|q| |k| / d` is: what a logit is off where `q` and `k` are off by their own size.
+    /// The most that `|q| |k| / d` is: what a logit is off where `q` or `k` is off by its own size.
     pub(crate) reach: f64,
 }
 
@@ -105,6 +105,11 @@ impl Probe {
     /// Selections that are still forced.
     pub(crate) fn forced(&self) -> usize {
         self.forced.lock().expect("a lock").len()
+    }
+
+    /// Begins with scores anew: those of a prompt count for the evictions behind it, those before it do not.
+    pub(crate) fn forget_scores(&self) {
+        *self.scored.lock().expect("a lock") = Scored::default();
     }
 
     /// What was forced since this was last asked.
@@ -149,6 +154,24 @@ impl Probe {
         };
         let off = scores.iter().zip(lists).map(of_head).fold(0.0, f64::max);
         Judged { off, reach: lengths / head_dim as f64 }
+    }
+
+    /// Where heads share a number of keys a head's count hangs on how many of its keys are among the best of all. So a
+    /// count that is off takes keys near the least of these, but for the rounding of the count.
+    fn judge_counts(&self, scores: &[Vec<f32>], mean: usize, counts: impl Iterator<Item = [usize; 2]>) {
+        let mut all: Vec<f64> = scores.concat().into_iter().map(f64::from).collect();
+        all.sort_by(|a, b| b.total_cmp(a));
+        let least = all[(mean * scores.len()).clamp(1, all.len()) - 1];
+        let of_head = |(scores, [found, own]): (&Vec<f32>, [usize; 2])| {
+            let mut distances: Vec<f64> =
+                scores.iter().map(|score| (f64::from(*score) / least).ln().abs()).collect();
+            distances.sort_by(f64::total_cmp);
+            found.abs_diff(own).checked_sub(2).map_or(0.0, |last| distances[last] / 4.0)
+        };
+        let off = scores.iter().zip(counts).map(of_head).fold(0.0, f64::max);
+        let Scored { lengths, head_dim, .. } = *self.scored.lock().expect("a lock");
+        let judged = Judged { off, reach: lengths / head_dim as f64 };
+        self.judged.lock().expect("a lock").push(judged);
     }
 
     /// Notes what scores of these queries and keys are made of.
@@ -419,9 +442,16 @@ impl Backend for Probe {
     }
 
     fn gather_kv_shared(&self, kv: &Counted, scores: &Scores, share: Share, slack: usize) -> Result<Counted> {
+        let own = self.inner.gather_kv_shared(&kv.kv, scores, share, slack)?;
         let gathered = match self.next_forced(scores)? {
-            Some(lists) => self.inner.gather_kv(&kv.kv, &lists, slack)?,
-            None => self.inner.gather_kv_shared(&kv.kv, scores, share, slack)?,
+            Some(lists) => {
+                let gathered = self.inner.gather_kv(&kv.kv, &lists, slack)?;
+                let [found, expected] = [&gathered, &own].map(|kv| self.inner.kv_lengths(kv));
+                let counts = found.into_iter().zip(expected).map(|(found, own)| [found, own]);
+                self.judge_counts(&self.inner.read_scores(scores)?, share.mean, counts);
+                gathered
+            }
+            None => own,
         };
         Ok(self.counted(gathered, kv.head_dim, kv.longest_key))
     }

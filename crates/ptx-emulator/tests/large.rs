@@ -4,7 +4,7 @@ use ptx_emulator::{Device, Error, Hazard, Launch};
 
 const BYTES: usize = 12 << 30;
 
-/// Runs one thread with an allocation of so many bytes, whose first word is 7; `%at` is its address, `%far` that of its
+/// Runs so many threads with an allocation of so many bytes, whose first word is 7; `%at` is its address, `%far` that of its
 /// last word.
 fn run(threads: u32, body: &str) -> Result<(Device, u64), Error> {
     let mut device = Device::new();
