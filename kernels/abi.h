@@ -385,7 +385,7 @@ typedef struct fastkv_decode_params {
     fastkv_rows out;
     /** i32 `[sequences, tokens]`: positions of the new tokens. 0 where none are kept. */
     uint64_t positions_new;
-    /** Receives the LSE of the queries; token i of sequence s stands at place `s * tokens + i` of one row. Base 0: not wanted. */
+    /** Receives the LSE of the queries; token i of sequence s is number `s * tokens + i` of a row. Base 0: none. */
     fastkv_lse lse;
     /** i32: set to 1 where a list had no room; left alone otherwise. */
     uint64_t full;

@@ -680,7 +680,7 @@ pub struct DecodeParams {
     pub out: Rows,
     /// i32 `[sequences, tokens]`: positions of the new tokens. 0 where none are kept.
     pub positions_new: u64,
-    /// Receives the LSE of the queries; token i of sequence s stands at place `s * tokens + i` of one row. Base 0: not wanted.
+    /// Receives the LSE of the queries; token i of sequence s is number `s * tokens + i` of a row. Base 0: none.
     pub lse: Lse,
     /// i32: set to 1 where a list had no room; left alone otherwise.
     pub full: u64,

@@ -653,8 +653,8 @@ fn weights<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(), String> {
     Ok(())
 }
 
-/// 128K tokens of Llama 3.1 8B fit into 80 GB with full context, and into less by almost all of its keys and values,
-/// which are 17 GB, with FastKV.
+/// 128K tokens of Llama 3.1 8B fit into 80 GB with full context: they take half, of which a chunk's temporaries are
+/// little. With FastKV they take less by almost all of the keys and values, which are 17 GB.
 fn long_prompts_fit<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(), String> {
     let config = shape("llama-3.1-8b").ok_or("a shape")?;
     let options = MemoryOptions::new(&cuda(device, DType::BF16)?, 2 * parameters(&config), 1000);
@@ -663,7 +663,7 @@ fn long_prompts_fit<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(), 
         Ok::<_, String>(MemoryEstimate::new(&config, &plan, &options))
     };
     let (full, fastkv) = (needed(Policy::Full)?, needed(Policy::FastKv(FastKv::proportional()))?);
-    if full.check(80_000_000_000).is_err() || fastkv.total() + 14_000_000_000 > full.total() {
+    if full.check(40_000_000_000).is_err() || fastkv.total() + 14_000_000_000 > full.total() {
         return Err(format!("full context takes {full}, FastKV {fastkv}"));
     }
     Ok(())
