@@ -443,6 +443,21 @@ fn check_norm<D: Device>(device: &D, case: &NormCase) -> Result<(), String> {
     if out.get(&memory, &work.out)? != found {
         return Err("the norm differs with the sum fused into it".to_owned());
     }
+    // Each row alone: again the same bits.
+    memory.write_spread(work.out.base, &vec![UNTOUCHED; out.size()], out.spread());
+    let row_of = |matrix: &Matrix, rows: Rows, row: usize| {
+        let bytes = rows.token_stride as u64 * u64::from(matrix.dtype.bytes());
+        Rows { base: rows.base + row as u64 * bytes, ..rows }
+    };
+    for row in 0..rows {
+        let alone =
+            norm::RmsNorm { x: row_of(&x, work.x, row), out: row_of(&out, work.out, row), rows: 1, ..work };
+        // SAFETY: a row of what is described above.
+        unsafe { norm::rms_norm(device, &alone) }.map_err(|error| error.to_string())?;
+    }
+    if out.get(&memory, &work.out)? != found {
+        return Err("the norm of a row differs from that in a batch".to_owned());
+    }
     Ok(())
 }
 
@@ -832,6 +847,55 @@ fn check_rope<D: Device>(device: &D, case: &RopeCase) -> Result<(), String> {
         };
         let lengths: Vec<i32> = (0..sequences * kv_heads).map(after).collect();
         memory.expect("lengths_out", append.lengths_out, bytemuck::cast_slice(&lengths))?;
+    }
+    if case.in_place {
+        return Ok(());
+    }
+    // Each sequence alone: the same bits.
+    let outputs = [
+        (on_q_out, found_q.len(), q_spread),
+        (append.k_out, out_rows * head_dim * bytes, out_spread),
+        (append.v_out, out_rows * head_dim * bytes, out_spread),
+    ];
+    let read = |memory: &Memory<'_, D>| -> Result<Vec<_>, String> {
+        outputs.iter().map(|(address, bytes, spread)| memory.get_spread(*address, *bytes, *spread)).collect()
+    };
+    let together = read(&memory)?;
+    for (address, bytes, spread) in outputs {
+        memory.write_spread(address, &vec![UNTOUCHED; bytes], spread);
+    }
+    for sequence in 0..sequences {
+        let rows = |rows: Rows| {
+            let elements = if case.packed { 0 } else { sequence as u64 * rows.sequence_stride as u64 };
+            Rows { base: rows.base + elements * bytes as u64, ..rows }
+        };
+        let lists = (sequence * kv_heads) as u64;
+        let entry = |address: u64, bytes: u64| if address == 0 { 0 } else { address + lists * bytes };
+        let alone = rope::Rope {
+            q: rows(work.q),
+            q_out: rows(work.q_out),
+            append: Some(rope::Append {
+                k: rows(append.k),
+                v: rows(append.v),
+                starts: entry(append.starts, 8),
+                lengths: entry(append.lengths, 4),
+                lengths_out: entry(append.lengths_out, 4),
+                ..append
+            }),
+            positions: if case.packed {
+                work.positions
+            } else {
+                work.positions + (4 * sequence * case.tokens[0]) as u64
+            },
+            cu_seqlens: if case.packed { work.cu_seqlens + 4 * sequence as u64 } else { 0 },
+            sequences: 1,
+            ..work
+        };
+        // SAFETY: a sequence of what is described above.
+        unsafe { rope::rope(device, &alone) }.map_err(|error| error.to_string())?;
+    }
+    if read(&memory)? != together {
+        return Err("a sequence differs from what it is in a batch".to_owned());
     }
     Ok(())
 }

@@ -178,17 +178,51 @@ fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
             total[sequence * stride + key] = all_heads;
         }
     }
-    for (what, rows, heads, expected) in
-        [("groups", work.groups, case.kv_heads, groups), ("total", work.total, 1, total)]
-    {
-        if let Some(rows) = rows {
-            let found = memory.floats_spread(rows.base, expected.len(), spread(heads))?;
-            for (at, (found, expected)) in found.into_iter().zip(expected).enumerate() {
-                if !expected.holds(found) {
-                    return Err(format!("{what}: element {at} is {found}, not {expected:?}"));
-                }
+    let outputs = [(work.groups, case.kv_heads, groups), (work.total, 1, total)];
+    let read = |memory: &Memory<'_, D>| -> Result<Vec<Vec<f32>>, String> {
+        let wanted =
+            outputs.iter().filter_map(|(rows, heads, expected)| Some((rows.as_ref()?, *heads, expected)));
+        wanted
+            .map(|(rows, heads, expected)| memory.floats_spread(rows.base, expected.len(), spread(heads)))
+            .collect()
+    };
+    let together = read(&memory)?;
+    let wanted = outputs.iter().filter(|(rows, ..)| rows.is_some());
+    for ((_, heads, expected), found) in wanted.zip(&together) {
+        for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
+            if !expected.holds(*found) {
+                return Err(format!("{heads} heads: element {at} is {found}, not {expected:?}"));
             }
         }
+    }
+
+    // Each sequence alone: the same bits.
+    for (rows, heads, expected) in &outputs {
+        if let Some(rows) = rows {
+            memory.write_spread(rows.base, &vec![UNTOUCHED; 4 * expected.len()], spread(*heads));
+        }
+    }
+    for sequence in 0..sequences as u64 {
+        let of = |rows: ScoreRows| ScoreRows {
+            base: rows.base + 4 * sequence * rows.sequence_stride as u64,
+            ..rows
+        };
+        let entry = |address: u64| if address == 0 { 0 } else { address + 4 * sequence };
+        let alone = PoolScores {
+            scores: of(work.scores),
+            sequences: 1,
+            keys: Lengths { cu_seqlens: entry(keys.cu_seqlens), ..keys },
+            lengths: entry(lengths),
+            groups: work.groups.map(of),
+            total: work.total.map(of),
+            ..work
+        };
+        // SAFETY: a sequence of what is described above.
+        unsafe { pool_scores(device, &alone) }.map_err(|error| error.to_string())?;
+    }
+    let bits = |found: Vec<Vec<f32>>| found.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    if bits(read(&memory)?) != bits(together) {
+        return Err("a sequence differs from what it is in a batch".to_owned());
     }
     Ok(())
 }
