@@ -207,7 +207,25 @@ typedef struct fastkv_pooling {
 } fastkv_pooling;
 
 /**
- * Parameters of `fastkv_prefill_attention_*`: causal attention of every (sequence, query head), and the
+ * Pages that sequences are spread over: token i of a sequence is slot `i % page_size` of page
+ * `table[sequence][i / page_size]`. What is not in `[0, pages)`, -1 by convention, is no page: nobody
+ * reads or writes the tokens there.
+ */
+typedef struct fastkv_pages {
+    /** i32 `[sequences, table_pages]`. 0: there are no pages. */
+    uint64_t table;
+    /** Pages of a sequence in `table`. */
+    int32_t table_pages;
+    /** Pages of the tensors. */
+    int32_t pages;
+    /** Slots of a page. */
+    int32_t page_size;
+    /** Always 0. */
+    int32_t reserved;
+} fastkv_pages;
+
+/**
+ * Parameters of `fastkv_prefill_attention_*` and `fastkv_paged_attention_*`: causal attention of every (sequence, query head), and the
  * softmax probabilities of each sequence's last queries summed per key.
  *
  * Query i of a sequence sees keys `0..=positions[i]` of it. Lengths and positions are clipped to what is
@@ -216,16 +234,23 @@ typedef struct fastkv_pooling {
 typedef struct fastkv_prefill_attention_params {
     /** Queries, `[sequence][query head][token][d]`. */
     fastkv_rows q;
-    /** Keys, `[sequence][kv head][token][d]`. */
+    /** Keys, `[sequence][kv head][token][d]`, or `[page][kv head][slot][d]` where they lie in pages. */
     fastkv_rows k;
     /** Values, as the keys. */
     fastkv_rows v;
     /** Receives the output, as the queries. */
     fastkv_rows out;
+    /**
+     * Where keys and values in pages lie; a key without a page is seen by nobody. Table 0: there are no pages, as
+     * always for `fastkv_prefill_attention_*`, and never for `fastkv_paged_attention_*`.
+     */
+    fastkv_pages pages;
     /** i32 `[sequences + 1]`: first query of each sequence on the token axis. 0: `q_tokens` each. */
     uint64_t cu_seqlens_q;
-    /** i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each. */
+    /** i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each. Pages: 0. */
     uint64_t cu_seqlens_k;
+    /** i32 `[sequences]`: keys of each sequence, at most those described above. 0: as many. */
+    uint64_t k_lengths;
     /**
      * i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
      * in any order; below 0 it sees none. 0: the queries are the last of the keys.
@@ -285,8 +310,9 @@ typedef struct fastkv_tensor_map {
 
 /**
  * Parameters of `fastkv_sm90_attention_*`: what the portable form takes, and maps of the tensors that come
- * by the copy engine, as {64 elements, token, d / 64, head, sequence} in boxes of 128 tokens of a head.
- * Aligned to 64 bytes.
+ * by the copy engine, as {64 elements, token, d / 64, head, sequence} in boxes of 128 tokens of a head. Keys and
+ * values in pages: {64 elements, slot, d / 64, head, page} in boxes of 64 elements of a page's slots, of 128 where
+ * it has more. Pages are 128 slots, a part of that which is a multiple of 8, or a multiple of it. Aligned to 64 bytes.
  */
 typedef struct fastkv_sm90_attention_params {
     /** Queries. */
@@ -298,26 +324,8 @@ typedef struct fastkv_sm90_attention_params {
     /** The rest. */
     fastkv_prefill_attention_params attention;
     /** Zeros. */
-    uint64_t reserved[2];
+    uint64_t reserved[6];
 } fastkv_sm90_attention_params;
-
-/**
- * Pages that sequences are spread over: token i of a sequence is slot `i % page_size` of page
- * `table[sequence][i / page_size]`. What is not in `[0, pages)`, -1 by convention, is no page: nobody
- * reads or writes the tokens there.
- */
-typedef struct fastkv_pages {
-    /** i32 `[sequences, table_pages]`. 0: there are no pages. */
-    uint64_t table;
-    /** Pages of a sequence in `table`. */
-    int32_t table_pages;
-    /** Pages of the tensors. */
-    int32_t pages;
-    /** Slots of a page. */
-    int32_t page_size;
-    /** Always 0. */
-    int32_t reserved;
-} fastkv_pages;
 
 /**
  * A KV cache of lists, one for each (sequence, kv head), each with a length of its own on the device.

@@ -4,7 +4,7 @@
 // A block of 4 warps takes a tile of queries; each warp has 32 rows of it (16 where d = 256).
 // Keys come in blocks of 64, from the last that any row sees down to the first. There is one buffer for
 // keys and one for values: while one is used the other is filled, and a second block on the same SM
-// covers what is left of the latency.
+// covers what is left of the latency. Keys in pages come row by row from places that are found a block ahead.
 //
 // Values that are not finite: a key that a row does not see contributes nothing to the row, whatever
 // it holds. What a row sees spreads as IEEE arithmetic says: NaN in a key makes the row NaN, a value that
@@ -23,7 +23,7 @@
 #include "primitives/mma.cuh"
 #include "primitives/shared.cuh"
 
-static_assert(sizeof(fastkv_prefill_attention_params) == 304, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_prefill_attention_params) == 336, "src/abi.rs was generated for another layout");
 
 namespace {
 
@@ -82,6 +82,22 @@ __device__ __forceinline__ void copy_rows(uint32_t shared, uint64_t base, int64_
     }
 }
 
+// Copies rows that stand so many bytes behind `base`, or zeros for those below 0, without waiting.
+template <int d, int count>
+__device__ __forceinline__ void copy_rows(uint32_t shared, uint64_t base, const int64_t (&places)[count]) {
+    using Share = Share<d>;
+#pragma unroll
+    for (int step = 0; step < count; step += Share::STEP) {
+        const int row = step + Share::row();
+        const int64_t place = places[row];
+        const uint64_t from = base + max(place, int64_t(0)) + Share::chunk() * 16;
+#pragma unroll
+        for (int chunk = 0; chunk < d / 8; chunk += Share::LANES) {
+            cp_async(shared + Rows<d>::offset(row, chunk + Share::chunk()), from + chunk * 16, place >= 0);
+        }
+    }
+}
+
 // Whether the values that a thread has copied itself are finite.
 template <typename T, int d>
 __device__ __forceinline__ bool own_values_finite(uint32_t values) {
@@ -114,8 +130,29 @@ struct Item {
     QueryTile tile; // and what belongs to it:
     Span queries;
     Span keys;
-    uint64_t k, v; // the first key and its value
+    uint64_t k, v; // the first key and its value, or the first slots of page 0
     float bias;    // in units of products, 0 where the head has none
+};
+
+// Where the keys of two blocks, one in use and the next, and their values lie in pages: bytes from the first slot of
+// page 0, below 0 where a key has no page.
+struct Places {
+    int64_t k[2][KEYS];
+    int64_t v[2][KEYS];
+
+    // For a whole block of threads; a barrier has to follow.
+    __device__ __forceinline__ void find(const fastkv_prefill_attention_params& p, const Item& item, int32_t block) {
+        if (threadIdx.x < KEYS) {
+            const int32_t key = block * KEYS + threadIdx.x;
+            const int64_t page = key < item.keys.tokens ? page_of(p.pages, item.tile.tile.sequence, key) : -1;
+            const int64_t slot = uint32_t(key) % uint32_t(p.pages.page_size);
+            const auto place = [&](const fastkv_rows& rows) {
+                return page < 0 ? page : 2 * (page * rows.sequence_stride + slot * rows.token_stride);
+            };
+            k[block % 2][threadIdx.x] = place(p.k);
+            v[block % 2][threadIdx.x] = place(p.v);
+        }
+    }
 };
 
 struct Present : Item {
@@ -126,7 +163,7 @@ struct Present : Item {
 };
 
 // A tile of queries of one head while its block of threads walks over the keys.
-template <typename T, int d>
+template <typename T, int d, bool paged>
 struct Walk {
     static constexpr int M = FRAGMENTS<d>;
     // Column blocks of the logits and of the output.
@@ -135,18 +172,27 @@ struct Walk {
 
     const fastkv_prefill_attention_params& p;
     const Present& present;
+    Places& places;  // of no use without pages
     uint32_t shared; // queries, then a block of keys, then one of values
 
     Softmax softmax[M];
     float out[M][O][4];
 
     __device__ __forceinline__ void load_keys(int32_t block) const {
-        copy_rows<d, KEYS>(keys(), present.k, p.k.token_stride, block * KEYS, present.keys.tokens);
+        if (paged) {
+            copy_rows<d>(keys(), present.k, places.k[block % 2]);
+        } else {
+            copy_rows<d, KEYS>(keys(), present.k, p.k.token_stride, block * KEYS, present.keys.tokens);
+        }
         cp_async_commit();
     }
 
     __device__ __forceinline__ void load_values(int32_t block) const {
-        copy_rows<d, KEYS>(values(), present.v, p.v.token_stride, block * KEYS, present.keys.tokens);
+        if (paged) {
+            copy_rows<d>(values(), present.v, places.v[block % 2]);
+        } else {
+            copy_rows<d, KEYS>(values(), present.v, p.v.token_stride, block * KEYS, present.keys.tokens);
+        }
         cp_async_commit();
     }
 
@@ -239,6 +285,21 @@ struct Walk {
                 add_bias(s[m], words, present.bias);
             }
         }
+        if (paged) {
+            uint32_t absent[KEYS / 32];
+            uint32_t any = 0;
+#pragma unroll
+            for (int i = 0; i < KEYS / 32; ++i) {
+                absent[i] = __ballot_sync(~0u, places.k[block % 2][32 * i + threadIdx.x % 32] < 0);
+                any |= absent[i];
+            }
+            if (any) {
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    hide_absent(s[m], absent);
+                }
+            }
+        }
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             hide(s[m], last_key(m, 0, block), last_key(m, 1, block));
@@ -276,7 +337,7 @@ struct Walk {
     }
 
     // One block of keys, which are on their way. `masked`: a row may not see all of them, or they may
-    // carry the bias.
+    // carry the bias or lack a page.
     template <bool masked>
     __device__ __forceinline__ void step(int32_t block) {
         cp_async_wait<0>();
@@ -286,6 +347,9 @@ struct Walk {
         multiply(s);
         if (masked) {
             mask(s, block);
+        }
+        if (paged && block > 0) {
+            places.find(p, present, block - 1);
         }
 
         cp_async_wait<0>();
@@ -333,9 +397,9 @@ struct Walk {
 
 // Output and LSE of a warp's rows. The output goes by way of the warp's queries in shared memory, which
 // nobody needs any more, so that it leaves in whole rows.
-template <typename T, int d>
+template <typename T, int d, bool paged>
 __device__ __forceinline__ void store_rows(const fastkv_prefill_attention_params& p, const Present& present,
-                                           const Walk<T, d>& walk) {
+                                           const Walk<T, d, paged>& walk) {
     constexpr int M = FRAGMENTS<d>;
     const int lane = threadIdx.x % 32;
     const int32_t head = present.tile.head;
@@ -373,9 +437,9 @@ __device__ __forceinline__ void store_rows(const fastkv_prefill_attention_params
 }
 
 // Attention of one tile of queries of one head.
-template <typename T, int d>
+template <typename T, int d, bool paged>
 __device__ __forceinline__ void attend(const fastkv_prefill_attention_params& p, Present& present,
-                                       Walk<T, d>& walk) {
+                                       Walk<T, d, paged>& walk) {
     // Rows past the last query see what nobody asks for, so that they change nothing.
     const int32_t first_row = present.tile.tile.index * QUERIES<d>;
     const int32_t row = first_row + threadIdx.x;
@@ -401,7 +465,12 @@ __device__ __forceinline__ void attend(const fastkv_prefill_attention_params& p,
 
     // Blocks from the last that a row sees; those below `all_see` are seen by every row.
     const int32_t blocks = (most + KEYS) / KEYS;
-    const int32_t all_see = present.bias != 0.0f ? 0 : (least + 1) / KEYS;
+    int32_t all_see = present.bias != 0.0f ? 0 : (least + 1) / KEYS;
+    if (paged && blocks > 0) {
+        walk.places.find(p, present, blocks - 1);
+        const int32_t absent = first_absent(p.pages, present.tile.tile.sequence, most + 1, threadIdx.x, THREADS);
+        all_see = __syncthreads_or(absent <= most) ? 0 : all_see;
+    }
     if (blocks > 0) {
         const uint64_t q = row_address(p.q, present.tile.tile.sequence, present.tile.head, present.queries.first);
         copy_rows<d, QUERIES<d>>(walk.shared, q, p.q.token_stride, first_row, present.queries.tokens);
@@ -419,7 +488,7 @@ __device__ __forceinline__ void attend(const fastkv_prefill_attention_params& p,
 }
 
 // Finds out what an item is. For one warp.
-template <int d>
+template <int d, bool paged>
 __device__ __forceinline__ void find(const fastkv_prefill_attention_params& p, const Work& work, int32_t number,
                                      Present& present) {
     Item item = {number};
@@ -429,8 +498,8 @@ __device__ __forceinline__ void find(const fastkv_prefill_attention_params& p, c
         const int32_t kv_head = item.tile.head / (fresh(p.query_heads) / p.kv_heads);
         item.queries = query_axis(p).span(sequence);
         item.keys = key_axis(p).span(sequence);
-        item.k = row_address(p.k, sequence, kv_head, item.keys.first);
-        item.v = row_address(p.v, sequence, kv_head, item.keys.first);
+        item.k = row_address(p.k, paged ? 0 : sequence, kv_head, item.keys.first);
+        item.v = row_address(p.v, paged ? 0 : sequence, kv_head, item.keys.first);
         const float scale = __int_as_float(fresh(__float_as_int(p.scale)));
         item.bias = is_biased(p, item.tile.head) ? __fdividef(p.bias, scale) : 0.0f;
     } else if (number < work.items) {
@@ -442,12 +511,14 @@ __device__ __forceinline__ void find(const fastkv_prefill_attention_params& p, c
 }
 
 // The grid's blocks take items from the queue until it is empty: tiles of queries, then score items.
-template <typename T, int d>
+template <typename T, int d, bool paged>
 __device__ __forceinline__ void prefill_attention(const fastkv_prefill_attention_params& p) {
     extern __shared__ __align__(128) uint8_t memory[];
     __shared__ Present present;
     __shared__ Work work;
     const uint32_t shared = __cvta_generic_to_shared(memory);
+    // Behind the values. Scoring, which takes all of the memory, needs none.
+    Places& places = *reinterpret_cast<Places*>(memory + (QUERIES<d> + 2 * KEYS) * Rows<d>::BYTES);
 
     if (threadIdx.x < 32) {
         work.count(p, QUERIES<d>);
@@ -455,13 +526,13 @@ __device__ __forceinline__ void prefill_attention(const fastkv_prefill_attention
     int32_t next = threadIdx.x == 0 ? take_item(p) : 0;
     while (true) {
         if (threadIdx.x < 32) {
-            find<d>(p, work, __shfl_sync(~0u, next, 0), present);
+            find<d, paged>(p, work, __shfl_sync(~0u, next, 0), present);
         }
         __syncthreads();
         if (present.number >= work.tile_items) {
             break;
         }
-        Walk<T, d> walk{p, present, shared};
+        Walk<T, d, paged> walk{p, present, places, shared};
         attend(p, present, walk);
         // Asked for now, the next item is known once the output is stored.
         next = threadIdx.x == 0 ? take_item(p) : 0;
@@ -474,10 +545,10 @@ __device__ __forceinline__ void prefill_attention(const fastkv_prefill_attention
     }
     while (present.number < work.items) {
         next = threadIdx.x == 0 ? take_item(p) : 0;
-        score<T, d, WARPS, QUERIES<d>, 1>(p, present.score, shared);
+        score<T, d, paged, WARPS, QUERIES<d>, 1>(p, present.score, shared);
         __syncthreads();
         if (threadIdx.x < 32) {
-            find<d>(p, work, __shfl_sync(~0u, next, 0), present);
+            find<d, paged>(p, work, __shfl_sync(~0u, next, 0), present);
         }
         __syncthreads();
     }
@@ -488,7 +559,11 @@ __device__ __forceinline__ void prefill_attention(const fastkv_prefill_attention
 #define FASTKV_PREFILL_ATTENTION(name, type, d)                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                               \
         fastkv_prefill_attention_##name##_##d(__grid_constant__ const fastkv_prefill_attention_params p) {  \
-        prefill_attention<type, d>(p);                                                                      \
+        prefill_attention<type, d, false>(p);                                                               \
+    }                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                               \
+        fastkv_paged_attention_##name##_##d(__grid_constant__ const fastkv_prefill_attention_params p) {    \
+        prefill_attention<type, d, true>(p);                                                                \
     }
 
 FASTKV_PREFILL_ATTENTION(f16, F16, 64)

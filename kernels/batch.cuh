@@ -41,28 +41,20 @@ __device__ __forceinline__ uint64_t row_address(const fastkv_rows& rows, int32_t
            2 * (sequence * rows.sequence_stride + head * rows.head_stride + token * rows.token_stride);
 }
 
-// How many keys a sequence has, and where they lie.
-__device__ __forceinline__ void find_keys(const fastkv_prefill_attention_params& p, int32_t sequence,
-                                          int32_t kv_head, Window& window) {
-    const Span keys = span_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
-    window.keys = keys.tokens;
-    window.k = row_address(p.k, sequence, kv_head, keys.first);
-    window.pages.table = 0;
+// The address of a key or value of a sequence whose first stands at `first` of the token axis; of one in pages, or 0
+// where there is no page.
+__device__ __forceinline__ uint64_t token_address(const fastkv_rows& rows, const fastkv_pages& pages, int32_t first,
+                                                  int32_t sequence, int32_t head, int32_t token) {
+    if (!pages.table) {
+        return row_address(rows, sequence, head, first + token);
+    }
+    const int32_t page = page_of(pages, sequence, token);
+    return page < 0 ? 0 : row_address(rows, page, head, uint32_t(token) % uint32_t(pages.page_size));
 }
 
-// Of scores by themselves they may lie in pages, and have lengths of their own.
-__device__ __forceinline__ void find_keys(const fastkv_window_scores_params& p, int32_t sequence,
-                                          int32_t kv_head, Window& window) {
-    const Span keys = span_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
-    window.keys = keys_of(keys, p.k_lengths, sequence);
-    window.pages = p.pages;
-    window.sequence = sequence;
-    window.k_page_stride = p.k.sequence_stride;
-    window.k = p.pages.table ? row_address(p.k, 0, kv_head, 0) : row_address(p.k, sequence, kv_head, keys.first);
-}
-
-// The last `p.window` queries of a sequence for the heads of a GQA group, and its keys.
-template <typename Params>
+// The last `p.window` queries of a sequence for the heads of a GQA group, and its keys, which lie in pages where there
+// are any, or never: then nothing of pages is compiled.
+template <bool may_be_paged = true, typename Params>
 __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, int32_t kv_head) {
     const Span queries = span_of(p.cu_seqlens_q, p.q_tokens, p.max_q_tokens, sequence);
     const int32_t count = min(queries.tokens, p.window);
@@ -72,7 +64,14 @@ __device__ __forceinline__ Window window_of(const Params& p, int32_t sequence, i
     window.q = row_address(p.q, sequence, kv_head * heads, queries.first + first);
     window.q_head_stride = p.q.head_stride;
     window.q_token_stride = p.q.token_stride;
-    find_keys(p, sequence, kv_head, window);
+    const Span keys = span_of(p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, sequence);
+    window.keys = keys_of(keys, p.k_lengths, sequence);
+    window.pages = p.pages;
+    window.pages.table = may_be_paged ? p.pages.table : 0;
+    window.sequence = sequence;
+    window.k_page_stride = p.k.sequence_stride;
+    window.k =
+        window.pages.table ? row_address(p.k, 0, kv_head, 0) : row_address(p.k, sequence, kv_head, keys.first);
     window.k_token_stride = p.k.token_stride;
     window.lse = reinterpret_cast<const float*>(p.lse.base) +
                  lse_place(p.lse, sequence, queries.row, kv_head * heads, first);

@@ -8,7 +8,7 @@
 // other warpgroup has the tensor cores, since the two take turns.
 //
 // Keys go by from the last that a row sees down to the first; those that every row of a warpgroup sees
-// come without a mask.
+// come without a mask. Keys may lie in pages: then each lane of the copying warp asks for what is in one page.
 
 #include "abi.h"
 #include "attention/mask.cuh"
@@ -26,7 +26,7 @@
 
 #include <cfloat>
 
-static_assert(sizeof(fastkv_sm90_attention_params) == 704, "src/abi.rs was generated for another layout");
+static_assert(sizeof(fastkv_sm90_attention_params) == 768, "src/abi.rs was generated for another layout");
 
 namespace {
 
@@ -64,6 +64,14 @@ struct Item {
     int32_t blocks;         // tiles of keys that any row sees
     int32_t all_see[GROUPS]; // of these, the first so many are seen by every row of a warpgroup
     float bias;             // of biased keys, before products are scaled; 0 for none
+    bool lacks_page;        // whether a key that any row sees has no page
+};
+
+// How far the pages of the last sequence were looked at, and the first key that was found without one.
+struct Looked {
+    int32_t sequence;
+    int32_t keys;
+    int32_t absent;
 };
 
 // Items and their queries have a ring as well: while one is at work, the next arrives.
@@ -73,7 +81,8 @@ struct Shared {
     uint64_t full_v[STAGES], empty_v[STAGES];
     Item items[STAGES];
     Work work;
-    int32_t next; // score item
+    Looked looked; // for the producer
+    int32_t next;  // score item
 };
 
 // The parts of dynamic shared memory.
@@ -107,17 +116,19 @@ static_assert(STAGES == 2, "the other stage is the next");
 // The same number in all lanes, known to be so.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
-// The bias of an item, where its head has one.
-struct Bias {
-    float value;
+// Keys of an item that are not like others: those that are biased, where its head has a bias, and those without a page.
+struct Marks {
+    float bias; // 0 for none
     const uint32_t* words;
     int32_t keys;
+    bool lacks_page;
+    int32_t sequence;
 
-    // The bits of a tile of keys.
+    // The bits of the biased keys of a tile.
     __device__ __forceinline__ void load(uint32_t (&bits)[ROWS / 32], int32_t block) const {
 #pragma unroll
         for (int i = 0; i < ROWS / 32; ++i) {
-            bits[i] = biased_keys(words, block * ROWS + 32 * i, keys);
+            bits[i] = bias != 0.0f ? biased_keys(words, block * ROWS + 32 * i, keys) : 0;
         }
     }
 };
@@ -139,9 +150,25 @@ struct Producer {
     Shared& shared;
     Tiles<d> tiles;
     // Tiles of keys so far: where the rings stand.
-    uint32_t turn;
+    uint32_t turn = 0;
 
     __device__ __forceinline__ const fastkv_prefill_attention_params& p() const { return params.of.attention; }
+
+    // Whether any of a sequence's first `keys` keys has no page. For the whole warp.
+    __device__ __forceinline__ bool lacks_page(int32_t sequence, int32_t keys) const {
+        Looked& looked = shared.looked;
+        const bool known = looked.sequence == sequence && looked.keys >= keys;
+        __syncwarp();
+        if (!known) {
+            const int32_t absent = first_absent(p().pages, sequence, keys, threadIdx.x % 32, 32);
+            const int32_t first = __reduce_min_sync(~0u, absent);
+            if (threadIdx.x % 32 == 0) {
+                looked = {sequence, keys, first};
+            }
+            __syncwarp();
+        }
+        return looked.absent < keys;
+    }
 
     // Finds out what an item is. For the whole warp.
     __device__ __forceinline__ Item find(int32_t number) const {
@@ -152,6 +179,7 @@ struct Producer {
         item.tile = query_tile(p(), shared.work, ROWS, number);
         item.queries = query_axis(p()).span(item.tile.tile.sequence);
         item.keys = key_axis(p()).span(item.tile.tile.sequence);
+        item.keys.row = 0; // nobody asks for it, and there are no registers for it
         int32_t most = -1;
 #pragma unroll
         for (int32_t group = 0; group < GROUPS; ++group) {
@@ -167,7 +195,9 @@ struct Producer {
             // Rows past the last query see everything.
             item.all_see[group] = (min(__reduce_min_sync(~0u, least), INT32_MAX - 1) + 1) / ROWS;
         }
-        item.blocks = (__reduce_max_sync(~0u, most) + ROWS) / ROWS;
+        most = __reduce_max_sync(~0u, most);
+        item.blocks = (most + ROWS) / ROWS;
+        item.lacks_page = p().pages.table && lacks_page(item.tile.tile.sequence, most + 1);
         item.bias = is_biased(p(), item.tile.head) ? __fdividef(p().bias, p().scale) : 0.0f;
         return item;
     }
@@ -179,52 +209,95 @@ struct Producer {
         copy_tile(to, &map, {0, token, 0, head, cu_seqlens ? 0 : item.tile.tile.sequence}, full);
     }
 
-    __device__ __forceinline__ void load_keys(const Item& item, uint32_t turn, int32_t block, int32_t head) const {
+    // Where keys lie in pages, the page of this lane's part of a tile, below 0 where it has none.
+    template <bool paged>
+    __device__ __forceinline__ int32_t page(const Item& item, int32_t block) const {
+        if (!paged) {
+            return 0;
+        }
+        const int32_t row = threadIdx.x % 32 * min(p().pages.page_size, ROWS);
+        const int32_t key = block * ROWS + row;
+        return row < ROWS && key < item.keys.tokens ? page_of(p().pages, item.tile.tile.sequence, key) : -1;
+    }
+
+    // A tile of keys or values. Where they lie in pages each lane asks for its part: what is in one page, which is
+    // zeros where there is none.
+    template <bool paged>
+    __device__ __forceinline__ void load_tokens(uint32_t to, const fastkv_tensor_map& map, const Item& item,
+                                                int32_t block, int32_t page, int32_t head, uint64_t& full) const {
+        if (!paged) {
+            load(to, map, p().cu_seqlens_k, item, item.keys.first + block * ROWS, head, full);
+            return;
+        }
+        if (threadIdx.x % 32 == 0) {
+            mbarrier_arrive_expecting(full, TILE_BYTES<d>);
+        }
+        __syncwarp();
+        const int32_t row = threadIdx.x % 32 * min(p().pages.page_size, ROWS);
+        if (row < ROWS) {
+            const int32_t slot = (block * ROWS + row) % p().pages.page_size;
+#pragma unroll
+            for (int32_t half = 0; half < d / 64; ++half) {
+                copy_tile(to + half * HALF_BYTES + row * 128, &map, {0, slot, half, head, page}, full);
+            }
+        }
+    }
+
+    template <bool paged>
+    __device__ __forceinline__ void load_keys(const Item& item, uint32_t turn, int32_t block, int32_t page,
+                                              int32_t head) const {
         const uint32_t stage = turn % STAGES;
         mbarrier_wait(shared.empty_k[stage], ~turn / STAGES % 2);
-        load(tiles.k(turn), params.of.k, p().cu_seqlens_k, item, item.keys.first + block * ROWS, head,
-             shared.full_k[stage]);
+        load_tokens<paged>(tiles.k(turn), params.of.k, item, block, page, head, shared.full_k[stage]);
     }
 
-    __device__ __forceinline__ void load_values(const Item& item, uint32_t turn, int32_t block, int32_t head) const {
+    template <bool paged>
+    __device__ __forceinline__ void load_values(const Item& item, uint32_t turn, int32_t block, int32_t page,
+                                                int32_t head) const {
         const uint32_t stage = turn % STAGES;
         mbarrier_wait(shared.empty_v[stage], ~turn / STAGES % 2);
-        load(tiles.v(turn), params.of.v, p().cu_seqlens_k, item, item.keys.first + block * ROWS, head,
-             shared.full_v[stage]);
+        load_tokens<paged>(tiles.v(turn), params.of.v, item, block, page, head, shared.full_v[stage]);
     }
 
-    // All tiles of an item, in the order of their use: values come one behind their keys.
+    // All tiles of an item, in the order of their use: values come one behind their keys. For the first lane, or where
+    // keys lie in pages for the whole warp.
+    template <bool paged>
     __device__ __forceinline__ void feed(const Item& item, uint32_t round, int32_t& next) {
+        const bool leads = threadIdx.x % 32 == 0;
         const int32_t kv_head = item.tile.head / (p().query_heads / p().kv_heads);
         int32_t block = item.blocks - 1;
+        int32_t of_keys = page<paged>(item, block);
         if (block >= 0) {
-            load_keys(item, turn, block, kv_head);
+            load_keys<paged>(item, turn, block, of_keys, kv_head);
         }
         const uint32_t slot = round % STAGES;
         mbarrier_wait(shared.empty_q[slot], ~round / STAGES % 2);
-        shared.items[slot] = item;
-        if (block >= 0) {
-            load(tiles.q(round), params.of.q, p().cu_seqlens_q, item,
-                 item.queries.first + item.tile.tile.index * ROWS, item.tile.head, shared.full_q[slot]);
-        } else {
-            mbarrier_arrive(shared.full_q[slot]);
+        if (leads) {
+            shared.items[slot] = item;
+            if (block >= 0) {
+                load(tiles.q(round), params.of.q, p().cu_seqlens_q, item,
+                     item.queries.first + item.tile.tile.index * ROWS, item.tile.head, shared.full_q[slot]);
+            } else {
+                mbarrier_arrive(shared.full_q[slot]);
+            }
+            // Asked for now, the next item is known once this one is fed.
+            next = take_item(p());
         }
-        // Asked for now, the next item is known once this one is fed.
-        next = take_item(p());
 #pragma unroll 1
         for (; block > 0; --block, ++turn) {
-            load_keys(item, turn + 1, block - 1, kv_head);
-            load_values(item, turn, block, kv_head);
+            const int32_t of_values = of_keys;
+            of_keys = page<paged>(item, block - 1);
+            load_keys<paged>(item, turn + 1, block - 1, of_keys, kv_head);
+            load_values<paged>(item, turn, block, of_values, kv_head);
         }
         if (block == 0) {
-            load_values(item, turn++, 0, kv_head);
+            load_values<paged>(item, turn++, 0, of_keys, kv_head);
         }
     }
 
     __device__ __forceinline__ void run() {
         const bool leads = threadIdx.x % 32 == 0;
         int32_t next = leads ? take_item(p()) : 0;
-        turn = 0;
 #pragma unroll 1
         for (uint32_t round = 0;; ++round) {
             const Item item = find(__shfl_sync(~0u, next, 0));
@@ -237,8 +310,10 @@ struct Producer {
                 }
                 return;
             }
-            if (leads) {
-                feed(item, round, next);
+            if (p().pages.table) {
+                feed<true>(item, round, next);
+            } else if (leads) {
+                feed<false>(item, round, next);
             }
             __syncwarp();
         }
@@ -346,12 +421,28 @@ struct Consumer {
         }
     }
 
+    // What marks do to the logits of a tile; `biased` are the bits of its biased keys.
+    __device__ __forceinline__ void mark(int32_t block, const Marks& marks, const uint32_t (&biased)[ROWS / 32]) {
+        if (marks.bias != 0.0f) {
+            add_bias(s, biased, marks.bias);
+        }
+        if (marks.lacks_page) {
+            uint32_t absent[ROWS / 32];
+#pragma unroll
+            for (int i = 0; i < ROWS / 32; ++i) {
+                const int32_t key = block * ROWS + 32 * i + threadIdx.x % 32;
+                absent[i] = __ballot_sync(~0u, key < marks.keys && page_of(p.pages, marks.sequence, key) < 0);
+            }
+            hide_absent(s, absent);
+        }
+    }
+
     // Logits of one tile of keys while the values of the tile before are multiplied.
-    template <bool masked, bool biased>
-    __device__ __forceinline__ void step(int32_t block, const Bias& bias) {
+    template <bool masked, bool marked>
+    __device__ __forceinline__ void step(int32_t block, const Marks& marks) {
         uint32_t words[ROWS / 32];
-        if (biased) {
-            bias.load(words, block);
+        if (marked) {
+            marks.load(words, block);
         }
         const Ring before = ring;
         ring.advance();
@@ -365,8 +456,8 @@ struct Consumer {
         products_wait<1>(s);
         release(shared.empty_k[ring.stage]);
         stay_before(s[0][0] > FLT_MAX);
-        if (biased) {
-            add_bias(s, words, bias.value);
+        if (marked) {
+            mark(block, marks, words);
         }
         update<masked>(block);
         stay_before(softmax.sum[0] + softmax.sum[1] < 0.0f);
@@ -376,31 +467,32 @@ struct Consumer {
         finish_tile();
     }
 
-    template <bool biased>
+    template <bool marked>
     __device__ __forceinline__ void attend(const Item& item) {
         int32_t block = int32_t(uniform(item.blocks)) - 1;
         const int32_t all_see = uniform(item.all_see[group]);
-        const Bias bias = {item.bias, bias_words(p, item.tile.tile.sequence), item.keys.tokens};
+        const Marks marks = {item.bias, bias_words(p, item.tile.tile.sequence), item.keys.tokens, item.lacks_page,
+                             item.tile.tile.sequence};
         uint32_t words[ROWS / 32];
-        if (biased) {
-            bias.load(words, block);
+        if (marked) {
+            marks.load(words, block);
         }
         mbarrier_wait(shared.full_k[ring.stage], ring.parity);
         multiply_keys();
         products_wait<0>(s);
         release(shared.empty_k[ring.stage]);
-        if (biased) {
-            add_bias(s, words, bias.value);
+        if (marked) {
+            mark(block, marks, words);
         }
         update<true>(block);
         finish_tile();
 #pragma unroll 1
         while (--block >= all_see) {
-            step<true, biased>(block, bias);
+            step<true, marked>(block, marks);
         }
 #pragma unroll 1
         for (; block >= 0; --block) {
-            step<false, biased>(block, bias);
+            step<false, marked>(block, marks);
         }
         mbarrier_wait(shared.full_v[ring.stage], ring.parity);
         multiply_values();
@@ -433,7 +525,10 @@ struct Consumer {
         const int32_t seen = last[half];
         const int32_t kv_head = item.tile.head / (p.query_heads / p.kv_heads);
         const int32_t sequence = item.tile.tile.sequence;
-        const int32_t end = min(item.blocks * ROWS, p.k_tokens - item.keys.first);
+        // What tiles hold: up to the end of the tensor, or of a page.
+        const int32_t past = p.pages.table ? p.pages.page_size - 1 - (item.keys.tokens + p.pages.page_size - 1) % p.pages.page_size
+                                           : p.k_tokens - item.keys.first - item.keys.tokens;
+        const int32_t end = min(item.blocks * ROWS, item.keys.tokens + past);
         // Each thread of a row has every fourth pair of elements.
         const auto pair = [&](uint64_t of_row, int j) {
             return __ldg(reinterpret_cast<const uint32_t*>(of_row + 16 * j) + threadIdx.x % 4);
@@ -441,9 +536,9 @@ struct Consumer {
         bool met = false;
 #pragma unroll 1
         for (int32_t key = min(seen, end) + 1; suspect && key < end; ++key) {
-            const uint64_t value = row_address(p.v, sequence, kv_head, item.keys.first + key);
+            const uint64_t value = token_address(p.v, p.pages, item.keys.first, sequence, kv_head, key);
 #pragma unroll 1
-            for (int j = 0; j < O; ++j) {
+            for (int j = 0; value && j < O; ++j) {
                 met = met || !finite<T>(pair(value, j)) || !finite<T>(pair(value, j) >> 16);
             }
         }
@@ -458,7 +553,10 @@ struct Consumer {
         float sums[O][2] = {};
 #pragma unroll 1
         for (int32_t key = 0; key <= most; ++key) {
-            const uint64_t of_key = row_address(p.k, sequence, kv_head, item.keys.first + key);
+            const uint64_t of_key = token_address(p.k, p.pages, item.keys.first, sequence, kv_head, key);
+            if (!of_key) {
+                continue;
+            }
             float product = 0.0f;
 #pragma unroll 1
             for (int j = 0; j < O; ++j) {
@@ -474,7 +572,7 @@ struct Consumer {
             }
             if (anew && key <= seen) {
                 const float weight = exp2_approx((product - maximum) * factor);
-                const uint64_t value = row_address(p.v, sequence, kv_head, item.keys.first + key);
+                const uint64_t value = token_address(p.v, p.pages, item.keys.first, sequence, kv_head, key);
 #pragma unroll
                 for (int j = 0; j < O; ++j) {
                     const uint32_t two = pair(value, j);
@@ -568,7 +666,7 @@ struct Consumer {
                 last[half] = own < item.queries.tokens ? last_key(p, item.queries, item.keys, own) : INT32_MAX;
             }
             if (uniform(item.blocks) > 0) {
-                if (uniform(item.bias != 0.0f)) {
+                if (uniform(item.bias != 0.0f || item.lacks_page)) {
                     attend<true>(item);
                 } else {
                     attend<false>(item);
@@ -609,6 +707,7 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
             mbarrier_init(shared.empty_v[stage], CONSUMERS / 32);
         }
         mbarrier_init_fence();
+        shared.looked = {-1, 0, 0};
     }
     if (threadIdx.x < 32) {
         shared.work.count(p, ROWS);
@@ -629,7 +728,7 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
         const ScoreItem item = score_item(p, number - shared.work.tile_items);
         // Asked for now, the next item is known once this one is scored.
         const int32_t next = threadIdx.x == 0 ? take_item(p) : 0;
-        score<T, d, CONSUMERS / 32, ROWS, GROUPS>(p, item, tiles.first);
+        score<T, d, true, CONSUMERS / 32, ROWS, GROUPS>(p, item, tiles.first);
         if (threadIdx.x == 0) {
             shared.next = next;
         }

@@ -309,7 +309,50 @@ const _: () = {
         "Offset of field: Pooling::kernel",
     ][::core::mem::offset_of!(Pooling, kernel) - 4usize];
 };
-/** Parameters of `fastkv_prefill_attention_*`: causal attention of every (sequence, query head), and the
+/** Pages that sequences are spread over: token i of a sequence is slot `i % page_size` of page
+ `table[sequence][i / page_size]`. What is not in `[0, pages)`, -1 by convention, is no page: nobody
+ reads or writes the tokens there.*/
+#[repr(C)]
+#[derive(
+    Debug,
+    Default,
+    Copy,
+    Clone,
+    Hash,
+    PartialEq,
+    Eq,
+    bytemuck::Pod,
+    bytemuck::Zeroable
+)]
+pub struct Pages {
+    /// i32 `[sequences, table_pages]`. 0: there are no pages.
+    pub table: u64,
+    /// Pages of a sequence in `table`.
+    pub table_pages: i32,
+    /// Pages of the tensors.
+    pub pages: i32,
+    /// Slots of a page.
+    pub page_size: i32,
+    /// Always 0.
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Pages"][::core::mem::size_of::<Pages>() - 24usize];
+    ["Alignment of Pages"][::core::mem::align_of::<Pages>() - 8usize];
+    ["Offset of field: Pages::table"][::core::mem::offset_of!(Pages, table) - 0usize];
+    [
+        "Offset of field: Pages::table_pages",
+    ][::core::mem::offset_of!(Pages, table_pages) - 8usize];
+    ["Offset of field: Pages::pages"][::core::mem::offset_of!(Pages, pages) - 12usize];
+    [
+        "Offset of field: Pages::page_size",
+    ][::core::mem::offset_of!(Pages, page_size) - 16usize];
+    [
+        "Offset of field: Pages::reserved",
+    ][::core::mem::offset_of!(Pages, reserved) - 20usize];
+};
+/** Parameters of `fastkv_prefill_attention_*` and `fastkv_paged_attention_*`: causal attention of every (sequence, query head), and the
  softmax probabilities of each sequence's last queries summed per key.
 
  Query i of a sequence sees keys `0..=positions[i]` of it. Lengths and positions are clipped to what is
@@ -319,16 +362,21 @@ const _: () = {
 pub struct PrefillAttentionParams {
     /// Queries, `[sequence][query head][token][d]`.
     pub q: Rows,
-    /// Keys, `[sequence][kv head][token][d]`.
+    /// Keys, `[sequence][kv head][token][d]`, or `[page][kv head][slot][d]` where they lie in pages.
     pub k: Rows,
     /// Values, as the keys.
     pub v: Rows,
     /// Receives the output, as the queries.
     pub out: Rows,
+    /** Where keys and values in pages lie; a key without a page is seen by nobody. Table 0: there are no pages, as
+ always for `fastkv_prefill_attention_*`, and never for `fastkv_paged_attention_*`.*/
+    pub pages: Pages,
     /// i32 `[sequences + 1]`: first query of each sequence on the token axis. 0: `q_tokens` each.
     pub cu_seqlens_q: u64,
-    /// i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each.
+    /// i32 `[sequences + 1]`: first key of each sequence on the token axis. 0: `k_tokens` each. Pages: 0.
     pub cu_seqlens_k: u64,
+    /// i32 `[sequences]`: keys of each sequence, at most those described above. 0: as many.
+    pub k_lengths: u64,
     /** i32, one for each query, sequence after sequence: the last key that it sees, within its sequence,
  in any order; below 0 it sees none. 0: the queries are the last of the keys.*/
     pub positions: u64,
@@ -381,7 +429,7 @@ pub struct PrefillAttentionParams {
 const _: () = {
     [
         "Size of PrefillAttentionParams",
-    ][::core::mem::size_of::<PrefillAttentionParams>() - 304usize];
+    ][::core::mem::size_of::<PrefillAttentionParams>() - 336usize];
     [
         "Alignment of PrefillAttentionParams",
     ][::core::mem::align_of::<PrefillAttentionParams>() - 8usize];
@@ -398,80 +446,86 @@ const _: () = {
         "Offset of field: PrefillAttentionParams::out",
     ][::core::mem::offset_of!(PrefillAttentionParams, out) - 96usize];
     [
+        "Offset of field: PrefillAttentionParams::pages",
+    ][::core::mem::offset_of!(PrefillAttentionParams, pages) - 128usize];
+    [
         "Offset of field: PrefillAttentionParams::cu_seqlens_q",
-    ][::core::mem::offset_of!(PrefillAttentionParams, cu_seqlens_q) - 128usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, cu_seqlens_q) - 152usize];
     [
         "Offset of field: PrefillAttentionParams::cu_seqlens_k",
-    ][::core::mem::offset_of!(PrefillAttentionParams, cu_seqlens_k) - 136usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, cu_seqlens_k) - 160usize];
+    [
+        "Offset of field: PrefillAttentionParams::k_lengths",
+    ][::core::mem::offset_of!(PrefillAttentionParams, k_lengths) - 168usize];
     [
         "Offset of field: PrefillAttentionParams::positions",
-    ][::core::mem::offset_of!(PrefillAttentionParams, positions) - 144usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, positions) - 176usize];
     [
         "Offset of field: PrefillAttentionParams::lse",
-    ][::core::mem::offset_of!(PrefillAttentionParams, lse) - 152usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, lse) - 184usize];
     [
         "Offset of field: PrefillAttentionParams::bias_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, bias_heads) - 192usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias_heads) - 224usize];
     [
         "Offset of field: PrefillAttentionParams::bias_keys",
-    ][::core::mem::offset_of!(PrefillAttentionParams, bias_keys) - 200usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias_keys) - 232usize];
     [
         "Offset of field: PrefillAttentionParams::bias_key_stride",
-    ][::core::mem::offset_of!(PrefillAttentionParams, bias_key_stride) - 208usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias_key_stride) - 240usize];
     [
         "Offset of field: PrefillAttentionParams::scores",
-    ][::core::mem::offset_of!(PrefillAttentionParams, scores) - 216usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, scores) - 248usize];
     [
         "Offset of field: PrefillAttentionParams::score_sequence_stride",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_sequence_stride) - 224usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_sequence_stride) - 256usize];
     [
         "Offset of field: PrefillAttentionParams::score_head_stride",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_head_stride) - 232usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_head_stride) - 264usize];
     [
         "Offset of field: PrefillAttentionParams::queue",
-    ][::core::mem::offset_of!(PrefillAttentionParams, queue) - 240usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, queue) - 272usize];
     [
         "Offset of field: PrefillAttentionParams::scale",
-    ][::core::mem::offset_of!(PrefillAttentionParams, scale) - 248usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, scale) - 280usize];
     [
         "Offset of field: PrefillAttentionParams::bias",
-    ][::core::mem::offset_of!(PrefillAttentionParams, bias) - 252usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, bias) - 284usize];
     [
         "Offset of field: PrefillAttentionParams::sequences",
-    ][::core::mem::offset_of!(PrefillAttentionParams, sequences) - 256usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, sequences) - 288usize];
     [
         "Offset of field: PrefillAttentionParams::query_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, query_heads) - 260usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, query_heads) - 292usize];
     [
         "Offset of field: PrefillAttentionParams::kv_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, kv_heads) - 264usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, kv_heads) - 296usize];
     [
         "Offset of field: PrefillAttentionParams::q_tokens",
-    ][::core::mem::offset_of!(PrefillAttentionParams, q_tokens) - 268usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, q_tokens) - 300usize];
     [
         "Offset of field: PrefillAttentionParams::k_tokens",
-    ][::core::mem::offset_of!(PrefillAttentionParams, k_tokens) - 272usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, k_tokens) - 304usize];
     [
         "Offset of field: PrefillAttentionParams::max_q_tokens",
-    ][::core::mem::offset_of!(PrefillAttentionParams, max_q_tokens) - 276usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, max_q_tokens) - 308usize];
     [
         "Offset of field: PrefillAttentionParams::max_k_tokens",
-    ][::core::mem::offset_of!(PrefillAttentionParams, max_k_tokens) - 280usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, max_k_tokens) - 312usize];
     [
         "Offset of field: PrefillAttentionParams::window",
-    ][::core::mem::offset_of!(PrefillAttentionParams, window) - 284usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, window) - 316usize];
     [
         "Offset of field: PrefillAttentionParams::score_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_heads) - 288usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_heads) - 320usize];
     [
         "Offset of field: PrefillAttentionParams::section_heads",
-    ][::core::mem::offset_of!(PrefillAttentionParams, section_heads) - 292usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, section_heads) - 324usize];
     [
         "Offset of field: PrefillAttentionParams::score_keys",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_keys) - 296usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_keys) - 328usize];
     [
         "Offset of field: PrefillAttentionParams::score_slots",
-    ][::core::mem::offset_of!(PrefillAttentionParams, score_slots) - 300usize];
+    ][::core::mem::offset_of!(PrefillAttentionParams, score_slots) - 332usize];
 };
 /// A `CUtensorMap`, which the copy engine of Hopper reads.
 #[repr(C)]
@@ -499,8 +553,9 @@ const _: () = {
     ][::core::mem::offset_of!(TensorMap, words) - 0usize];
 };
 /** Parameters of `fastkv_sm90_attention_*`: what the portable form takes, and maps of the tensors that come
- by the copy engine, as {64 elements, token, d / 64, head, sequence} in boxes of 128 tokens of a head.
- Aligned to 64 bytes.*/
+ by the copy engine, as {64 elements, token, d / 64, head, sequence} in boxes of 128 tokens of a head. Keys and
+ values in pages: {64 elements, slot, d / 64, head, page} in boxes of 64 elements of a page's slots, of 128 where
+ it has more. Pages are 128 slots, a part of that which is a multiple of 8, or a multiple of it. Aligned to 64 bytes.*/
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct Sm90AttentionParams {
@@ -513,13 +568,13 @@ pub struct Sm90AttentionParams {
     /// The rest.
     pub attention: PrefillAttentionParams,
     /// Zeros.
-    pub reserved: [u64; 2usize],
+    pub reserved: [u64; 6usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of Sm90AttentionParams",
-    ][::core::mem::size_of::<Sm90AttentionParams>() - 704usize];
+    ][::core::mem::size_of::<Sm90AttentionParams>() - 768usize];
     [
         "Alignment of Sm90AttentionParams",
     ][::core::mem::align_of::<Sm90AttentionParams>() - 8usize];
@@ -537,50 +592,7 @@ const _: () = {
     ][::core::mem::offset_of!(Sm90AttentionParams, attention) - 384usize];
     [
         "Offset of field: Sm90AttentionParams::reserved",
-    ][::core::mem::offset_of!(Sm90AttentionParams, reserved) - 688usize];
-};
-/** Pages that sequences are spread over: token i of a sequence is slot `i % page_size` of page
- `table[sequence][i / page_size]`. What is not in `[0, pages)`, -1 by convention, is no page: nobody
- reads or writes the tokens there.*/
-#[repr(C)]
-#[derive(
-    Debug,
-    Default,
-    Copy,
-    Clone,
-    Hash,
-    PartialEq,
-    Eq,
-    bytemuck::Pod,
-    bytemuck::Zeroable
-)]
-pub struct Pages {
-    /// i32 `[sequences, table_pages]`. 0: there are no pages.
-    pub table: u64,
-    /// Pages of a sequence in `table`.
-    pub table_pages: i32,
-    /// Pages of the tensors.
-    pub pages: i32,
-    /// Slots of a page.
-    pub page_size: i32,
-    /// Always 0.
-    pub reserved: i32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of Pages"][::core::mem::size_of::<Pages>() - 24usize];
-    ["Alignment of Pages"][::core::mem::align_of::<Pages>() - 8usize];
-    ["Offset of field: Pages::table"][::core::mem::offset_of!(Pages, table) - 0usize];
-    [
-        "Offset of field: Pages::table_pages",
-    ][::core::mem::offset_of!(Pages, table_pages) - 8usize];
-    ["Offset of field: Pages::pages"][::core::mem::offset_of!(Pages, pages) - 12usize];
-    [
-        "Offset of field: Pages::page_size",
-    ][::core::mem::offset_of!(Pages, page_size) - 16usize];
-    [
-        "Offset of field: Pages::reserved",
-    ][::core::mem::offset_of!(Pages, reserved) - 20usize];
+    ][::core::mem::offset_of!(Sm90AttentionParams, reserved) - 720usize];
 };
 /** A KV cache of lists, one for each (sequence, kv head), each with a length of its own on the device.
 

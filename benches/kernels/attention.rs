@@ -21,10 +21,13 @@ struct Variant {
     window: Option<Window>,
     /// A bias on every key but the first 64, for every head.
     steered: bool,
+    /// Whether keys and values lie in pages.
+    paged: bool,
     form: Option<Form>,
 }
 
-const SCORED: Variant = Variant { window: Some(Window::Last(WINDOW)), steered: false, form: None };
+const SCORED: Variant =
+    Variant { window: Some(Window::Last(WINDOW)), steered: false, paged: false, form: None };
 
 pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<Work<'a>>> {
     let mut works = Vec::new();
@@ -37,6 +40,7 @@ pub(crate) fn works<'a, D: Device>(device: &'a D, shape: &Shape) -> Result<Vec<W
         let portable = Variant { form: Some(Form::Portable), ..Variant::default() };
         for form in [Variant::default(), portable] {
             works.push(prefill(device, shape, tokens, Variant { steered: true, ..form })?);
+            works.push(prefill(device, shape, tokens, Variant { paged: true, ..form })?);
         }
         works.push(prefill(device, shape, tokens, portable)?);
     }
@@ -77,7 +81,7 @@ fn prefill<'a, D: Device>(
     device: &'a D,
     shape: &Shape,
     tokens: u32,
-    Variant { window, steered, form }: Variant,
+    Variant { window, steered, paged, form }: Variant,
 ) -> Result<Work<'a>> {
     let tokens = shape.length(tokens);
     let Shape { query_heads, kv_heads, head_dim, .. } = *shape;
@@ -101,15 +105,16 @@ fn prefill<'a, D: Device>(
         dtype: DType::BF16,
         queries: Lengths::dense(tokens),
         keys: Lengths::dense(tokens),
-        positions: 0,
         scale: default_scale(head_dim),
         bias: steered.then(bias).transpose()?,
-        lse: None,
         scores: window.map(of_heads).transpose()?,
-        workspace: 0,
-        workspace_bytes: 0,
         form,
+        ..Default::default()
     };
+    if paged {
+        let cache = shape.paged_cache(&memory, 1, tokens)?;
+        (work.k, work.v, work.pages, work.lengths) = (cache.k, cache.v, cache.pages, cache.lengths);
+    }
     work.workspace_bytes = attention::prefill_attention_workspace(&work)?;
     work.workspace = memory.filled(work.workspace_bytes, 0)?;
     let scored = match window {
@@ -118,8 +123,9 @@ fn prefill<'a, D: Device>(
         Some(Window::All) => ", scores of all".into(),
     };
     let steered = if steered { ", steered" } else { "" };
+    let paged = if paged { ", paged" } else { "" };
     let portable = if form == Some(Form::Portable) { ", portable form" } else { "" };
-    let name = format!("prefill_attention/{tokens} tokens{scored}{steered}{portable}");
+    let name = format!("prefill_attention/{tokens} tokens{scored}{steered}{paged}{portable}");
     // Q, K, V and the output.
     let bytes = 2.0 * 2.0 * (shape.query_elements(tokens) + shape.key_elements(tokens)) as f64;
     // Q K^T and P V over half the square; what is scored besides is not part of the floor.

@@ -48,6 +48,32 @@ __device__ __forceinline__ void add_bias(float (&s)[blocks][4], const uint32_t (
     }
 }
 
+// The first of a sequence's first `keys` keys without a page, among those of every `step`-th page from `page` on;
+// INT32_MAX where all have one.
+__device__ __forceinline__ int32_t first_absent(const fastkv_pages& pages, int32_t sequence, int32_t keys, int32_t page,
+                                                int32_t step) {
+    int32_t found = INT32_MAX;
+#pragma unroll 8
+    for (int64_t key = int64_t(page) * pages.page_size; key < keys; key += int64_t(step) * pages.page_size) {
+        found = page_of(pages, sequence, int32_t(key)) < 0 ? min(found, int32_t(key)) : found;
+    }
+    return found;
+}
+
+// Hides absent keys: bit c of `words` is column c.
+template <int blocks>
+__device__ __forceinline__ void hide_absent(float (&s)[blocks][4], const uint32_t (&words)[blocks / 4]) {
+    const int32_t column = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int j = 0; j < blocks; ++j) {
+        const uint32_t bits = words[j / 4] >> (8 * (j % 4) + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            s[j][i] = bits >> (i % 2) & 1 ? -CUDART_INF_F : s[j][i];
+        }
+    }
+}
+
 // Hides the columns past `last` of a lane's two rows: columns that they do not see.
 template <int blocks>
 __device__ __forceinline__ void hide(float (&s)[blocks][4], int32_t last0, int32_t last1) {

@@ -22,13 +22,18 @@ __device__ __forceinline__ int32_t fresh(int32_t value) {
 // Queries or keys of the batch.
 struct Axis {
     uint64_t cu_seqlens;
+    uint64_t lengths;
     int32_t tokens;
     int32_t longest;
     int32_t sequences;
 
     __device__ __forceinline__ Span span(int32_t sequence) const {
-        return span_of(cu_seqlens, tokens, longest, sequence);
+        Span span = span_of(cu_seqlens, tokens, longest, sequence);
+        span.tokens = keys_of(span, lengths, sequence);
+        return span;
     }
+
+    __device__ __forceinline__ bool all_are_equal() const { return !cu_seqlens && !lengths; }
 
     __device__ __forceinline__ int32_t tiles(int32_t sequence, int32_t size) const {
         const int32_t length = fresh(span(sequence).tokens);
@@ -37,7 +42,7 @@ struct Axis {
 
     // Over all sequences, counting at most `most` of each. For a whole warp.
     __device__ __forceinline__ int32_t total_tiles(int32_t size, int32_t most) const {
-        if (!cu_seqlens) {
+        if (all_are_equal()) {
             return sequences * min(tiles(0, size), most);
         }
         int32_t sum = 0;
@@ -50,11 +55,11 @@ struct Axis {
 };
 
 __device__ __forceinline__ Axis query_axis(const fastkv_prefill_attention_params& p) {
-    return {p.cu_seqlens_q, p.q_tokens, p.max_q_tokens, p.sequences};
+    return {p.cu_seqlens_q, 0, p.q_tokens, p.max_q_tokens, p.sequences};
 }
 
 __device__ __forceinline__ Axis key_axis(const fastkv_prefill_attention_params& p) {
-    return {p.cu_seqlens_k, p.k_tokens, p.max_k_tokens, p.sequences};
+    return {p.cu_seqlens_k, p.k_lengths, p.k_tokens, p.max_k_tokens, p.sequences};
 }
 
 // A tile of tokens: `index` counts from the sequence's first.
@@ -66,7 +71,7 @@ struct Tile {
 // Tile `number` in the order: last tile of every sequence, the one before of every sequence that has
 // one, and so on. For a whole warp.
 __device__ __forceinline__ Tile tile_at(const Axis& axis, int32_t size, int32_t number) {
-    if (!axis.cu_seqlens) {
+    if (axis.all_are_equal()) {
         const int32_t sequences = fresh(axis.sequences);
         return {number % sequences, axis.tiles(0, size) - 1 - number / sequences};
     }

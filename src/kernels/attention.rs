@@ -4,17 +4,22 @@
 //! Lengths and positions are read on the device, so a launch can be captured in a CUDA graph and replayed
 //! for other batches within the same bounds. The kernel clips them to what is described here; they can be
 //! wrong, but they cannot make it read or write elsewhere. Results are bit for bit the same in every run
-//! and whatever else is in the batch.
+//! and whatever else is in the batch. But on Hopper a value that is not finite, in a key that a query does not see, may
+//! move an element of its output by rounding; behind the last key of a packed sequence that is a key of the next.
+//!
+//! A chunk of a prompt attends to what a cache holds of the prompt so far: keys in pages, or in a cache with room to grow,
+//! with their lengths on the device; the chunk's own keys are there too, and its queries are the last of the keys.
 
 use std::ops::Range;
 
 use super::{
     DType, Error, Kernel, Launch, Launcher, TensorMap,
     batch::{self, Bias, Lengths, Lse, Scores, Window},
+    cache,
     check::{self, Presence, Shape, range},
     images,
 };
-use crate::abi::{self, PrefillAttentionParams, Rows, Sm90AttentionParams};
+use crate::abi::{self, Pages, PrefillAttentionParams, Rows, Sm90AttentionParams};
 
 /// Causal attention of `sequences` x `query_heads`: query i of a sequence attends to its keys
 /// `0..=positions[i]`. A query that sees no key, or only logits of -inf, has output 0 and LSE -inf.
@@ -25,10 +30,14 @@ use crate::abi::{self, PrefillAttentionParams, Rows, Sm90AttentionParams};
 pub struct PrefillAttention {
     /// Queries, `[sequence][query head][token][head_dim]`.
     pub q: Rows,
-    /// Keys, `[sequence][kv head][token][head_dim]`.
+    /// Keys, `[sequence][kv head][token][head_dim]`, or `[page][kv head][slot][head_dim]` where they lie in pages.
     pub k: Rows,
-    /// Values, of the shape of the keys.
+    /// Values, of the shape of the keys, in the same pages.
     pub v: Rows,
+    /// Where keys and values in pages lie; all zero where they do not. A key whose page is none, -1 by convention, is
+    /// seen by no query and scores 0. Hopper's form takes pages of 128 slots, of multiples of that, and of 8, 16, 32
+    /// or 64.
+    pub pages: Pages,
     /// Receives the output, of the shape of the queries; overlaps nothing else.
     pub out: Rows,
     /// Sequences in the batch.
@@ -43,8 +52,11 @@ pub struct PrefillAttention {
     pub dtype: DType,
     /// How many queries each sequence has.
     pub queries: Lengths,
-    /// How many keys each sequence has.
+    /// How many keys each sequence has: [`Lengths::dense`] where they lie in pages.
     pub keys: Lengths,
+    /// Address of i32 `[sequences]`: how many keys each sequence has, where `keys` only says how many it has at most,
+    /// as for keys in pages and for caches with room to grow. 0: as `keys` says.
+    pub lengths: u64,
     /// Address of i32, one for each query, sequence after sequence: the last key that the query sees,
     /// within its sequence, in any order; below 0 it sees none. 0: the queries are the last of the keys.
     pub positions: u64,
@@ -69,8 +81,8 @@ pub struct PrefillAttention {
 pub enum Form {
     /// On every chip from Ampere on.
     Portable,
-    /// On compute capability 9.0: `head_dim` 64 or 128, and tensors that its copy engine can read, whose rows
-    /// lie apart.
+    /// On compute capability 9.0: `head_dim` 64 or 128, tensors that its copy engine can read, whose rows
+    /// lie apart, and pages that make up tiles of keys.
     Hopper,
 }
 
@@ -127,8 +139,10 @@ pub unsafe fn prefill_attention<D: Launcher + ?Sized>(
         k: work.k,
         v: work.v,
         out: work.out,
+        pages: work.pages,
         cu_seqlens_q: work.queries.cu_seqlens,
         cu_seqlens_k: work.keys.cu_seqlens,
+        k_lengths: work.lengths,
         positions: work.positions,
         lse: lse.into(),
         bias_heads: bias.heads,
@@ -163,7 +177,7 @@ pub unsafe fn prefill_attention<D: Launcher + ?Sized>(
                 k: device.tensor_map(&k)?,
                 v: device.tensor_map(&v)?,
                 attention: params,
-                reserved: [0; 2],
+                reserved: [0; 6],
             };
             bytemuck::bytes_of(&mapped)
         }
@@ -206,15 +220,21 @@ struct Traits {
 /// Of the portable form, for an element type and a head size that [`check_shape`] has found to exist.
 fn portable(work: &PrefillAttention) -> Traits {
     use Kernel::*;
-    let kernels = match work.dtype {
-        DType::BF16 => [
+    let kernels = match (work.dtype, in_pages(work)) {
+        (DType::BF16, false) => [
             PrefillAttentionBf16D64,
             PrefillAttentionBf16D96,
             PrefillAttentionBf16D128,
             PrefillAttentionBf16D256,
         ],
-        _ => {
+        (_, false) => {
             [PrefillAttentionF16D64, PrefillAttentionF16D96, PrefillAttentionF16D128, PrefillAttentionF16D256]
+        }
+        (DType::BF16, true) => {
+            [PagedAttentionBf16D64, PagedAttentionBf16D96, PagedAttentionBf16D128, PagedAttentionBf16D256]
+        }
+        (_, true) => {
+            [PagedAttentionF16D64, PagedAttentionF16D96, PagedAttentionF16D128, PagedAttentionF16D256]
         }
     };
     let (kernel, queries) = match work.head_dim {
@@ -225,9 +245,11 @@ fn portable(work: &PrefillAttention) -> Traits {
     };
     // As few slots as scoring can do with, 32 queries of 4 heads: more would leave room for one block.
     let score_slots = 2;
-    // One tile of queries, one block of keys, one of values.
+    // One tile of queries, one block of keys, one of values; where they lie in pages, 8 bytes for the place of each key
+    // and value of two blocks.
     const KEYS: u32 = 64;
-    let attention = (queries + 2 * KEYS) * 2 * work.head_dim;
+    let places = if in_pages(work) { 2 * 2 * 8 * KEYS } else { 0 };
+    let attention = (queries + 2 * KEYS) * 2 * work.head_dim + places;
     let step_keys = if work.head_dim == 256 { 64 } else { 128 };
     Traits {
         kernel,
@@ -265,6 +287,10 @@ fn hopper(work: &PrefillAttention) -> Traits {
     }
 }
 
+fn in_pages(work: &PrefillAttention) -> bool {
+    work.pages.table != 0
+}
+
 fn scores_all(work: &PrefillAttention) -> bool {
     matches!(work.scores, Some(Scores { window: Window::All, .. }))
 }
@@ -296,6 +322,10 @@ fn why_not_hopper<D: Launcher + ?Sized>(device: &D, work: &PrefillAttention) -> 
     if !matches!(work.head_dim, 64 | 128) {
         return Some("head_dim is 64 or 128");
     }
+    let size = work.pages.page_size;
+    if in_pages(work) && !(size % abi::SM90_ATTENTION_ROWS == 0 || [8, 16, 32, 64].contains(&size)) {
+        return Some("pages have 8, 16, 32, 64 or a multiple of 128 slots");
+    }
     let strides_fit = |map: &TensorMap| {
         let mut dimensions = map.sizes[1..].iter().zip(&map.strides);
         map.sizes.iter().all(|size| *size > 0) && dimensions.all(|(_, stride)| (1..1 << 40).contains(stride))
@@ -306,31 +336,40 @@ fn why_not_hopper<D: Launcher + ?Sized>(device: &D, work: &PrefillAttention) -> 
     None
 }
 
-/// Queries, keys and values as {64 elements, token, d / 64, head, sequence}, in boxes of a tile.
+/// Queries, keys and values as {64 elements, token, d / 64, head, sequence}, in boxes of a tile; keys and values in
+/// pages as {64 elements, slot, d / 64, head, page}, in boxes of 64 elements of a page's slots in a tile.
 fn tensor_maps(work: &PrefillAttention) -> [TensorMap; 3] {
-    let map = |rows: &Rows, heads: u32, lengths: Lengths| {
-        let sequences = if lengths.cu_seqlens == 0 { work.sequences } else { 1 };
-        let halves = work.head_dim / 64;
+    const TILE: u32 = abi::SM90_ATTENTION_ROWS as u32;
+    let halves = work.head_dim / 64;
+    let map = |rows: &Rows, heads: u32, tokens: u32, sequences: u32, box_rows: u32, box_halves: u32| {
         // Along a dimension of one element no stride is used, and none may be 0.
         let stride = |elements: i64, size: u32| if size == 1 { 16 } else { 2 * elements as u64 };
         TensorMap {
             base: rows.base,
-            sizes: [64, lengths.tokens, halves, heads, sequences].map(u64::from),
+            sizes: [64, tokens, halves, heads, sequences].map(u64::from),
             strides: [
-                stride(rows.token_stride, lengths.tokens),
+                stride(rows.token_stride, tokens),
                 stride(64, halves),
                 stride(rows.head_stride, heads),
                 stride(rows.sequence_stride, sequences),
             ],
-            box_sizes: [64, abi::SM90_ATTENTION_ROWS as u32, halves, 1, 1],
+            box_sizes: [64, box_rows, box_halves, 1, 1],
             dtype: work.dtype,
         }
     };
-    [
-        map(&work.q, work.query_heads, work.queries),
-        map(&work.k, work.kv_heads, work.keys),
-        map(&work.v, work.kv_heads, work.keys),
-    ]
+    let of_sequences = |rows, heads, lengths: Lengths| {
+        let sequences = if lengths.cu_seqlens == 0 { work.sequences } else { 1 };
+        map(rows, heads, lengths.tokens, sequences, TILE, halves)
+    };
+    let of_keys = |rows| {
+        if in_pages(work) {
+            let [slots, pages] = [work.pages.page_size, work.pages.pages].map(|size| size as u32);
+            map(rows, work.kv_heads, slots, pages, slots.min(TILE), 1)
+        } else {
+            of_sequences(rows, work.kv_heads, work.keys)
+        }
+    };
+    [of_sequences(&work.q, work.query_heads, work.queries), of_keys(&work.k), of_keys(&work.v)]
 }
 
 /// An upper bound of the items of work; at least 1.
@@ -410,9 +449,17 @@ fn check_tensors(work: &PrefillAttention, workspace_bytes: usize) -> Result<(), 
     };
     let mut inputs = vec![("q", check_rows("q", &work.q, shape(query_heads, queries))?)];
     if keys.tokens > 0 {
-        inputs.push(("k", check_rows("k", &work.k, shape(kv_heads, keys))?));
-        inputs.push(("v", check_rows("v", &work.v, shape(kv_heads, keys))?));
+        let mut stored = shape(kv_heads, keys);
+        if in_pages(work) {
+            let names = ["keys.tokens", "keys.cu_seqlens"];
+            let table;
+            (stored, table) = cache::in_pages(&work.pages, stored, names, keys.cu_seqlens)?;
+            inputs.push(("pages.table", table));
+        }
+        inputs.push(("k", check_rows("k", &work.k, stored)?));
+        inputs.push(("v", check_rows("v", &work.v, stored)?));
     }
+    inputs.push(("lengths", range("lengths", work.lengths, sequences.into(), 4, Presence::Optional)?));
     let query_rows = queries.rows(sequences);
     inputs.push(("queries.cu_seqlens", queries.check_starts("queries", sequences)?));
     inputs.push(("keys.cu_seqlens", keys.check_starts("keys", sequences)?));

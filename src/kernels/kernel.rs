@@ -57,6 +57,14 @@ kernels! {
         SiluMul = "fastkv_silu_mul", SiluMulParams;
     }
     "attention" {
+        PagedAttentionF16D64 = "fastkv_paged_attention_f16_64", PrefillAttentionParams;
+        PagedAttentionF16D96 = "fastkv_paged_attention_f16_96", PrefillAttentionParams;
+        PagedAttentionF16D128 = "fastkv_paged_attention_f16_128", PrefillAttentionParams;
+        PagedAttentionF16D256 = "fastkv_paged_attention_f16_256", PrefillAttentionParams;
+        PagedAttentionBf16D64 = "fastkv_paged_attention_bf16_64", PrefillAttentionParams;
+        PagedAttentionBf16D96 = "fastkv_paged_attention_bf16_96", PrefillAttentionParams;
+        PagedAttentionBf16D128 = "fastkv_paged_attention_bf16_128", PrefillAttentionParams;
+        PagedAttentionBf16D256 = "fastkv_paged_attention_bf16_256", PrefillAttentionParams;
         PrefillAttentionF16D64 = "fastkv_prefill_attention_f16_64", PrefillAttentionParams;
         PrefillAttentionF16D96 = "fastkv_prefill_attention_f16_96", PrefillAttentionParams;
         PrefillAttentionF16D128 = "fastkv_prefill_attention_f16_128", PrefillAttentionParams;

@@ -14,6 +14,7 @@
 //! * [`columns`]: scores of keys by all queries.
 //! * [`sums`]: such scores added up, gathered and raised; keys marked by position.
 //! * [`select`]: the best keys of every row, from pooled scores.
+//! * [`share`]: how many keys each head keeps where heads share a budget.
 //! * [`batch`]: descriptions that attention and scores share.
 //! * [`images`]: the compiled kernels inside this library.
 //! * [`embed`], [`norm`], [`rope`], [`activation`], [`sample`]: what a Llama forward needs beside attention and
@@ -30,21 +31,23 @@
 //!   version adds stands there for what was before, so that literals which end like this go on to compile. Counts of 0
 //!   are no error: then there is nothing to do, and nothing is launched.
 //! * **Tensors** are an address in bytes and strides in elements, the last dimension dense. Addresses and strides of rows
-//!   are multiples of 16 bytes, workspaces of 256.
+//!   are multiples of 16 bytes, workspaces of 256 (a selection takes 16).
 //! * **Lengths** and counts that change from batch to batch lie on the device. What a description says of them is a
 //!   bound, which memory must have room for. Sequences of no tokens are legal.
-//! * **Workspaces** are the caller's, and need not be cleared. `*_workspace` looks at sizes alone, so addresses may be 0,
-//!   and the largest description that is to come needs the most.
+//! * **Workspaces** are the caller's, and need not be cleared. `*_workspace` looks at sizes alone, so addresses may be 0
+//!   (but for [`counters`](decode::Decode::counters) of decoding: where they are the caller's, it needs less), and the
+//!   largest description that is to come needs the most.
 //! * **Order.** Everything is queued on the stream, nothing waits and nothing is allocated. What one call wrote, or used as
 //!   a workspace, the next call on the same stream may use; calls on two streams at a time need workspaces of their own.
 //! * **Graphs.** Calls queue kernels and memory sets alone, so a stream may be captured around them. Addresses, strides,
 //!   bounds and scalars become part of the graph; what lies on the device is read at each launch.
-//! * **Results** are the same bits in every run, whatever else is in the batch. What is wrong in a description is an
-//!   [`Error::Argument`] before anything is launched; what is wrong on the device, such as a length, is clipped.
-//! * **What there is not**: attention of a prompt over pages (a prefix in pages is gathered first, by
-//!   [`gather_kv`](gather::gather_kv); scores read pages), pages by lists and offsets instead of a table, sliding windows,
-//!   caps of logits, 8-bit caches, head sizes other than 64, 96, 128 and 256, more than 16 query heads of a kv head,
-//!   windows of scores of more than 64 queries, different numbers of new tokens in a step of decoding.
+//! * **Results** are the same bits in every run, whatever else is in the batch ([`attention`] names an exception). What is
+//!   wrong in a description is an [`Error::Argument`] before anything is launched; what is wrong on the device, such as a
+//!   length, is clipped.
+//! * **What there is not**: pages by lists and offsets instead of a table, sliding windows, attention sinks, caps of logits,
+//!   8-bit caches, head sizes other than 64, 96, 128 and 256, values of another size than keys, more than 16 query heads of
+//!   a kv head, windows of scores of more than 64 queries, different numbers of new tokens in a step of decoding, rotation
+//!   of a part of a head or of neighbours, forms of their own for compute capability 10 and 12, which run what Ampere does.
 //! * **Keys are rotated** when they come, and keep the rotation of their original position; the position of a new token
 //!   counts what was read, not what was kept.
 //!

@@ -6,7 +6,7 @@ use crate::support::{
     recorder::{Recorded, Recorder},
 };
 use fastkv::{
-    abi::{self, PrefillAttentionParams, Rows, Sm90AttentionParams},
+    abi::{self, Pages, PrefillAttentionParams, Rows, Sm90AttentionParams},
     kernels::{
         DType, Kernel, TensorMap,
         attention::{self, Form, PrefillAttention},
@@ -31,8 +31,10 @@ fn fills_its_params() {
         k: work.k,
         v: work.v,
         out: work.out,
+        pages: Pages::default(),
         cu_seqlens_q: 0,
         cu_seqlens_k: 0,
+        k_lengths: 0,
         positions: 0,
         // Behind the next item and a counter for each of 2 x 8 kv heads.
         lse: abi::Lse {
@@ -121,10 +123,77 @@ fn each_type_and_head_size_has_a_kernel() {
             let name = format!("fastkv_prefill_attention_{dtype:?}_{head_dim}").to_lowercase();
             assert_eq!(recorder.last().kernel.entry(), name);
             seen.push(recorder.last().kernel);
+            let page = Rows::token_major(4096, 16, 8, head_dim);
+            let paged = prepared(PrefillAttention { k: page, v: page, pages: paged().pages, ..work });
+            // SAFETY: the recorder touches no memory.
+            unsafe { attention::prefill_attention(&recorder, &paged) }.unwrap();
+            assert_eq!(recorder.last().kernel.entry(), name.replace("prefill", "paged"));
+            seen.push(recorder.last().kernel);
         }
     }
     seen.dedup();
-    assert_eq!(seen.len(), 8);
+    assert_eq!(seen.len(), 16);
+}
+
+#[test]
+fn keys_may_lie_in_pages() {
+    let recorder = Recorder::default();
+    let work = prepared(paged());
+    // SAFETY: the recorder touches no memory.
+    unsafe { attention::prefill_attention(&recorder, &work) }.unwrap();
+    let params: PrefillAttentionParams = bytemuck::pod_read_unaligned(&recorder.last().params);
+    assert_eq!((params.k, params.v, params.pages, params.k_lengths), (work.k, work.v, work.pages, 1 << 43));
+    assert_eq!((params.cu_seqlens_k, params.k_tokens, params.max_k_tokens), (0, 1000, 1000));
+
+    let refuses = |change: fn(&mut PrefillAttention), message: &str| {
+        Recorder::refuses(attention::prefill_attention, prepared(paged()), change, message)
+    };
+    refuses(|w| w.keys.cu_seqlens = 4096, "keys.cu_seqlens is 0x1000; it must be 0 where there are pages");
+    refuses(
+        |w| w.keys = Lengths::dense(1025),
+        "keys.tokens is 1025; it must be at most pages.table_pages * pages.page_size = 1024",
+    );
+    refuses(|w| w.pages.pages = 0, "pages.pages is 0; it must be 1 or more where there are pages");
+    refuses(|w| w.pages.page_size = -1, "pages.page_size is -1; it must be 1 or more where there are pages");
+    refuses(|w| w.pages.table = 2, "pages.table is 0x2; it must be a device address, a multiple of 4");
+    refuses(|w| w.lengths = 3, "lengths is 0x3; it must be a device address, a multiple of 4");
+    refuses(
+        |w| w.lengths = w.out.base,
+        "out is 0x4000000000000..0x4000000fa0000; it must be apart from lengths, 0x4000000000000..0x4000000000008",
+    );
+    // The last page ends in the output.
+    refuses(
+        |w| w.v.base = w.out.base + 16 - 130 * 16 * 8 * 128 * 2,
+        "out is 0x4000000000000..0x4000000fa0000; it must be apart from v, 0x3ffffffbf0010..0x4000000000010",
+    );
+}
+
+/// A box is what a tile of keys takes of a page.
+#[test]
+fn hopper_copies_pages_in_boxes() {
+    if !images::built() {
+        return;
+    }
+    for (page_size, rows) in [(8, 8), (64, 64), (128, 128), (384, 128)] {
+        let recorder = Recorder::hopper();
+        let page = Rows::token_major(1 << 40, page_size as u32, 8, 128);
+        let pages = Pages { page_size, table_pages: 125, ..paged().pages };
+        let work = PrefillAttention { k: page, v: Rows { base: 1 << 41, ..page }, pages, ..paged() };
+        // SAFETY: the recorder touches no memory.
+        unsafe { attention::prefill_attention(&recorder, &prepared(work)) }.unwrap();
+        assert_eq!(recorder.last().kernel, Kernel::Sm90AttentionBf16D128);
+        let [_, k, v] = recorder.maps().try_into().unwrap();
+        let slots = page_size as u64;
+        let expected = TensorMap {
+            base: 1 << 40,
+            sizes: [64, slots, 2, 8, 130],
+            strides: [2048, 128, 256, 2048 * slots],
+            box_sizes: [64, rows, 1, 1, 1],
+            dtype: DType::BF16,
+        };
+        assert_eq!(k, expected);
+        assert_eq!(v, TensorMap { base: 1 << 41, ..expected });
+    }
 }
 
 #[test]
@@ -195,6 +264,8 @@ fn hopper_takes_the_portable_form_for_what_its_own_does_not_do() {
             },
             "head_dim is 64 or 128",
         ),
+        (PrefillAttention { pages: Pages { page_size: 24, ..paged().pages }, ..paged() }, PAGES),
+        (PrefillAttention { pages: Pages { page_size: 192, ..paged().pages }, ..paged() }, PAGES),
         (PrefillAttention { k: shared(4096), ..plain() }, STRIDES),
         (PrefillAttention { k: apart(1 << 39), ..plain() }, STRIDES),
         (PrefillAttention { keys: Lengths::dense(0), ..plain() }, STRIDES),
@@ -224,6 +295,7 @@ fn hopper_takes_the_portable_form_for_what_its_own_does_not_do() {
     assert_eq!(recorder.last().kernel, Kernel::Sm90AttentionBf16D128);
 }
 
+const PAGES: &str = "pages have 8, 16, 32, 64 or a multiple of 128 slots";
 const STRIDES: &str = "copy engine takes tensors with keys whose strides are neither 0 nor 2^40 bytes";
 
 #[test]
@@ -522,14 +594,20 @@ fn plain() -> PrefillAttention {
         dtype: DType::BF16,
         queries: Lengths::dense(1000),
         keys: Lengths::dense(1000),
-        positions: 0,
         scale: default_scale(128),
-        bias: None,
-        lse: None,
-        scores: None,
-        workspace: 0,
-        workspace_bytes: 0,
-        form: None,
+        ..Default::default()
+    }
+}
+
+/// The same with keys in 130 pages of 16, of which each sequence has at most 64.
+fn paged() -> PrefillAttention {
+    PrefillAttention {
+        k: Rows::token_major(1 << 40, 16, 8, 128),
+        v: Rows::token_major(1 << 41, 16, 8, 128),
+        pages: Pages { table: 1 << 42, table_pages: 64, pages: 130, page_size: 16, reserved: 0 },
+        keys: Lengths::dense(1000),
+        lengths: 1 << 43,
+        ..plain()
     }
 }
 

@@ -37,10 +37,6 @@ fn workspaces(launcher: &Recorder, bounds: Bounds, group: u32, window: u32, page
         heads: ScoreHeads::Query,
     };
     let attention = PrefillAttention {
-        q: Rows::default(),
-        k: Rows::default(),
-        v: Rows::default(),
-        out: Rows::default(),
         sequences,
         query_heads,
         kv_heads,
@@ -48,14 +44,9 @@ fn workspaces(launcher: &Recorder, bounds: Bounds, group: u32, window: u32, page
         dtype: DType::F16,
         queries: lengths,
         keys: lengths,
-        positions: 0,
         scale: 1.0,
-        bias: None,
-        lse: None,
         scores: Some(scores),
-        workspace: 0,
-        workspace_bytes: 0,
-        form: None,
+        ..Default::default()
     };
     let alone = WindowScores {
         q: Rows::default(),

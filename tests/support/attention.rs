@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use fastkv::{
-    abi::Rows,
+    abi::{Pages, Rows},
     kernels::{
         DType, Device,
         attention::{self, Form, PrefillAttention},
@@ -19,8 +19,9 @@ use super::{
     Check, all,
     lse::{LseLayout, Order, Queries},
     memory::{Memory, Spread, UNTOUCHED},
+    pages::{Paging, Pool},
     random::Random,
-    scores::Far,
+    scores::{Far, HOSTILE_LENGTHS},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +82,10 @@ pub(crate) struct Case {
     pub(crate) lengths: Vec<(usize, usize)>,
     /// How far `longest` exceeds the longest sequence.
     pub(crate) slack: usize,
+    /// Keys that each sequence has room for behind its own, where the device alone knows how many it has.
+    pub(crate) spare: Option<usize>,
+    /// Pages that keys and values lie in, where there is such room.
+    pub(crate) pages: Option<Paging>,
     /// Last key that each query sees, sequence after sequence.
     pub(crate) positions: Option<Vec<i32>>,
     pub(crate) contents: Contents,
@@ -121,6 +126,8 @@ impl Case {
             gap: 0,
             lengths: lengths.to_vec(),
             slack: 0,
+            spare: None,
+            pages: None,
             positions: None,
             contents: Contents::Random(4.0),
             planted: Vec::new(),
@@ -161,10 +168,16 @@ impl Case {
         });
         let window = random.of(&[Window::Last(1), Window::Last(8), Window::Last(33), Window::All]);
         let heads = random.of(&[ScoreHeads::Query, ScoreHeads::Group]);
+        let spare = (random.below(3) == 0).then(|| random.below(90));
+        let size = random.of(&[8, 16, 32, 64, 128, 256]);
+        let size = if random.below(3) == 0 { 1 + random.below(70) } else { size };
+        let pages = Paging { size, holes: random.below(2) == 0 };
         Self {
             layout,
             gap: random.below(3),
             slack: random.below(100),
+            spare,
+            pages: spare.filter(|_| random.below(3) > 0).map(|_| pages),
             positions,
             contents: Contents::Random(random.of(&[1.0, 8.0])),
             bias,
@@ -181,9 +194,11 @@ impl Case {
         }
     }
 
-    /// A form, or whichever can where there are no keys, which Hopper's does not do.
+    /// A form, or whichever can where there are no keys, or pages that make up no tile, which Hopper's does not do.
     fn possible(&self, form: Form) -> Option<Form> {
-        (form == Form::Portable || self.keys().iter().sum::<usize>() > 0).then_some(form)
+        let has_keys = self.pages.is_some() || self.key_rooms().iter().sum::<usize>() > 0;
+        let in_tiles = self.pages.is_none_or(|pages| [8, 16, 32, 64, 128, 256].contains(&pages.size));
+        (form == Form::Portable || has_keys && in_tiles).then_some(form)
     }
 
     fn query_heads(&self) -> usize {
@@ -196,6 +211,21 @@ impl Case {
 
     fn keys(&self) -> Vec<usize> {
         self.lengths.iter().map(|(_, keys)| *keys).collect()
+    }
+
+    /// Keys that sequences have room for.
+    fn key_rooms(&self) -> Vec<usize> {
+        self.keys().iter().map(|keys| keys + self.spare.unwrap_or(0)).collect()
+    }
+
+    /// Keys and values outside pages.
+    fn key_tensor(&self) -> Tensor {
+        self.tensor(self.kv_heads, self.key_rooms())
+    }
+
+    /// Whether a key is nowhere, with its page.
+    fn is_absent(&self, sequence: usize, key: usize) -> bool {
+        self.pages.is_some_and(|pages| pages.is_absent(sequence, key))
     }
 
     fn tensor(&self, heads: usize, tokens: Vec<usize>) -> Tensor {
@@ -307,6 +337,9 @@ impl Tensor {
     }
 }
 
+/// In either type.
+const NAN: u16 = 0x7FFF;
+
 /// Elements of a 16-bit type in memory, NaN where nothing is put.
 struct Elements {
     dtype: DType,
@@ -315,7 +348,7 @@ struct Elements {
 
 impl Elements {
     fn new(dtype: DType, count: usize) -> Self {
-        Self { dtype, bits: vec![0x7FFF; count] }
+        Self { dtype, bits: vec![NAN; count] }
     }
 
     fn put(&mut self, at: usize, value: f32) {
@@ -344,8 +377,7 @@ impl Inputs {
     fn new(case: &Case) -> Self {
         let smallest = if case.dtype == DType::F16 { 6e-5 } else { 1e-38 };
         let mut random = Random(case.seed ^ 0xA77E);
-        let mut fill = |heads, tokens, factor: f32, same: bool| {
-            let tensor = case.tensor(heads, tokens);
+        let mut fill = |tensor: &Tensor, factor: f32, same: bool| {
             let mut elements = Elements::new(case.dtype, tensor.elements());
             tensor.each(|sequence, head, token| {
                 let first = tensor.element(sequence, head, token);
@@ -363,12 +395,22 @@ impl Inputs {
             Contents::Nan => (f32::NAN, f32::NAN),
         };
         let same = case.contents == Contents::Equal;
+        let queries = case.tensor(case.query_heads(), case.queries());
+        let keys = case.key_tensor();
         let mut inputs = Self {
-            q: fill(case.query_heads(), case.queries(), of_queries, same),
-            k: fill(case.kv_heads, case.keys(), of_keys, same),
-            v: fill(case.kv_heads, case.keys(), of_keys, false),
+            q: fill(&queries, of_queries, same),
+            k: fill(&keys, of_keys, same),
+            v: fill(&keys, of_keys, false),
         };
-        let keys = case.tensor(case.kv_heads, case.keys());
+        // Behind a sequence's own keys.
+        keys.each(|sequence, head, token| {
+            if token >= case.lengths[sequence].1 {
+                let first = keys.element(sequence, head, token);
+                for elements in [&mut inputs.k, &mut inputs.v] {
+                    elements.bits[first..first + keys.width].fill(NAN);
+                }
+            }
+        });
         if case.contents == Contents::Huge {
             // Logits of some thousands, of either sign.
             keys.each(|sequence, head, token| {
@@ -378,7 +420,6 @@ impl Inputs {
                 }
             });
         }
-        let queries = case.tensor(case.query_heads(), case.queries());
         for Planted { operand, head, sequence, tokens, column, number } in &case.planted {
             let (tensor, elements) = match operand {
                 Operand::Query => (&queries, &mut inputs.q),
@@ -425,7 +466,7 @@ impl Expected {
         };
         let single = 2_f64.powi(-23);
         let queries = case.tensor(case.query_heads(), case.queries());
-        let keys = case.tensor(case.kv_heads, case.keys());
+        let keys = case.key_tensor();
         let scale = f64::from(default_scale(case.head_dim as u32));
         let mut expected = Self { out: Vec::new(), lse: Vec::new(), scores: Vec::new() };
         for (sequence, (query_count, key_count)) in case.lengths.iter().copied().enumerate() {
@@ -439,6 +480,10 @@ impl Expected {
                         let mut logits = vec![0.0; seen];
                         let (mut magnitude, mut largest) = (0_f64, 0_f64);
                         for (key, logit) in logits.iter_mut().enumerate() {
+                            if case.is_absent(sequence, key) {
+                                *logit = f64::NEG_INFINITY;
+                                continue;
+                            }
                             let k = keys.element(sequence, kv_head, key);
                             let products =
                                 (0..case.head_dim).map(|i| inputs.q.get(q + i) * inputs.k.get(k + i));
@@ -579,10 +624,24 @@ fn launch_with<D: Device>(
 ) -> Result<Written, String> {
     let mut memory = Memory::new(device);
     let queries = case.tensor(case.query_heads(), case.queries());
-    let keys = case.tensor(case.kv_heads, case.keys());
+    let keys = case.key_tensor();
+    let rooms = case.key_rooms();
     let mut put = |own: &[i32]| memory.put(bytemuck::cast_slice(starts.unwrap_or(own)));
     let of_queries = case.lengths_of(&case.queries(), &mut put);
-    let of_keys = case.lengths_of(&case.keys(), &mut put);
+    let of_keys = match case.pages {
+        Some(_) => Lengths::dense(rooms.iter().max().copied().unwrap_or(0) as u32),
+        None => case.lengths_of(&rooms, &mut put),
+    };
+    let key_counts = case.keys();
+    let pool = case.pages.map(|paging| Pool {
+        paging,
+        heads: case.kv_heads,
+        head_dim: case.head_dim,
+        head_major: case.layout == Layout::HeadMajor,
+        counts: &key_counts,
+        room: of_keys.tokens as usize,
+        far: case.far == Some(Far::Keys),
+    });
     let lse_queries = case.lse_queries(of_queries.longest);
     let lse_places = case.lse_layout.places(&lse_queries);
     let lse_elements = case.lse_layout.elements(&lse_queries);
@@ -623,13 +682,22 @@ fn launch_with<D: Device>(
             value: bias.value,
         }
     });
-    let mut put = |tensor: &Tensor, elements: &Elements, spread| {
-        tensor.spread_rows(memory.put_spread(bytemuck::cast_slice(&elements.bits), spread), spread)
+    let mut put = |tensor: &Tensor, elements: &Elements, pool: Option<&Pool>, spread| match pool {
+        Some(pool) => pool.put(&mut memory, |[sequence, head, token]| {
+            &elements.bits[tensor.element(sequence, head, token)..][..case.head_dim]
+        }),
+        None => tensor.spread_rows(memory.put_spread(bytemuck::cast_slice(&elements.bits), spread), spread),
     };
+    let q = put(&queries, &inputs.q, None, query_spread);
+    let k = put(&keys, &inputs.k, pool.as_ref(), key_spread);
+    let v = put(&keys, &inputs.v, pool.as_ref(), key_spread);
+    let counts: Vec<_> = key_counts.iter().map(|keys| *keys as i32).collect();
     let mut work = PrefillAttention {
-        q: put(&queries, &inputs.q, query_spread),
-        k: put(&keys, &inputs.k, key_spread),
-        v: put(&keys, &inputs.v, key_spread),
+        q,
+        k,
+        v,
+        pages: pool.as_ref().map_or(Pages::default(), |pool| pool.describe(&mut memory)),
+        lengths: case.spare.map_or(0, |_| memory.put(bytemuck::cast_slice(&counts))),
         out: queries.spread_rows(out, query_spread),
         sequences: case.lengths.len() as u32,
         query_heads: case.query_heads() as u32,
@@ -772,6 +840,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("prefill_attention_scores_as_scoring_does", |device, seed| {
             same_scores(device, Portable, seed)
         }),
+        Check::portable("prefill_attention_pages", |device, _| pages(device, Portable)),
         Check::portable("prefill_attention_hostile", |device, _| hostile(device, Portable)),
         Check::portable("prefill_attention_far_apart", |device, _| far_apart(device, Portable)).far(),
         Check::hopper("sm90_attention_lengths", |device, _| {
@@ -796,6 +865,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::hopper("sm90_attention_scores_as_scoring_does", |device, seed| {
             same_scores(device, Hopper, seed)
         }),
+        Check::hopper("sm90_attention_pages", |device, _| pages(device, Hopper)),
         Check::hopper("sm90_attention_hostile", |device, _| hostile(device, Hopper)),
         Check::hopper("sm90_attention_far_apart", |device, _| far_apart(device, Hopper)).far(),
     ]
@@ -952,6 +1022,120 @@ fn all_queries() -> Vec<Case> {
         Case { scores, ..Case::plain(DType::BF16, 128, [1, 2], &[(150, 600)]) },
         Case { scores, ..Case::plain(DType::F16, 64, [1, 1], &[(30, 600)]) },
     ]
+}
+
+/// Keys and values in pages of any size, all there or not, of sequences with lengths of their own; and such lengths alone.
+fn paged() -> Vec<Case> {
+    let with = |size, holes, case| Case { spare: Some(20), pages: Some(Paging { size, holes }), ..case };
+    let scored = |window, heads, case| Case { scores: Some((window, heads)), ..case };
+    let lengths = [(70, 203), (1, 9), (0, 40), (130, 300)];
+    let mut cases = vec![
+        Case { spare: Some(37), ..Case::plain(DType::BF16, 64, [1, 2], &lengths) },
+        Case {
+            spare: Some(90),
+            layout: Layout::HeadMajor,
+            scores: Some((Window::Last(8), ScoreHeads::Group)),
+            ..Case::plain(DType::F16, 128, [2, 1], &[(40, 70); 2])
+        },
+    ];
+    for (number, size) in [16, 1, 64, 8, 100, 128, 32, 256, 24].into_iter().enumerate() {
+        let dtype = [DType::BF16, DType::F16][number % 2];
+        let layout = [Layout::Packed, Layout::HeadMajor][number / 2 % 2];
+        let lengths = if layout == Layout::Packed { &lengths } else { &[(70, 150); 4] };
+        let heads = [[1, 2], [2, 1], [1, 3]][number % 3];
+        for head_dim in [64, 128] {
+            let plain = Case { layout, ..Case::plain(dtype, head_dim, heads, lengths) };
+            let heads = [ScoreHeads::Query, ScoreHeads::Group][number % 2];
+            cases.push(with(size, number % 2 == head_dim / 128, scored(Window::Last(8), heads, plain)));
+        }
+    }
+    for (head_dim, dtype) in [96, 256].into_iter().flat_map(|d| [(d, DType::BF16), (d, DType::F16)]) {
+        let plain = Case::plain(dtype, head_dim, [1, 2], &[(20, 140), (70, 66)]);
+        cases.push(with(16, dtype == DType::F16, scored(Window::All, ScoreHeads::Group, plain)));
+    }
+    // Queries at places of their own, some of which see nothing but what is absent, with a bias.
+    let gathered = Case {
+        positions: Some((0..70).map(|i| i * 7 % 200).collect()),
+        bias: Some(BiasBits {
+            heads: vec![true, false],
+            keys: vec![(0..200).map(|key| key % 3 == 0).collect()],
+            value: 3.0,
+        }),
+        ..Case::plain(DType::BF16, 128, [1, 2], &[(70, 200)])
+    };
+    cases.push(with(32, true, scored(Window::Last(5), ScoreHeads::Query, gathered)));
+    let second =
+        |dtype| Case { lengths: vec![(0, 8), (0, 8), (9, 16)], ..Case::plain(dtype, 64, [1, 1], &[]) };
+    cases.push(with(16, true, scored(Window::Last(9), ScoreHeads::Query, second(DType::F16))));
+    cases
+}
+
+/// Against the oracle; the same bits as outside of pages, where all are there; tables and lengths that make no sense.
+fn pages<D: Device>(device: &D, form: Form) -> Result<(), String> {
+    if !has(device, form) {
+        return Ok(());
+    }
+    check_all(device, form, paged())?;
+    for (head_dim, size) in [(64, 16), (128, 128)] {
+        let apart = Case {
+            spare: Some(11),
+            scores: Some((Window::Last(8), ScoreHeads::Query)),
+            form: Some(form),
+            ..Case::plain(DType::BF16, head_dim, [2, 2], &[(70, 203), (3, 64)])
+        };
+        let inputs = Inputs::new(&apart);
+        let expected = launch(device, &apart, &inputs)?;
+        let paged = Case { pages: Some(Paging { size, holes: false }), ..apart };
+        if launch(device, &paged, &inputs)? != expected {
+            return Err(format!("other bits than outside of pages\n{paged:?}"));
+        }
+    }
+    for (lengths, head_dim) in HOSTILE_LENGTHS.into_iter().zip([64, 128, 64, 128].into_iter().cycle()) {
+        let mut memory = Memory::new(device);
+        let table = [i32::MIN, -1, 4, i32::MAX, 5, 3].repeat(6);
+        let mut rows = |tokens: u32, heads: u32, sequences: usize| {
+            let elements = sequences * (tokens * heads * head_dim) as usize;
+            Rows::token_major(memory.put(&vec![0; elements * 2]), tokens, heads, head_dim)
+        };
+        let (q, out, k, v) = (rows(9, 4, 3), rows(9, 4, 3), rows(8, 2, 4), rows(8, 2, 4));
+        let mut work = PrefillAttention {
+            q,
+            k,
+            v,
+            out,
+            pages: Pages {
+                table: memory.put(bytemuck::cast_slice(&table)),
+                table_pages: 12,
+                pages: 4,
+                page_size: 8,
+                reserved: 0,
+            },
+            sequences: 3,
+            query_heads: 4,
+            kv_heads: 2,
+            head_dim,
+            queries: Lengths::dense(9),
+            keys: Lengths::dense(96),
+            lengths: memory.put(bytemuck::cast_slice(&lengths)),
+            scale: default_scale(head_dim),
+            scores: Some(Scores {
+                base: memory.untouched(3 * 4 * 96 * 4),
+                sequence_stride: 4 * 96,
+                head_stride: 96,
+                window: Window::Last(8),
+                heads: ScoreHeads::Query,
+            }),
+            form: Some(form),
+            ..Default::default()
+        };
+        let needed = attention::prefill_attention_workspace(&work).map_err(|error| error.to_string())?;
+        (work.workspace, work.workspace_bytes) = (memory.reserve(needed), needed);
+        // SAFETY: every address is a block of `memory` of the size that its field states.
+        unsafe { attention::prefill_attention(device, &work) }
+            .and_then(|()| device.synchronize())
+            .map_err(|error| format!("{lengths:?}: {error}"))?;
+    }
+    Ok(())
 }
 
 /// LSE in every place and of either kind, which scores are made of; of sequences with other lengths, and of the same.
@@ -1257,7 +1441,9 @@ fn far_apart<D: Device>(device: &D, form: Form) -> Result<(), String> {
     };
     // Rows of one thread lie so far apart that their distances together are too large for 32 bits.
     let of_few_tokens = Case { lengths: vec![(12, 12)], ..of_tokens.clone() };
-    for case in [of_sequences, of_heads, of_tokens, of_few_tokens] {
+    let in_pages =
+        Case { spare: Some(9), pages: Some(Paging { size: 16, holes: false }), ..of_tokens.clone() };
+    for case in [of_sequences, of_heads, of_tokens, of_few_tokens, in_pages] {
         let (queries, keys) = case.lengths[0];
         let value = Planted {
             operand: Operand::Value,

@@ -24,6 +24,7 @@ pub(crate) mod memory;
 pub(crate) mod number;
 #[path = "../oracle/mod.rs"]
 pub(crate) mod oracle;
+pub(crate) mod pages;
 pub(crate) mod pooling;
 #[cfg(feature = "pipeline")]
 #[path = "../tiny/probe.rs"]

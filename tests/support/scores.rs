@@ -14,6 +14,7 @@ use super::{
     Check, all,
     lse::{LseLayout, Order, Queries},
     memory::{Memory, Spread, UNTOUCHED},
+    pages::{Paging, Pool},
     random::Random,
     recorder::{Recorded, Recorder},
 };
@@ -82,15 +83,6 @@ pub(crate) struct Case {
     pub(crate) contents: Contents,
     pub(crate) far: Option<Far>,
     pub(crate) seed: u64,
-}
-
-/// How keys lie in pages.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Paging {
-    /// Slots of a page.
-    pub(crate) size: usize,
-    /// Whether some pages of a sequence are nowhere.
-    pub(crate) holes: bool,
 }
 
 /// Weight of the first query, what the next ones weigh more, and the keys that each counts on.
@@ -212,14 +204,9 @@ impl Case {
         self.kv_heads * self.group
     }
 
-    /// Whether a page of a sequence is nowhere.
-    fn is_hole(&self, sequence: usize, page: usize) -> bool {
-        self.pages.is_some_and(|pages| pages.holes && (page + sequence) % 3 == 1)
-    }
-
     /// Whether a key is nowhere, with its page.
     fn is_absent(&self, sequence: usize, key: usize) -> bool {
-        self.pages.is_some_and(|pages| self.is_hole(sequence, key / pages.size))
+        self.pages.is_some_and(|pages| pages.is_absent(sequence, key))
     }
 
     /// Tokens before those of a sequence.
@@ -532,7 +519,21 @@ fn run_by<D: Device>(
     };
     let score_heads = if case.heads == ScoreHeads::Query { case.query_heads() } else { case.kv_heads };
     let (k, pages) = match case.pages {
-        Some(paging) => put_pages(&mut memory, case, paging, &inputs.k),
+        Some(paging) => {
+            let counts: Vec<_> = case.sequences.iter().map(|lengths| lengths[1]).collect();
+            let pool = Pool {
+                paging,
+                heads: case.kv_heads,
+                head_dim: case.head_dim,
+                head_major: case.layout == Layout::HeadMajor,
+                counts: &counts,
+                room: case.longest(1),
+                far: case.far == Some(Far::Keys),
+            };
+            let of_keys = case.rows(0, case.kv_heads, 1);
+            let row = |at| &inputs.k.bits[case.element(&of_keys, 1, at)..][..case.head_dim];
+            (pool.put(&mut memory, row), pool.describe(&mut memory))
+        }
         None => (case.put(&mut memory, Far::Keys, &inputs.k, [case.kv_heads, 1]), Pages::default()),
     };
     // Rows stand apart, and not in steps of vectors.
@@ -592,62 +593,6 @@ fn run_by<D: Device>(
         None => Ok(scores),
         Some(at) => Err(format!("element {at} of the scores belongs to no key and was written")),
     }
-}
-
-/// Puts keys into pages of a pool that has others too, all in no order, with NaN where no key is.
-fn put_pages<D: Device>(
-    memory: &mut Memory<'_, D>,
-    case: &Case,
-    Paging { size, .. }: Paging,
-    keys: &Tensor,
-) -> (Rows, Pages) {
-    let width = case.head_dim + 8;
-    let of_keys = case.rows(0, case.kv_heads, 1);
-    // As the tensor's rows: the heads of a token together, or the tokens of a head.
-    let [head_stride, token_stride] = match case.layout {
-        Layout::HeadMajor => [size * width, width],
-        _ => [width, case.kv_heads * width],
-    };
-    let page_stride = case.kv_heads * size * width + 16;
-    let table_pages = case.longest(1).div_ceil(size) + 2;
-    let pages = case.sequences.len() * table_pages + 3;
-    let page_of = |sequence: usize, page: usize| {
-        if page * size >= case.sequences[sequence][1] || case.is_hole(sequence, page) {
-            [-1, i32::MIN, pages as i32, i32::MAX][(sequence + page) % 4]
-        } else {
-            // Neighbours lie apart.
-            (pages - 1 - (sequence + page * case.sequences.len())) as i32
-        }
-    };
-    let table: Vec<_> = (0..case.sequences.len())
-        .flat_map(|sequence| (0..table_pages).map(move |page| page_of(sequence, page)))
-        .collect();
-    let mut pool = vec![0x7FFF; pages * page_stride];
-    for (sequence, lengths) in case.sequences.iter().enumerate() {
-        for key in (0..lengths[1]).filter(|key| !case.is_absent(sequence, *key)) {
-            let page = table[sequence * table_pages + key / size] as usize;
-            for head in 0..case.kv_heads {
-                let from = case.element(&of_keys, 1, [sequence, head, key]);
-                let to = page * page_stride + head * head_stride + key % size * token_stride;
-                pool[to..to + case.head_dim].copy_from_slice(&keys.bits[from..from + case.head_dim]);
-            }
-        }
-    }
-    let spread = Spread::apart_if(case.far == Some(Far::Keys), 2 * page_stride, 2 * pool.len());
-    let rows = Rows {
-        base: memory.put_spread(bytemuck::cast_slice(&pool), spread),
-        sequence_stride: spread.stride(2).unwrap_or(page_stride as i64),
-        head_stride: head_stride as i64,
-        token_stride: token_stride as i64,
-    };
-    let pages = Pages {
-        table: memory.put(bytemuck::cast_slice(&table)),
-        table_pages: table_pages as i32,
-        pages: pages as i32,
-        page_size: size as i32,
-        reserved: 0,
-    };
-    (rows, pages)
 }
 
 /// Puts LSE where the case has it, with NaN in between.

@@ -261,14 +261,8 @@ fn prefill<D: Device>(
         dtype: queries.dtype,
         queries: Lengths::dense(queries.rows as u32),
         keys: Lengths::dense(span.list.length as u32),
-        positions: 0,
         scale: default_scale(kv.head_dim as u32),
-        bias: None,
-        lse: None,
-        scores: None,
-        workspace: 0,
-        workspace_bytes: 0,
-        form: None,
+        ..Default::default()
     }
 }
 
