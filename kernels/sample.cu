@@ -6,7 +6,7 @@
 // random number) are all of that form. Probabilities are integers, units of 2^-40 of the largest, so sums
 // do not depend on their order and every run gives the same token.
 //
-// One block reads a row from L2 about eight times (twice for the most likely token alone).
+// One block reads a row from L2 about eight times (once for the most likely token alone).
 
 #include "piece.cuh"
 #include "primitives/warp.cuh"

@@ -2,377 +2,326 @@
 
 use std::fmt::Write as _;
 
-use crate::sass::{Compiled, Loop};
+use crate::{
+    launches::{self, Block},
+    sass::{Compiled, Loop},
+};
 
 /// What the machine code of kernels has to keep to.
 pub(crate) struct Bar {
-    /// Entries that begin like this.
+    /// The entry; `*` stands for either element type.
     pub(crate) kernels: &'static str,
     /// Architectures it is said of; all where empty.
-    pub(crate) archs: &'static [&'static str],
-    /// Threads of a block and the dynamic shared memory it asks for, at their most.
-    pub(crate) threads: u32,
-    pub(crate) dynamic_shared: u32,
-    /// Blocks that an SM has to hold at once.
-    pub(crate) blocks: u32,
+    archs: &'static [&'static str],
     /// Registers of a thread, at most.
-    pub(crate) registers: u32,
-    /// The instruction that marks the main loop: the inner loop with the most of it. Empty where the work
-    /// stands in no inner loop.
-    pub(crate) marker: &'static str,
-    /// Of the main loop: instructions at most, then bounds for some kinds.
-    pub(crate) instructions: usize,
-    pub(crate) mix: Mix,
-    /// Vector loads from global memory that the main loop starts before it stores anything.
-    pub(crate) in_flight: usize,
+    registers: u32,
+    /// Blocks, as the driver launches them, that an SM of sm_80, of sm_89 and of sm_90 has to hold at once.
+    blocks: [u32; 3],
+    /// Instructions of the whole kernel, 16 bytes each, at most: what it fetches, and what an image grows by.
+    size: usize,
+    /// How many of some kinds the whole kernel has.
+    has: Mix,
+    /// The instruction that marks the main loops: those that hold the most of it. Empty where the work stands in no
+    /// loop.
+    marker: &'static str,
+    /// Instructions of each main loop at most, the shortest first: there are to be as many.
+    loops: &'static [usize],
+    /// How many of some kinds each of them has.
+    mix: Mix,
+    /// Vector loads from global memory that each of them starts before it stores anything.
+    in_flight: usize,
+    /// Exponentials of each of them between the wait for its logits and that for the products of its values.
+    overlapped: usize,
 }
 
 #[derive(Clone, Copy)]
-pub(crate) enum Bound {
+enum Bound {
     Exactly(usize),
     AtMost(usize),
 }
 
-const NONE: Bound = Bound::Exactly(0);
+use Bound::{AtMost, Exactly};
+
+const NONE: Bound = Exactly(0);
 
 type Mix = &'static [(&'static str, Bound)];
 
-/// Four warps that multiply with `mma`.
-const fn products(
-    kernels: &'static str,
-    dynamic_shared: u32,
-    registers: u32,
-    instructions: usize,
-    mix: Mix,
-) -> Bar {
+/// Without loops: a thread does a number's work, or a piece's.
+const fn plain(kernels: &'static str, registers: u32, blocks: [u32; 3], size: usize) -> Bar {
     Bar {
         kernels,
         archs: &[],
-        threads: 128,
-        dynamic_shared,
-        blocks: 1,
         registers,
-        marker: "HMMA",
-        instructions,
-        mix,
+        blocks,
+        size,
+        has: &[],
+        marker: "",
+        loops: &[],
+        mix: &[],
         in_flight: 0,
+        overlapped: 0,
     }
 }
 
-/// The portable form: two blocks of a chip with much shared memory, one of the others. The softmax of a block is an
-/// exponential for each logit, one more and two shuffles for each row.
-const fn attention(kernels: &'static str, dynamic_shared: u32, instructions: usize) -> Bar {
-    const MIX: Mix = &[("HGMMA", NONE), ("MUFU", Bound::AtMost(68)), ("SHFL", Bound::AtMost(8))];
-    products(kernels, dynamic_shared, 255, instructions, MIX)
+/// Loops whose every access to global memory is a vector: so many loads, and so many stores.
+const fn vectors(loads: usize, stores: usize) -> [(&'static str, Bound); 4] {
+    [
+        ("LDG", Exactly(loads)),
+        ("LDG.128", Exactly(loads)),
+        ("STG", Exactly(stores)),
+        ("STG.128", Exactly(stores)),
+    ]
 }
 
-/// Hopper's form: as many registers as three warpgroups have before they share them out anew, and a loop
-/// whose softmax fits under its products: a warp issues an instruction a clock at most, and two warps of each
-/// scheduler have to be through within the 2,048 clocks of the tile's products.
-const fn sm90_attention(kernels: &'static str, head_dim: u32, instructions: usize, mix: Mix) -> Bar {
+/// Products by `mma` of a tile of keys: fragments come from shared memory by `ldmatrix`, tiles by `cp.async`. The softmax
+/// is an exponential for each logit and one more for each row, or for each of two.
+const fn products(
+    mma: usize,
+    ldmatrix: usize,
+    cp_async: usize,
+    exponentials: usize,
+    shuffles: usize,
+) -> [(&'static str, Bound); 5] {
+    [
+        ("HMMA", Exactly(mma)),
+        ("LDSM", AtMost(ldmatrix)),
+        ("LDGSTS", Exactly(cp_async)),
+        ("MUFU", AtMost(exponentials)),
+        ("SHFL", AtMost(shuffles)),
+    ]
+}
+
+/// Loops that multiply by `mma`.
+const fn multiplies(
+    kernels: &'static str,
+    registers: u32,
+    blocks: [u32; 3],
+    size: usize,
+    loops: &'static [usize],
+    mix: Mix,
+) -> Bar {
+    Bar { marker: "HMMA", loops, mix, ..plain(kernels, registers, blocks, size) }
+}
+
+/// Hopper's form: as many registers as three warpgroups have before they share them out anew, and loops without a mask,
+/// with one, with a bias, and with both. A warp issues an instruction a clock at most, and two warps of each scheduler
+/// have to be through within the 2,048 clocks of the products of a tile of 128 wide heads.
+const fn sm90_attention(kernels: &'static str, size: usize, loops: &'static [usize], mix: Mix) -> Bar {
     Bar {
-        kernels,
-        archs: &["sm_90a"],
-        threads: 384,
-        dynamic_shared: 6 * 256 * head_dim + 1024,
-        blocks: 1,
-        registers: 168,
+        // Keys, values and queries come by the copy engine; warps take registers, or give them up.
+        has: &[("UTMALDG", Exactly(5)), ("USETMAXREG", Exactly(2))],
         marker: "HGMMA",
-        instructions,
+        loops,
         mix,
-        in_flight: 0,
+        // All of them, so that the softmax runs beside these products.
+        overlapped: 66,
+        ..plain(kernels, 168, [0, 0, 1], size)
     }
 }
 
 /// Products of a tile, and its softmax: 64 logits of a lane in two rows, which become 32 words of probabilities.
-const fn sm90_mix(products: usize) -> [(&'static str, Bound); 7] {
+const fn sm90_mix(products: usize) -> [(&'static str, Bound); 10] {
     [
-        ("HGMMA", Bound::Exactly(products)),
+        ("HGMMA", Exactly(products)),
+        ("HMMA", NONE),
         ("LDS", NONE),
         ("STS", NONE),
-        ("MUFU", Bound::AtMost(66)),
-        ("SHFL", Bound::AtMost(4)),
-        ("F2FP", Bound::AtMost(32)),
-        ("FMNMX", Bound::AtMost(70)),
+        ("R2UR", NONE),
+        ("SYNCS", Exactly(4)),
+        ("MUFU", AtMost(66)),
+        ("SHFL", AtMost(4)),
+        ("F2FP", AtMost(32)),
+        ("FMNMX", AtMost(68)),
     ]
 }
 
-/// Products of 32 keys (16 of long rows) with the queries of a step; an exponential for each logit, and shuffles for
-/// each head.
-const SCORES: Mix = &[("HMMA", Bound::AtMost(32)), ("MUFU", Bound::AtMost(32)), ("SHFL", Bound::AtMost(6))];
-/// The same, for maxima and sums of rows.
-const PARTIALS: Mix =
-    &[("HMMA", Bound::AtMost(32)), ("MUFU", Bound::AtMost(26)), ("SHFL", Bound::AtMost(24))];
-
-/// A thread does a number's work, in no loop.
-const fn small(kernels: &'static str) -> Bar {
-    Bar {
-        kernels,
-        archs: &[],
-        threads: 256,
-        dynamic_shared: 0,
-        blocks: 6,
-        registers: 40,
-        marker: "",
-        instructions: 400,
-        mix: &[],
-        in_flight: 0,
-    }
-}
-
 pub(crate) static BARS: &[Bar] = &[
-    attention("fastkv_prefill_attention_f16_64", 33 << 10, 660),
-    attention("fastkv_prefill_attention_f16_96", 49 << 10, 790),
-    attention("fastkv_prefill_attention_f16_128", 65 << 10, 935),
-    attention("fastkv_prefill_attention_f16_256", 97 << 10, 1000),
-    attention("fastkv_prefill_attention_bf16_64", 33 << 10, 660),
-    attention("fastkv_prefill_attention_bf16_96", 49 << 10, 790),
-    attention("fastkv_prefill_attention_bf16_128", 65 << 10, 935),
-    attention("fastkv_prefill_attention_bf16_256", 97 << 10, 1000),
-    sm90_attention("fastkv_sm90_attention_f16_64", 64, 430, &sm90_mix(12)),
-    sm90_attention("fastkv_sm90_attention_f16_128", 128, 480, &sm90_mix(16)),
-    sm90_attention("fastkv_sm90_attention_bf16_64", 64, 430, &sm90_mix(12)),
-    sm90_attention("fastkv_sm90_attention_bf16_128", 128, 480, &sm90_mix(16)),
+    // Tiles without a mask, and with one.
+    multiplies(
+        "fastkv_prefill_attention_*_64",
+        219,
+        [2, 2, 2],
+        6824,
+        &[652, 1482],
+        &products(128, 40, 8, 68, 8),
+    ),
+    multiplies(
+        "fastkv_prefill_attention_*_96",
+        254,
+        [2, 1, 2],
+        7248,
+        &[779, 1686],
+        &products(192, 60, 12, 68, 8),
+    ),
     Bar {
-        kernels: "fastkv_decode_f16_256",
-        archs: &[],
-        threads: 64,
-        dynamic_shared: 96 << 10,
-        blocks: 1,
-        registers: 255,
-        marker: "",
-        instructions: 4000,
-        mix: &[],
-        in_flight: 0,
+        archs: &["sm_80", "sm_89"],
+        ..multiplies(
+            "fastkv_prefill_attention_*_128",
+            255,
+            [2, 1, 0],
+            7528,
+            &[926, 2078],
+            &products(256, 80, 16, 68, 8),
+        )
     },
     Bar {
-        kernels: "fastkv_decode_bf16_256",
-        archs: &[],
-        threads: 64,
-        dynamic_shared: 96 << 10,
-        blocks: 1,
-        registers: 255,
-        marker: "",
-        instructions: 4000,
-        mix: &[],
-        in_flight: 0,
+        archs: &["sm_90"],
+        ..multiplies(
+            "fastkv_prefill_attention_*_128",
+            205,
+            [0, 0, 2],
+            6680,
+            &[527, 1461],
+            &products(128, 72, 16, 34, 4),
+        )
     },
+    multiplies(
+        "fastkv_prefill_attention_*_256",
+        255,
+        [1, 1, 2],
+        8256,
+        &[989, 2398],
+        &products(256, 144, 32, 34, 4),
+    ),
+    sm90_attention("fastkv_sm90_attention_*_64", 8296, &[428, 560, 621, 755], &sm90_mix(12)),
+    sm90_attention("fastkv_sm90_attention_*_128", 9480, &[478, 612, 685, 819], &sm90_mix(16)),
+    // Walks over the chunks of ragged lists and of paged ones, which end and merge chunks too. The blocks are as many as
+    // the driver's grid counts on, registers those of three blocks, or of four where d = 128 and queries fill one tile.
+    multiplies("fastkv_decode_*_64_q8", 126, [3, 2, 3], 11384, &[3005, 3320], &products(8, 10, 23, 51, 38)),
+    multiplies("fastkv_decode_*_64_q16", 138, [3, 2, 3], 12568, &[3453, 3828], &products(16, 12, 23, 63, 50)),
+    multiplies("fastkv_decode_*_96_q8", 152, [2, 1, 3], 12400, &[3129, 3442], &products(12, 15, 31, 51, 46)),
+    multiplies("fastkv_decode_*_96_q16", 168, [2, 1, 3], 13720, &[3594, 3981], &products(24, 18, 31, 63, 58)),
+    multiplies("fastkv_decode_*_128_q8", 128, [2, 1, 3], 12792, &[3239, 3588], &products(16, 20, 39, 51, 54)),
+    multiplies(
+        "fastkv_decode_*_128_q16",
+        168,
+        [2, 1, 2],
+        14056,
+        &[3623, 4149],
+        &products(32, 24, 39, 63, 66),
+    ),
+    multiplies("fastkv_decode_*_256_q8", 192, [2, 1, 3], 14424, &[3390, 3894], &products(32, 40, 71, 49, 86)),
+    multiplies(
+        "fastkv_decode_*_256_q16",
+        255,
+        [1, 1, 2],
+        15664,
+        &[3929, 4167],
+        &products(64, 48, 71, 61, 98),
+    ),
+    // Products of 32 keys (16 of long rows) with the queries of a step.
+    multiplies("fastkv_window_scores_*_64", 122, [4, 3, 4], 2072, &[389], &products(16, 4, 0, 32, 6)),
+    multiplies("fastkv_window_scores_*_96", 146, [3, 2, 3], 1864, &[394], &products(24, 6, 0, 32, 6)),
+    multiplies("fastkv_window_scores_*_128", 162, [3, 2, 3], 2400, &[407], &products(32, 8, 0, 32, 6)),
+    multiplies("fastkv_window_scores_*_256", 160, [2, 1, 3], 2056, &[325], &products(32, 16, 0, 16, 4)),
+    multiplies("fastkv_column_sums_*_64", 144, [3, 2, 3], 2144, &[449], &products(16, 4, 0, 32, 6)),
+    multiplies("fastkv_column_sums_*_96", 155, [3, 2, 3], 1960, &[456], &products(24, 6, 0, 32, 6)),
+    multiplies("fastkv_column_sums_*_128", 168, [2, 1, 3], 2464, &[474], &products(32, 8, 0, 32, 6)),
+    multiplies("fastkv_column_sums_*_256", 162, [1, 1, 2], 2128, &[374], &products(32, 16, 0, 16, 4)),
+    // The same, for maxima and sums of rows.
+    multiplies("fastkv_window_partials_*_64", 110, [4, 2, 4], 1976, &[419], &products(16, 4, 0, 26, 24)),
+    multiplies("fastkv_window_partials_*_96", 122, [3, 1, 4], 1712, &[379], &products(24, 6, 0, 26, 24)),
+    multiplies("fastkv_window_partials_*_128", 139, [2, 1, 3], 2280, &[437], &products(32, 8, 0, 26, 24)),
+    multiplies("fastkv_window_partials_*_256", 140, [2, 1, 3], 1936, &[380], &products(32, 16, 0, 18, 24)),
+    Bar { marker: "LDG", loops: &[61], ..plain("fastkv_window_lse", 35, [16, 12, 16], 280) },
     Bar {
-        kernels: "fastkv_decode",
-        archs: &[],
-        threads: 128,
-        dynamic_shared: 72 << 10,
-        blocks: 1,
-        registers: 255,
-        marker: "",
-        instructions: 4000,
-        mix: &[],
-        in_flight: 0,
-    },
-    Bar {
-        kernels: "fastkv_gather_kv",
-        archs: &[],
-        threads: 128,
-        dynamic_shared: 0,
-        blocks: 6,
-        registers: 64,
         marker: "LDG.128",
-        instructions: 60,
-        mix: &[("LDG", Bound::Exactly(4)), ("LDG.128", Bound::Exactly(4)), ("STG.128", Bound::Exactly(4))],
+        loops: &[32],
+        mix: &vectors(4, 4),
         in_flight: 4,
+        ..plain("fastkv_gather_kv", 56, [9, 9, 9], 928)
     },
     Bar {
-        kernels: "fastkv_gather_rows",
-        archs: &[],
-        threads: 256,
-        dynamic_shared: 0,
-        blocks: 6,
-        registers: 40,
         marker: "LDG.128",
-        instructions: 52,
-        mix: &[("LDG", Bound::Exactly(4)), ("LDG.128", Bound::Exactly(4)), ("STG.128", Bound::Exactly(4))],
+        loops: &[52],
+        mix: &vectors(4, 4),
         in_flight: 4,
+        ..plain("fastkv_gather_rows", 40, [12, 12, 12], 200)
     },
-    small("fastkv_gather_indices"),
+    // Ragged lists and paged ones; positions are no vectors.
     Bar {
-        kernels: "fastkv_compact",
-        archs: &[],
-        threads: 512,
-        dynamic_shared: 0,
-        blocks: 1,
-        registers: 128,
         marker: "LDG.128",
-        instructions: 60,
-        mix: &[],
-        in_flight: 0,
+        loops: &[53, 56],
+        mix: &[("LDG", Exactly(4)), ("LDG.128", Exactly(4)), ("STG", Exactly(8)), ("STG.128", Exactly(4))],
+        in_flight: 4,
+        ..plain("fastkv_compact", 84, [1, 1, 1], 1512)
     },
-    products("fastkv_window_partials", 66 << 10, 168, 440, PARTIALS),
-    products("fastkv_window_scores", 49 << 10, 168, 415, SCORES),
-    products("fastkv_column_sums", 66 << 10, 168, 480, SCORES),
+    plain("fastkv_gather_indices", 12, [8, 6, 8], 40),
+    // Scores pooled by their mean and by their largest.
     Bar {
-        kernels: "fastkv_window_lse",
-        archs: &[],
-        threads: 128,
-        dynamic_shared: 0,
-        blocks: 6,
-        registers: 40,
-        marker: "LDG",
-        instructions: 66,
-        mix: &[],
-        in_flight: 0,
+        marker: "LDG.128",
+        loops: &[211, 211],
+        mix: &vectors(6, 0),
+        ..plain("fastkv_pool_scores", 64, [4, 4, 4], 2192)
     },
+    // Scores that are read as they lie; then ranks.
     Bar {
-        kernels: "fastkv_pool_scores",
-        archs: &[],
-        threads: 256,
-        dynamic_shared: 0,
-        blocks: 4,
-        registers: 64,
-        marker: "LDG",
-        instructions: 180,
-        mix: &[],
-        in_flight: 0,
+        archs: &["sm_90a"],
+        marker: "LDG.128",
+        loops: &[181],
+        mix: &vectors(8, 0),
+        ..plain("fastkv_select_cluster", 116, [0, 0, 1], 5064)
     },
     Bar {
-        kernels: "fastkv_select_cluster",
-        archs: &[],
-        threads: 512,
-        dynamic_shared: 200 << 10,
-        blocks: 1,
-        registers: 128,
-        marker: "LDS",
-        instructions: 205,
-        mix: &[],
-        in_flight: 0,
+        marker: "LDG.128",
+        loops: &[181],
+        mix: &vectors(8, 0),
+        ..plain("fastkv_select_block", 96, [1, 1, 1], 4504)
     },
     Bar {
-        kernels: "fastkv_select",
-        archs: &[],
-        threads: 512,
-        dynamic_shared: 72 << 10,
-        blocks: 1,
-        registers: 128,
-        marker: "LDG",
-        instructions: 245,
-        mix: &[],
-        in_flight: 0,
+        marker: "LDG.128",
+        loops: &[181],
+        mix: &vectors(8, 0),
+        ..plain("fastkv_select_rank", 108, [1, 1, 1], 3568)
     },
     Bar {
-        kernels: "fastkv_rms_norm",
-        archs: &[],
-        threads: 512,
-        dynamic_shared: 0,
-        blocks: 1,
-        registers: 64,
-        marker: "",
-        instructions: 400,
-        mix: &[],
-        in_flight: 0,
+        marker: "LDG.128",
+        loops: &[90],
+        mix: &vectors(2, 0),
+        ..plain("fastkv_select_digit", 35, [4, 3, 4], 640)
     },
     Bar {
-        kernels: "fastkv_sample",
-        archs: &[],
-        threads: 1024,
-        dynamic_shared: 0,
-        blocks: 1,
-        registers: 64,
-        marker: "LDG",
-        instructions: 85,
-        mix: &[],
-        in_flight: 0,
+        marker: "LDG.128",
+        loops: &[84],
+        mix: &vectors(4, 0),
+        ..plain("fastkv_select_split", 40, [4, 3, 4], 360)
     },
     Bar {
-        kernels: "fastkv_rope",
-        archs: &[],
-        threads: 256,
-        dynamic_shared: 0,
-        blocks: 1,
-        registers: 64,
-        marker: "LDG",
-        instructions: 245,
-        mix: &[],
-        in_flight: 0,
+        marker: "LDG.128",
+        loops: &[84],
+        mix: &vectors(4, 0),
+        ..plain("fastkv_select_write", 44, [4, 3, 2], 976)
     },
+    // Rows of 16 bits from a table of 16, and to or from 32.
+    Bar { marker: "LDG.128", loops: &[20, 23, 23], ..plain("fastkv_embed", 28, [8, 6, 8], 440) },
+    // A type of logits each.
     Bar {
-        kernels: "fastkv_embed",
-        archs: &[],
-        threads: 256,
-        dynamic_shared: 0,
-        blocks: 1,
-        registers: 64,
-        marker: "LDG",
-        instructions: 24,
-        mix: &[],
-        in_flight: 0,
+        marker: "LDG.128",
+        loops: &[80, 99, 144, 459, 477],
+        ..plain("fastkv_sample", 64, [1, 1, 1], 10_352)
     },
-    Bar {
-        kernels: "fastkv_silu_mul",
-        archs: &[],
-        threads: 256,
-        dynamic_shared: 0,
-        blocks: 1,
-        registers: 64,
-        marker: "",
-        instructions: 400,
-        mix: &[],
-        in_flight: 0,
-    },
-    small("fastkv_add_scores"),
-    small("fastkv_gather_scores"),
-    small("fastkv_raise_scores"),
-    Bar { threads: 32, blocks: 16, ..small("fastkv_share_keys") },
-    small("fastkv_mark_keys"),
-    Bar {
-        kernels: "fastkv_add",
-        archs: &[],
-        threads: 256,
-        dynamic_shared: 0,
-        blocks: 1,
-        registers: 64,
-        marker: "",
-        instructions: 400,
-        mix: &[],
-        in_flight: 0,
-    },
-    Bar {
-        kernels: "fastkv_convert",
-        archs: &[],
-        threads: 256,
-        dynamic_shared: 0,
-        blocks: 1,
-        registers: 64,
-        marker: "",
-        instructions: 400,
-        mix: &[],
-        in_flight: 0,
-    },
+    Bar { marker: "LDG", loops: &[243, 243, 243], ..plain("fastkv_rope", 48, [5, 5, 5], 3160) },
+    plain("fastkv_rms_norm", 64, [2, 2, 2], 4664),
+    plain("fastkv_silu_mul", 33, [8, 6, 8], 360),
+    plain("fastkv_add", 26, [8, 6, 8], 384),
+    plain("fastkv_convert", 22, [8, 6, 8], 256),
+    plain("fastkv_add_scores", 20, [8, 6, 8], 64),
+    plain("fastkv_gather_scores", 16, [8, 6, 8], 56),
+    plain("fastkv_raise_scores", 10, [8, 6, 8], 48),
+    plain("fastkv_mark_keys", 14, [8, 6, 8], 64),
+    plain("fastkv_share_keys", 24, [32, 24, 32], 168),
 ];
-
-/// Where tiles with a mask, with a bias, and with both have loops of their own beside the main one, and are held to its
-/// mix: their instructions at most.
-static OTHER_LOOPS: &[(&str, [usize; 3])] = &[
-    ("fastkv_sm90_attention_f16_64", [570, 625, 760]),
-    ("fastkv_sm90_attention_f16_128", [615, 690, 825]),
-    ("fastkv_sm90_attention_bf16_64", [570, 625, 760]),
-    ("fastkv_sm90_attention_bf16_128", [615, 690, 825]),
-];
-
-/// Exponentials of such a loop between the wait for its logits and that for the products of its values: all of them, so
-/// that the softmax runs beside these products.
-const OVERLAPPED: usize = 66;
 
 impl Bar {
     pub(crate) fn covers(&self, kernel: &Compiled) -> bool {
-        kernel.entry.starts_with(self.kernels)
-            && (self.archs.is_empty() || self.archs.contains(&&*kernel.arch))
+        let (head, tail) = self.kernels.split_once('*').unwrap_or((self.kernels, ""));
+        let dtype = kernel.entry.strip_prefix(head).and_then(|rest| rest.strip_suffix(tail));
+        let is_covered = dtype.is_some_and(|dtype| self.kernels.contains('*') != dtype.is_empty());
+        is_covered && (self.archs.is_empty() || self.archs.contains(&&*kernel.arch))
     }
 
     pub(crate) fn check(&self, compiled: &[Compiled]) -> Result<(), String> {
-        // A kernel keeps to the first bar that names it.
-        let first = |kernel: &Compiled| {
-            BARS.iter().find(|bar| bar.covers(kernel)).is_some_and(|bar| std::ptr::eq(bar, self))
-        };
-        let covered = compiled.iter().filter(|kernel| first(kernel)).collect::<Vec<_>>();
+        let covered = compiled.iter().filter(|kernel| self.covers(kernel)).collect::<Vec<_>>();
         if covered.is_empty() {
             return Err(format!("there is no {}", self.kernels));
         }
@@ -382,127 +331,121 @@ impl Bar {
     }
 
     fn check_one(&self, kernel: &Compiled) -> Result<(), String> {
-        if kernel.registers > self.registers {
-            return Err(format!("{} registers, the bar is {}", kernel.registers, self.registers));
+        at_most("registers", kernel.registers as usize, self.registers as usize)?;
+        at_most("instructions", kernel.code.len(), self.size)?;
+        check_mix(self.has, |opcode| kernel.count(opcode))?;
+        let (blocks, least) = (blocks_of(kernel)?, self.blocks[Sm::of(kernel).number]);
+        if blocks < least {
+            return Err(format!("{blocks} blocks fit an SM, the bar is {least}"));
         }
-        let blocks = self.blocks_of(kernel);
-        if blocks < self.blocks {
-            return Err(format!("{blocks} blocks fit an SM, the bar is {}", self.blocks));
+        let loops = self.main_loops(kernel);
+        if loops.len() != self.loops.len() {
+            let (found, marker) = (loops.len(), self.marker);
+            return Err(format!("{found} main loops with {marker}, the bar is {}", self.loops.len()));
         }
-        if self.marker.is_empty() {
-            return Ok(());
-        }
-        let main = main_loop(kernel, self.marker).ok_or_else(|| format!("no loop with {}", self.marker))?;
-        if main.len() > self.instructions {
-            return Err(format!(
-                "{} instructions in the main loop, the bar is {}",
-                main.len(),
-                self.instructions
-            ));
-        }
-        self.check_mix(&main, "main loop")?;
-        if let Some((_, bars)) = OTHER_LOOPS.iter().find(|(entry, _)| *entry == kernel.entry) {
-            let mut loops = kernel.inner_loops();
-            loops.retain(|found| found.count(self.marker) > 0);
-            loops.sort_by_key(Loop::len);
-            // A loop with another inside is none of these, and must not pass for one that is not there.
-            if loops.len() != 1 + bars.len() {
-                return Err(format!(
-                    "{} loops with {} and no loop inside, not {}: with masks and biases and without",
-                    loops.len(),
-                    self.marker,
-                    1 + bars.len()
-                ));
-            }
-            for ((found, most), what) in
-                loops[1..].iter().zip(bars).zip(["masked", "biased", "biased, masked"])
-            {
-                if found.len() > *most {
-                    return Err(format!(
-                        "{} instructions in the {what} loop, the bar is {most}",
-                        found.len()
-                    ));
-                }
-                self.check_mix(found, &format!("{what} loop"))?;
-            }
-            for found in &loops {
+        for (found, most) in loops.iter().zip(self.loops) {
+            let check = || {
+                at_most("instructions", found.len(), *most)?;
+                check_mix(self.mix, |opcode| found.count(opcode))?;
+                at_least(
+                    "vector loads before the first store",
+                    found.before("LDG.128", "STG"),
+                    self.in_flight,
+                )?;
                 let overlapped = found.between("MUFU", "WARPGROUP.DEPBAR");
-                if overlapped < OVERLAPPED {
-                    return Err(format!(
-                        "{overlapped} exponentials beside products in a loop of {}, the bar is {OVERLAPPED}",
-                        found.len()
-                    ));
-                }
-            }
-        }
-        let in_flight = main.before("LDG.128", "STG");
-        if in_flight < self.in_flight {
-            return Err(format!(
-                "{in_flight} vector loads before the first store, the bar is {}",
-                self.in_flight
-            ));
+                at_least("exponentials beside products", overlapped, self.overlapped)
+            };
+            check().map_err(|error: String| format!("a main loop of {}: {error}", found.len()))?;
         }
         Ok(())
     }
 
-    fn check_mix(&self, of: &Loop<'_>, name: &str) -> Result<(), String> {
-        self.mix.iter().try_for_each(|(opcode, bound)| {
-            let found = of.count(opcode);
-            let (holds, words) = match *bound {
-                Bound::Exactly(n) => (found == n, format!("exactly {n}")),
-                Bound::AtMost(n) => (found <= n, format!("at most {n}")),
-            };
-            if holds { Ok(()) } else { Err(format!("{found} {opcode} in the {name}, the bar is {words}")) }
-        })
-    }
-
-    /// Blocks that fit an SM: registers are handed out by warps in units of 256, an SM has 2,048 threads
-    /// and, less 1 KB for each block, 227 KB of shared memory (163 KB and 1,536 threads where it is smaller).
-    fn blocks_of(&self, kernel: &Compiled) -> u32 {
-        let (threads, shared) = match &*kernel.arch {
-            "sm_80" => (2048, 164 << 10),
-            "sm_89" => (1536, 100 << 10),
-            _ => (2048, 228 << 10),
-        };
-        let warps = self.threads.div_ceil(32);
-        let by_registers = (65_536 / (kernel.registers * 32).next_multiple_of(256)) / warps;
-        let by_shared = shared / (self.dynamic_shared + kernel.shared_bytes + 1024);
-        by_registers.min(by_shared).min(threads / self.threads).min(32)
+    /// The shortest first.
+    fn main_loops<'a>(&self, kernel: &'a Compiled) -> Vec<Loop<'a>> {
+        let mut loops = if self.marker.is_empty() { Vec::new() } else { kernel.loops_with(self.marker) };
+        let most = loops.iter().map(|found| found.count(self.marker)).max();
+        loops.retain(|found| Some(found.count(self.marker)) == most);
+        loops
     }
 }
 
-fn main_loop<'a>(kernel: &'a Compiled, marker: &str) -> Option<Loop<'a>> {
-    if marker.is_empty() {
-        return None;
+fn at_most(what: &str, found: usize, bar: usize) -> Result<(), String> {
+    if found <= bar { Ok(()) } else { Err(format!("{found} {what}, the bar is {bar}")) }
+}
+
+fn at_least(what: &str, found: usize, bar: usize) -> Result<(), String> {
+    if found >= bar { Ok(()) } else { Err(format!("{found} {what}, the bar is {bar}")) }
+}
+
+fn check_mix(mix: Mix, count: impl Fn(&str) -> usize) -> Result<(), String> {
+    mix.iter().try_for_each(|(opcode, bound)| match (count(opcode), *bound) {
+        (found, Exactly(n)) if found != n => Err(format!("{found} {opcode}, the bar is exactly {n}")),
+        (found, AtMost(n)) => at_most(opcode, found, n),
+        _ => Ok(()),
+    })
+}
+
+/// What a streaming multiprocessor has, from the table of compute capabilities in the CUDA programming guide.
+struct Sm {
+    /// In the order of [`Bar::blocks`].
+    number: usize,
+    threads: u32,
+    blocks: u32,
+    shared_bytes: u32,
+}
+
+impl Sm {
+    fn of(kernel: &Compiled) -> Self {
+        match &*kernel.arch {
+            "sm_80" => Self { number: 0, threads: 2048, blocks: 32, shared_bytes: 164 << 10 },
+            "sm_89" => Self { number: 1, threads: 1536, blocks: 24, shared_bytes: 100 << 10 },
+            _ => Self { number: 2, threads: 2048, blocks: 32, shared_bytes: 228 << 10 },
+        }
     }
-    let loops = kernel.inner_loops().into_iter().filter(|found| found.count(marker) > 0);
-    // Of equals the shorter: the one without the work that only some iterations need.
-    loops.max_by_key(|found| (found.count(marker), usize::MAX - found.len()))
+}
+
+fn launched(kernel: &Compiled) -> Result<Block, String> {
+    launches::block(kernel).ok_or("no driver launches it in tests/static_bars/launches.rs".into())
+}
+
+/// Blocks that fit an SM. A quarter of its registers is each scheduler's, which hands them to warps in units of 256; of
+/// shared memory the system takes 1 KB for each block, and units are of 128 bytes.
+fn blocks_of(kernel: &Compiled) -> Result<u32, String> {
+    let Block { shared_bytes, threads } = launched(kernel)?;
+    let sm = Sm::of(kernel);
+    let warps = 4 * (16_384 / (kernel.registers * 32).next_multiple_of(256));
+    let by_registers = warps / threads.div_ceil(32);
+    let by_shared = sm.shared_bytes / (shared_bytes + kernel.shared_bytes + 1024).next_multiple_of(128);
+    Ok(by_registers.min(by_shared).min(sm.threads / threads).min(sm.blocks))
 }
 
 /// One line for each kernel and architecture.
-pub(crate) fn table(compiled: &[Compiled]) -> String {
+pub(crate) fn table(compiled: &[Compiled]) -> Result<String, String> {
     let mut table = String::from(
-        "| kernel | chip | registers | static shared, B | blocks/SM | main loop | MMA | LDSM | LDG | MUFU | SHFL |\n\
-         |---|---|---|---|---|---|---|---|---|---|---|\n",
+        "| kernel | chip | registers | threads | shared, B | blocks/SM | instructions | main loops | MMA | LDSM | LDG \
+         | MUFU | SHFL |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     let mut rows = compiled.iter().collect::<Vec<_>>();
     rows.sort_by_key(|kernel| (kernel.entry.clone(), kernel.arch.clone()));
     for kernel in rows {
         let Some(bar) = BARS.iter().find(|bar| bar.covers(kernel)) else { continue };
-        let Compiled { entry, arch, registers, shared_bytes, .. } = kernel;
-        let blocks = bar.blocks_of(kernel);
-        write!(table, "| {entry} | {arch} | {registers} | {shared_bytes} | {blocks} |").expect("a string");
-        if let Some(main) = main_loop(kernel, bar.marker) {
-            let n = |opcodes: &[&str]| opcodes.iter().map(|opcode| main.count(opcode)).sum::<usize>();
-            let counts =
-                [n(&["HMMA", "HGMMA"]), n(&["LDSM"]), n(&["LDG", "LDGSTS"]), n(&["MUFU"]), n(&["SHFL"])];
-            write!(table, " {} |", main.len()).expect("a string");
-            counts.iter().for_each(|count| write!(table, " {count} |").expect("a string"));
-        } else {
-            table.push_str(" | | | | | |");
+        let Compiled { entry, arch, registers, code, .. } = kernel;
+        let Block { threads, shared_bytes } = launched(kernel)?;
+        let (shared, blocks, size) = (shared_bytes + kernel.shared_bytes, blocks_of(kernel)?, code.len());
+        let loops = bar.main_loops(kernel);
+        let lengths = loops.iter().map(|found| found.len().to_string()).collect::<Vec<_>>().join(", ");
+        write!(
+            table,
+            "| {entry} | {arch} | {registers} | {threads} | {shared} | {blocks} | {size} | {lengths} |"
+        )
+        .expect("a string");
+        for opcodes in [&["HMMA", "HGMMA"][..], &["LDSM"], &["LDG", "LDGSTS"], &["MUFU"], &["SHFL"]] {
+            let count = |main: &Loop<'_>| opcodes.iter().map(|opcode| main.count(opcode)).sum::<usize>();
+            let count = loops.first().map_or_else(String::new, |main| format!("{} ", count(main)));
+            write!(table, " {count}|").expect("a string");
         }
         table.push('\n');
     }
-    table
+    Ok(table)
 }

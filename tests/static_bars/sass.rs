@@ -11,7 +11,7 @@ pub(crate) struct Compiled {
     pub(crate) registers: u32,
     /// Bytes of the stack and of local memory of a thread: spills, and arrays that are indexed at run time.
     pub(crate) local_bytes: u32,
-    /// Bytes of shared memory that the kernel declares.
+    /// Bytes of shared memory that the kernel declares. What the system takes of each block is not among them.
     pub(crate) shared_bytes: u32,
     pub(crate) code: Vec<Instruction>,
 }
@@ -25,28 +25,30 @@ pub(crate) struct Instruction {
     pub(crate) target: Option<u32>,
 }
 
-/// A loop without a loop inside.
+/// From where a branch goes back to, to that branch.
 #[derive(Clone, Debug)]
 pub(crate) struct Loop<'a>(pub(crate) &'a [Instruction]);
 
 impl Compiled {
-    /// The loops that hold no other, in the order of the code.
-    pub(crate) fn inner_loops(&self) -> Vec<Loop<'_>> {
+    /// The shortest loops that hold an instruction and have nothing in common, the shortest first. What is seldom needed
+    /// stands behind the rest and branches back, which looks like a loop around what lies between.
+    pub(crate) fn loops_with(&self, opcode: &str) -> Vec<Loop<'_>> {
         let at = |address: u32| self.code.partition_point(|instruction| instruction.address < address);
         let loops = self.code.iter().enumerate().filter_map(|(end, branch)| {
             let first = at(branch.target?);
             // A branch to itself is what ptxas puts behind the end.
             (first < end).then_some((first, end))
         });
-        let loops = loops.collect::<Vec<_>>();
-        let inner = |(first, end): &(usize, usize)| {
-            !loops.iter().any(|other| other != &(*first, *end) && *first <= other.0 && other.1 <= *end)
-        };
-        loops
-            .iter()
-            .filter(|found| inner(found))
-            .map(|(first, end)| Loop(&self.code[*first..=*end]))
-            .collect()
+        let mut loops =
+            loops.filter(|(first, end)| count(&self.code[*first..=*end], opcode) > 0).collect::<Vec<_>>();
+        loops.sort_by_key(|(first, end)| end - first);
+        let mut apart: Vec<(usize, usize)> = Vec::new();
+        for (first, end) in loops {
+            if apart.iter().all(|other| end < other.0 || other.1 < first) {
+                apart.push((first, end));
+            }
+        }
+        apart.into_iter().map(|(first, end)| Loop(&self.code[first..=end])).collect()
     }
 
     /// Instructions of a kind with these modifiers: `LDG.128` counts `LDG.E.NA.128.CONSTANT`.
@@ -112,7 +114,11 @@ pub(crate) fn read(cuobjdump: &Path, fatbin: &Path) -> Vec<Compiled> {
                 entry: entry.into(),
                 registers: field("REG"),
                 local_bytes: field("STACK") + field("LOCAL"),
-                shared_bytes: field("SHARED"),
+                shared_bytes: field("SHARED").saturating_sub(if arch.starts_with("sm_90") {
+                    1024
+                } else {
+                    0
+                }),
                 code: code
                     .remove(&(arch.into(), entry.into()))
                     .unwrap_or_else(|| panic!("no code of {entry}")),

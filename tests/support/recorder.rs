@@ -10,7 +10,8 @@ use fastkv::{
 #[derive(Default)]
 pub(crate) struct Recorder {
     fails: bool,
-    hopper: bool,
+    /// Ampere's where there is none.
+    compute_capability: Option<(u32, u32)>,
     launches: RefCell<Vec<Recorded>>,
     fills: RefCell<Vec<(u64, usize)>>,
     resources: RefCell<Vec<Resources>>,
@@ -34,9 +35,13 @@ pub(crate) struct Resources {
 }
 
 impl Recorder {
-    /// Claims compute capability 9.0.
+    /// Claims a compute capability.
+    pub(crate) fn of(compute_capability: (u32, u32)) -> Self {
+        Self { compute_capability: Some(compute_capability), ..Self::default() }
+    }
+
     pub(crate) fn hopper() -> Self {
-        Self { hopper: true, ..Self::default() }
+        Self::of((9, 0))
     }
 
     /// Fails every launch as a GPU would.
@@ -114,7 +119,7 @@ impl Launcher for Recorder {
     }
 
     fn compute_capability(&self) -> (u32, u32) {
-        if self.hopper { (9, 0) } else { (8, 0) }
+        self.compute_capability.unwrap_or((8, 0))
     }
 
     fn multiprocessors(&self) -> u32 {
