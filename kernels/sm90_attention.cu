@@ -79,6 +79,8 @@ struct Shared {
     uint64_t full_q[STAGES], empty_q[STAGES];
     uint64_t full_k[STAGES], empty_k[STAGES];
     uint64_t full_v[STAGES], empty_v[STAGES];
+    uint64_t landed; // values that the producer has to do with
+    uint32_t landings;
     Item items[STAGES];
     Work work;
     Looked looked; // for the producer
@@ -142,7 +144,7 @@ __device__ __forceinline__ void stay_before(bool never) {
     }
 }
 
-// -- The producer: one warp, whose first lane fills the rings.
+// -- The producer: one warp, which fills the rings.
 
 template <int d>
 struct Producer {
@@ -154,6 +156,8 @@ struct Producer {
 
     __device__ __forceinline__ const fastkv_prefill_attention_params& p() const { return params.of.attention; }
 
+    static __device__ __forceinline__ bool leads() { return threadIdx.x % 32 == 0; }
+
     // Whether any of a sequence's first `keys` keys has no page. For the whole warp.
     __device__ __forceinline__ bool lacks_page(int32_t sequence, int32_t keys) const {
         Looked& looked = shared.looked;
@@ -162,7 +166,7 @@ struct Producer {
         if (!known) {
             const int32_t absent = first_absent(p().pages, sequence, keys, threadIdx.x % 32, 32);
             const int32_t first = __reduce_min_sync(~0u, absent);
-            if (threadIdx.x % 32 == 0) {
+            if (leads()) {
                 looked = {sequence, keys, first};
             }
             __syncwarp();
@@ -205,8 +209,10 @@ struct Producer {
     // A tile of a tensor whose sequences lie apart, or are packed along the token axis.
     __device__ __forceinline__ void load(uint32_t to, const fastkv_tensor_map& map, uint64_t cu_seqlens,
                                          const Item& item, int32_t token, int32_t head, uint64_t& full) const {
-        mbarrier_arrive_expecting(full, TILE_BYTES<d>);
-        copy_tile(to, &map, {0, token, 0, head, cu_seqlens ? 0 : item.tile.tile.sequence}, full);
+        if (leads()) {
+            mbarrier_arrive_expecting(full, TILE_BYTES<d>);
+            copy_tile(to, &map, {0, token, 0, head, cu_seqlens ? 0 : item.tile.tile.sequence}, full);
+        }
     }
 
     // Where keys lie in pages, the page of this lane's part of a tile, below 0 where it has none.
@@ -229,7 +235,7 @@ struct Producer {
             load(to, map, p().cu_seqlens_k, item, item.keys.first + block * ROWS, head, full);
             return;
         }
-        if (threadIdx.x % 32 == 0) {
+        if (leads()) {
             mbarrier_arrive_expecting(full, TILE_BYTES<d>);
         }
         __syncwarp();
@@ -256,14 +262,37 @@ struct Producer {
                                                 int32_t head) const {
         const uint32_t stage = turn % STAGES;
         mbarrier_wait(shared.empty_v[stage], ~turn / STAGES % 2);
-        load_tokens<paged>(tiles.v(turn), params.of.v, item, block, page, head, shared.full_v[stage]);
+        const int32_t rows = item.keys.tokens - block * ROWS;
+        // Behind the end of a tensor the copy engine puts zeros itself.
+        const bool clears = rows < ROWS && (paged || p().cu_seqlens_k || p().k_lengths);
+        uint64_t& full = shared.full_v[stage];
+        load_tokens<paged>(tiles.v(turn), params.of.v, item, block, page, head, clears ? shared.landed : full);
+        if (clears) {
+            clear_behind(tiles.v(turn), rows);
+            if (leads()) {
+                mbarrier_arrive(full);
+            }
+        }
     }
 
-    // All tiles of an item, in the order of their use: values come one behind their keys. For the first lane, or where
-    // keys lie in pages for the whole warp.
+    // Waits for a tile of values that only has so many rows of its sequence, and puts zeros behind them. There may be the
+    // next sequence, or what nobody has written: probabilities are 0 there, but 0 times what is not finite is not.
+    __device__ __forceinline__ void clear_behind(uint32_t values, int32_t rows) const {
+        mbarrier_wait(shared.landed, shared.landings % 2);
+        for (int32_t i = threadIdx.x % 32; i < (ROWS - rows) * (d / 8); i += 32) {
+            clear_shared_vector(values + chunk_offset(rows + i / (d / 8), i % (d / 8)));
+        }
+        fence_proxy();
+        __syncwarp();
+        if (leads()) {
+            ++shared.landings;
+        }
+        __syncwarp();
+    }
+
+    // All tiles of an item, in the order of their use: values come one behind their keys. For the whole warp.
     template <bool paged>
     __device__ __forceinline__ void feed(const Item& item, uint32_t round, int32_t& next) {
-        const bool leads = threadIdx.x % 32 == 0;
         const int32_t kv_head = item.tile.head / (p().query_heads / p().kv_heads);
         int32_t block = item.blocks - 1;
         int32_t of_keys = page<paged>(item, block);
@@ -272,17 +301,17 @@ struct Producer {
         }
         const uint32_t slot = round % STAGES;
         mbarrier_wait(shared.empty_q[slot], ~round / STAGES % 2);
-        if (leads) {
+        if (leads()) {
             shared.items[slot] = item;
-            if (block >= 0) {
-                load(tiles.q(round), params.of.q, p().cu_seqlens_q, item,
-                     item.queries.first + item.tile.tile.index * ROWS, item.tile.head, shared.full_q[slot]);
-            } else {
-                mbarrier_arrive(shared.full_q[slot]);
-            }
-            // Asked for now, the next item is known once this one is fed.
-            next = take_item(p());
         }
+        if (block >= 0) {
+            load(tiles.q(round), params.of.q, p().cu_seqlens_q, item,
+                 item.queries.first + item.tile.tile.index * ROWS, item.tile.head, shared.full_q[slot]);
+        } else if (leads()) {
+            mbarrier_arrive(shared.full_q[slot]);
+        }
+        // Asked for now, the next item is known once this one is fed.
+        next = leads() ? take_item(p()) : 0;
 #pragma unroll 1
         for (; block > 0; --block, ++turn) {
             const int32_t of_values = of_keys;
@@ -296,13 +325,12 @@ struct Producer {
     }
 
     __device__ __forceinline__ void run() {
-        const bool leads = threadIdx.x % 32 == 0;
-        int32_t next = leads ? take_item(p()) : 0;
+        int32_t next = leads() ? take_item(p()) : 0;
 #pragma unroll 1
         for (uint32_t round = 0;; ++round) {
             const Item item = find(__shfl_sync(~0u, next, 0));
             if (item.number >= shared.work.tile_items) {
-                if (leads) {
+                if (leads()) {
                     const uint32_t slot = round % STAGES;
                     mbarrier_wait(shared.empty_q[slot], ~round / STAGES % 2);
                     shared.items[slot].number = item.number;
@@ -312,7 +340,7 @@ struct Producer {
             }
             if (p().pages.table) {
                 feed<true>(item, round, next);
-            } else if (leads) {
+            } else {
                 feed<false>(item, round, next);
             }
             __syncwarp();
@@ -525,10 +553,7 @@ struct Consumer {
         const int32_t seen = last[half];
         const int32_t kv_head = item.tile.head / (p.query_heads / p.kv_heads);
         const int32_t sequence = item.tile.tile.sequence;
-        // What tiles hold: up to the end of the tensor, or of a page.
-        const int32_t past = p.pages.table ? p.pages.page_size - 1 - (item.keys.tokens + p.pages.page_size - 1) % p.pages.page_size
-                                           : p.k_tokens - item.keys.first - item.keys.tokens;
-        const int32_t end = min(item.blocks * ROWS, item.keys.tokens + past);
+        const int32_t end = min(item.blocks * ROWS, item.keys.tokens);
         // Each thread of a row has every fourth pair of elements.
         const auto pair = [&](uint64_t of_row, int j) {
             return __ldg(reinterpret_cast<const uint32_t*>(of_row + 16 * j) + threadIdx.x % 4);
@@ -706,7 +731,9 @@ __device__ __forceinline__ void prefill_attention(const Params& params) {
             mbarrier_init(shared.full_v[stage], 1);
             mbarrier_init(shared.empty_v[stage], CONSUMERS / 32);
         }
+        mbarrier_init(shared.landed, 1);
         mbarrier_init_fence();
+        shared.landings = 0;
         shared.looked = {-1, 0, 0};
     }
     if (threadIdx.x < 32) {

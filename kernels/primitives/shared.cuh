@@ -27,3 +27,7 @@ __device__ __forceinline__ uint4 load_shared_vector(uint32_t address) {
                  : "memory");
     return value;
 }
+
+__device__ __forceinline__ void clear_shared_vector(uint32_t address) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}

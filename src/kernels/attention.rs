@@ -4,8 +4,7 @@
 //! Lengths and positions are read on the device, so a launch can be captured in a CUDA graph and replayed
 //! for other batches within the same bounds. The kernel clips them to what is described here; they can be
 //! wrong, but they cannot make it read or write elsewhere. Results are bit for bit the same in every run
-//! and whatever else is in the batch. But on Hopper a value that is not finite, in a key that a query does not see, may
-//! move an element of its output by rounding; behind the last key of a packed sequence that is a key of the next.
+//! and whatever else is in the batch.
 //!
 //! A chunk of a prompt attends to what a cache holds of the prompt so far: keys in pages, or in a cache with room to grow,
 //! with their lengths on the device; the chunk's own keys are there too, and its queries are the last of the keys.

@@ -183,6 +183,53 @@ pub(crate) static BARS: &[Bar] = &[
         &[989, 2398],
         &products(256, 144, 32, 34, 4),
     ),
+    // Keys in pages.
+    multiplies(
+        "fastkv_paged_attention_*_64",
+        219,
+        [2, 2, 2],
+        6824,
+        &[652, 1482],
+        &products(128, 40, 8, 68, 8),
+    ),
+    multiplies(
+        "fastkv_paged_attention_*_96",
+        254,
+        [2, 1, 2],
+        7248,
+        &[779, 1686],
+        &products(192, 60, 12, 68, 8),
+    ),
+    Bar {
+        archs: &["sm_80", "sm_89"],
+        ..multiplies(
+            "fastkv_paged_attention_*_128",
+            255,
+            [2, 1, 0],
+            7528,
+            &[926, 2078],
+            &products(256, 80, 16, 68, 8),
+        )
+    },
+    Bar {
+        archs: &["sm_90"],
+        ..multiplies(
+            "fastkv_paged_attention_*_128",
+            205,
+            [0, 0, 2],
+            6680,
+            &[527, 1461],
+            &products(128, 72, 16, 34, 4),
+        )
+    },
+    multiplies(
+        "fastkv_paged_attention_*_256",
+        255,
+        [1, 1, 2],
+        8256,
+        &[989, 2398],
+        &products(256, 144, 32, 34, 4),
+    ),
     sm90_attention("fastkv_sm90_attention_*_64", 8296, &[428, 560, 621, 755], &sm90_mix(12)),
     sm90_attention("fastkv_sm90_attention_*_128", 9480, &[478, 612, 685, 819], &sm90_mix(16)),
     // Walks over the chunks of ragged lists and of paged ones, which end and merge chunks too. The blocks are as many as

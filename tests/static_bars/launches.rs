@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, sync::LazyLock};
 
 use fastkv::{
-    abi::{Cache, Kept, Pooling, Rows},
+    abi::{Cache, Kept, Pages, Pooling, Rows},
     kernels::{
         DType, Error, Launcher,
         activation::{Add, Convert, SiluMul, add, convert, silu_mul},
@@ -65,6 +65,7 @@ const HIDDEN: u32 = 4096;
 const MLP: u32 = 14_336;
 const VOCABULARY: u32 = 128_256;
 const WINDOW: u32 = 8;
+const PAGE: u32 = 16;
 
 /// Addresses far apart.
 const fn place(number: u64) -> u64 {
@@ -90,7 +91,7 @@ fn matrix(number: u64, width: u32) -> Rows {
     Rows::packed(place(number), 1, width)
 }
 
-/// Attention with the scores of the last queries, these scores alone with and without LSE, the sums of all queries, and
+/// Attention with the scores of the last queries, of keys in pages too, these scores alone with and without LSE, the sums of all queries, and
 /// steps of decoding of one token and of four.
 fn with_heads(device: &Recorder, dtype: DType, head_dim: u32) -> Result<(), Error> {
     let rows = |number, heads| Rows::token_major(place(number), TOKENS, heads, head_dim);
@@ -120,6 +121,14 @@ fn with_heads(device: &Recorder, dtype: DType, head_dim: u32) -> Result<(), Erro
         workspace: WORKSPACE,
         workspace_bytes: WORKSPACE_BYTES,
         ..Default::default()
+    };
+    let page = |number| Rows::token_major(place(number), PAGE, KV_HEADS, head_dim);
+    let pages = (TOKENS / PAGE) as i32;
+    let in_pages = PrefillAttention {
+        k: page(2),
+        v: page(3),
+        pages: Pages { table: place(8), table_pages: pages, pages, page_size: PAGE as i32, reserved: 0 },
+        ..attention
     };
     let window = WindowScores {
         q: attention.q,
@@ -161,6 +170,7 @@ fn with_heads(device: &Recorder, dtype: DType, head_dim: u32) -> Result<(), Erro
     unsafe {
         prefill_attention(device, &attention)?;
         prefill_attention(device, &PrefillAttention { form: Some(Form::Portable), ..attention })?;
+        prefill_attention(device, &PrefillAttention { form: Some(Form::Portable), ..in_pages })?;
         window_scores(device, &window)?;
         column_sums(device, &sums)?;
         decode(device, &step(1))?;
