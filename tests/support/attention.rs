@@ -875,16 +875,17 @@ fn shapes() -> Vec<Case> {
     cases
 }
 
-/// Larger groups whose queries are more than a tile, with sums of either kind over a window that is, too; a part of
-/// them for each seed.
+/// Larger groups whose queries are more than a tile, as are those that scores sum over; a part of them for each seed.
 fn groups(seed: u64, lengths: (usize, usize)) -> Vec<Case> {
     let groups = (6..=16).filter(|group| group % 4 == seed as usize % 4);
     groups
         .map(|group| {
             let dtype = [DType::F16, DType::BF16][group / 4 % 2];
-            let heads = [ScoreHeads::Query, ScoreHeads::Group][(group + group / 4) % 2];
-            let scores = Some((Window::Last(lengths.0 as u32 - 4), heads));
-            Case { scores, ..Case::plain(dtype, 128, [1, group], &[lengths]) }
+            let scores = match (group + group / 4) % 2 {
+                0 => (Window::Last(60), ScoreHeads::Query),
+                _ => (Window::All, ScoreHeads::Group),
+            };
+            Case { scores: Some(scores), ..Case::plain(dtype, 128, [1, group], &[lengths]) }
         })
         .collect()
 }

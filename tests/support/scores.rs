@@ -905,7 +905,7 @@ fn column_edges() -> Vec<Case> {
         let (dtype, head_dim) = ([DType::F16, DType::BF16][number % 2], [64, 96, 128, 256][number % 4]);
         let columns = Some(Columns { weight: 1.0, step: 0.125, band: [None, Some(33)][number / 4] });
         let plain = Case::plain(dtype, head_dim, group, 1, 1);
-        let sequences = vec![[[12, 70], [40, 70]][number / 2 % 2]];
+        let sequences = vec![[[12, 70], [66, 70]][number / 2 % 2]];
         cases.push(Case { sequences, columns, ..plain }.summed());
     }
     let packed = Case {
