@@ -825,6 +825,9 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
     vec![
         Check::portable("prefill_attention_lengths", |device, _| check_all(device, Portable, lengths())),
         Check::portable("prefill_attention_shapes", |device, _| check_all(device, Portable, shapes())),
+        Check::portable("prefill_attention_groups", |device, seed| {
+            check_all(device, Portable, groups(seed, (66, 70)))
+        }),
         Check::portable("prefill_attention_positions", |device, _| check_all(device, Portable, positions())),
         Check::portable("prefill_attention_extremes", |device, _| check_all(device, Portable, extremes())),
         Check::portable("prefill_attention_scores", |device, _| check_all(device, Portable, windows())),
@@ -847,6 +850,9 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
             check_all(device, Hopper, lengths().into_iter().chain(long_lengths()))
         }),
         Check::hopper("sm90_attention_shapes", |device, _| check_all(device, Hopper, shapes())),
+        Check::hopper("sm90_attention_groups", |device, seed| {
+            check_all(device, Hopper, groups(seed, (130, 134)))
+        }),
         Check::hopper("sm90_attention_lse", |device, _| check_all(device, Hopper, lse_layouts())),
         Check::hopper("sm90_attention_positions", |device, _| check_all(device, Hopper, positions())),
         Check::hopper("sm90_attention_extremes", |device, _| check_all(device, Hopper, extremes())),
@@ -939,6 +945,21 @@ fn shapes() -> Vec<Case> {
     cases
 }
 
+/// Larger groups whose queries are more than a tile, as are those that scores sum over; a part of them for each seed.
+fn groups(seed: u64, lengths: (usize, usize)) -> Vec<Case> {
+    let groups = (6..=16).filter(|group| group % 4 == seed as usize % 4);
+    groups
+        .map(|group| {
+            let dtype = [DType::F16, DType::BF16][group / 4 % 2];
+            let scores = match (group + group / 4) % 2 {
+                0 => (Window::Last(60), ScoreHeads::Query),
+                _ => (Window::All, ScoreHeads::Group),
+            };
+            Case { scores: Some(scores), ..Case::plain(dtype, 128, [1, group], &[lengths]) }
+        })
+        .collect()
+}
+
 /// Tokens of one head with d = 64 whose keys and values fill a section.
 const SECTION_TOKENS: usize = (32 << 20) / (4 * 64);
 
@@ -954,6 +975,8 @@ fn positions() -> Vec<Case> {
         gathered((0..70).map(|i| i * 2).collect(), &[(70, 140)]),
         gathered(vec![i32::MIN, -1, 0, 63, 64, 129, 130, i32::MAX], &[(8, 130)]),
         gathered(vec![-1; 12], &[(3, 70), (9, 70)]),
+        Case { head_dim: 256, ..gathered((0..70).map(|i| i * 7 % 90).collect(), &[(70, 90)]) },
+        Case { head_dim: 96, ..gathered((0..9).map(|i| i * 7 % 70).collect(), &[(9, 70)]) },
         // A section of two kv heads, and one of one, with two tiles of queries each.
         Case {
             positions: Some((0..130).collect()),
@@ -1004,6 +1027,8 @@ fn windows() -> Vec<Case> {
         with(Window::Last(1), ScoreHeads::Query, bf16(96, [1, 1], &[(1, 513)])),
         with(Window::Last(33), ScoreHeads::Group, bf16(256, [1, 5], &[(40, 40)])),
         with(Window::All, ScoreHeads::Group, bf16(64, [1, 2], &[(130, 200), (3, 3)])),
+        with(Window::All, ScoreHeads::Group, Case::plain(DType::F16, 96, [1, 2], &[(70, 90)])),
+        with(Window::All, ScoreHeads::Group, Case::plain(DType::F16, 256, [1, 2], &[(66, 70)])),
         Case {
             bias: Some(BiasBits {
                 heads: vec![true, false, true],

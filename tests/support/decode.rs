@@ -72,6 +72,12 @@ pub(crate) struct Case {
     /// Whether pages are missing here and there.
     pub(crate) holes: bool,
     pub(crate) bias: bool,
+    /// Whether the cache says where each list begins, else one list follows the other; in a ragged one.
+    pub(crate) starts: bool,
+    /// Whether lists have capacities of their own, else all have the largest; in a ragged cache.
+    pub(crate) capacities: bool,
+    /// Whether the cache keeps positions, else entries count as theirs.
+    pub(crate) positions: bool,
     /// Whether keys grow from tile to tile: maxima that a kernel has taken do not last.
     pub(crate) rising: bool,
     pub(crate) steps: usize,
@@ -98,6 +104,9 @@ impl Case {
             appends: true,
             holes: false,
             bias: false,
+            starts: true,
+            capacities: true,
+            positions: true,
             rising: false,
             steps: 1,
             counters: false,
@@ -143,6 +152,9 @@ impl Case {
             far: None,
             lse_layout: LseLayout::random(&mut random),
             seeds: (0..sequences).map(|_| random.next()).collect(),
+            starts: random.below(4) > 0,
+            capacities: random.below(4) > 0,
+            positions: random.below(4) > 0,
         }
     }
 
@@ -233,14 +245,18 @@ impl State {
             rows = state.pages * size * case.heads;
         } else {
             state.lengths = case.lengths.iter().flatten().map(|length| *length as i32).collect();
+            let longest = case.lengths.iter().flatten().max().unwrap_or(&0) + case.slack;
             let mut order: Vec<_> = (0..case.lists()).collect();
             while !order.is_empty() {
                 let list = order.swap_remove(random.below(order.len()));
-                let room = state.lengths[list] as usize + case.slack;
+                let room = if case.capacities { state.lengths[list] as usize + case.slack } else { longest };
                 rows += random.below(3);
-                state.starts[list] = rows as i64;
+                state.starts[list] = if case.starts { rows } else { list * longest } as i64;
                 state.capacities[list] = room as i32;
                 rows += room;
+            }
+            if !case.starts {
+                rows = case.lists() * longest;
             }
         }
         let together = matches!(case.layout, Layout::PagedTogether(_));
@@ -478,7 +494,7 @@ fn expected(
     for entry in 0..seen {
         if let Some(place) = state.place(case, sequence, head, entry) {
             let [k, v] = place.rows.map(|(tensor, element)| widen(&state.tensors[tensor][element..][..d]));
-            let position = state.positions[place.position] as usize;
+            let position = if case.positions { state.positions[place.position] as usize } else { entry };
             let is_biased = case.bias
                 && bias_bit(&heads, query_head)
                 && position < BIASED_POSITIONS as usize
@@ -615,14 +631,17 @@ impl OnDevice {
         let paged = case.page_size().is_some();
         let starts: Vec<_> = state.starts.iter().map(|start| start + places.before as i64).collect();
         let table: Vec<_> = state.table.iter().map(|page| places.page(*page)).collect();
-        let positions = memory.put_spread(bytemuck::cast_slice(&state.positions), places.positions);
+        let positions = match case.positions {
+            true => memory.put_spread(bytemuck::cast_slice(&state.positions), places.positions),
+            false => 0,
+        };
         let mut put = |bytes: &[u8], present: bool| if present { memory.put(bytes) } else { 0 };
         let cache = Cache {
             k: rows(tensors[0], 0),
             v: rows(v, 1),
-            starts: put(bytemuck::cast_slice(&starts), !paged),
+            starts: put(bytemuck::cast_slice(&starts), !paged && case.starts),
             lengths: put(bytemuck::cast_slice(&state.lengths), true),
-            capacities: put(bytemuck::cast_slice(&state.capacities), !paged),
+            capacities: put(bytemuck::cast_slice(&state.capacities), !paged && case.capacities),
             positions,
             pages: Pages {
                 table: put(bytemuck::cast_slice(&table), paged),
@@ -663,8 +682,10 @@ impl OnDevice {
             let tensor = bytemuck::cast_slice(&state.tensors[which]);
             memory.expect_spread(name, self.tensors[which], tensor, tensors[which])?;
         }
-        let of_host = bytemuck::cast_slice(&state.positions);
-        memory.expect_spread("positions", self.cache.positions, of_host, *positions)?;
+        if case.positions {
+            let of_host = bytemuck::cast_slice(&state.positions);
+            memory.expect_spread("positions", self.cache.positions, of_host, *positions)?;
+        }
         memory.expect("lengths", self.cache.lengths, bytemuck::cast_slice(&state.lengths))?;
         memory.expect("full", self.full, bytemuck::bytes_of(&state.full))
     }
@@ -715,7 +736,7 @@ fn run<D: Device>(
         k_new: new(memory, &step.k),
         v_new: new(memory, &step.v),
         out: rows(memory.untouched_spread(2 * step.q.len(), spread(query_heads)), query_heads),
-        positions_new: memory.put(bytemuck::cast_slice(&step.positions)),
+        positions_new: if case.positions { memory.put(bytemuck::cast_slice(&step.positions)) } else { 0 },
         lse: Some(lse),
         full: on.full,
         bias: on.bias,
@@ -827,6 +848,10 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("decode_lengths", |device, _| all(lengths(), |case| check(device, case))),
         Check::portable("decode_shapes", |device, _| all(shapes(), |case| check(device, case))),
         Check::portable("decode_paged", |device, _| all(paged(), |case| check(device, case))),
+        Check::portable("decode_absent", |device, _| all(absent(), |case| check(device, case))),
+        Check::portable("decode_many_lists", |device, _| {
+            all(many_lists(), |case| check_from(device, case, full_at_the_end(case)).map(drop))
+        }),
         Check::portable("decode_hostile", |device, _| hostile(device)),
         Check::portable("decode_places_not_in_use", |device, _| places_not_in_use(device)),
         Check::portable("decode_infinite_values", |device, _| infinite_values(device)),
@@ -866,9 +891,8 @@ fn lengths() -> Vec<Case> {
 /// Head sizes, GQA groups, several tokens at once.
 fn shapes() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (head_dim, group) in
-        [(64, 1), (64, 16), (96, 2), (96, 9), (128, 3), (128, 8), (128, 16), (256, 7), (256, 12)]
-    {
+    // Every group that there is.
+    for (group, head_dim) in (1..=16).zip([64, 96, 128, 256].into_iter().cycle()) {
         cases.push(Case { bias: true, ..Case::new(head_dim, group, &[&[70, 5], &[33, 130]]) });
     }
     for (tokens, group) in [(2, 1), (3, 4), (8, 1), (8, 7), (5, 16)] {
@@ -895,6 +919,54 @@ fn paged() -> Vec<Case> {
     // The second token of the second sequence has no page.
     cases.push(Case { layout: Layout::Paged(8), tokens: 2, slack: 2, holes: true, ..case });
     cases
+}
+
+/// A cache that says less of its lists, biased by positions or by entries.
+fn absent() -> Vec<Case> {
+    let ragged =
+        Case { slack: 2, steps: 2, bias: true, ..Case::new(64, 3, &[&[20, 3], &[0, 130], &[66, 7]]) };
+    let paged = Case { layout: Layout::Paged(16), holes: true, ..ragged.clone() };
+    let mut cases = vec![Case { positions: false, tokens: 2, slack: 4, ..paged }];
+    for (starts, capacities) in [(true, false), (false, true), (false, false)] {
+        for positions in [true, false] {
+            cases.push(Case { starts, capacities, positions, ..ragged.clone() });
+        }
+    }
+    cases.push(Case { positions: false, ..ragged.clone() });
+    cases.push(Case { starts: false, capacities: false, appends: false, layout: Layout::Apart, ..ragged });
+    cases
+}
+
+/// More than two lists for each thread of a block, which find where its work begins, and more lengths than threads.
+fn many_lists() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (head_dim, sequences, dtype) in [(64, 131, DType::BF16), (256, 71, DType::F16)] {
+        let mut random = Random(head_dim as u64);
+        let lengths = (0..sequences).map(|n| match n {
+            _ if n == sequences - 1 => vec![0; 2],
+            _ => (0..2).map(|_| random.of(&[0, 0, 1, 3, 9, 15, 17, 40, 140])).collect(),
+        });
+        let case = Case {
+            dtype,
+            lengths: lengths.collect(),
+            slack: 2,
+            steps: 2,
+            seeds: (1..=sequences).collect(),
+            ..Case::new(head_dim, 2, &[&[0, 0]])
+        };
+        cases.extend([Layout::Ragged, Layout::Paged(8)].map(|layout| Case { layout, ..case.clone() }));
+    }
+    cases
+}
+
+/// The cache of a case whose last lists are empty and have no room.
+fn full_at_the_end(case: &Case) -> State {
+    let mut state = State::new(case);
+    match case.page_size() {
+        Some(_) => state.table[(case.lengths.len() - 1) * state.table_pages] = -1,
+        None => state.capacities[case.lists() - 1] = 0,
+    }
+    state
 }
 
 /// Lists, rows, pages and tokens further apart than 32 bits count, and table entries as large.
@@ -1125,14 +1197,16 @@ enum Contents {
     Subnormal,
     /// A NaN in a key of one list that all tokens see.
     NanKey,
+    /// NaN in everything.
+    Nan,
 }
 
 fn contents() -> Vec<(Case, Contents)> {
-    use Contents::{AllLeftOut, EqualKeys, LeftOut, NanKey, Subnormal};
+    use Contents::{AllLeftOut, EqualKeys, LeftOut, Nan, NanKey, Subnormal};
     let mut cases = Vec::new();
-    for (n, contents) in [EqualKeys, LeftOut, AllLeftOut, Subnormal, NanKey].into_iter().enumerate() {
+    for (n, contents) in [EqualKeys, LeftOut, AllLeftOut, Subnormal, NanKey, Nan].into_iter().enumerate() {
         for (m, dtype) in [DType::F16, DType::BF16].into_iter().enumerate() {
-            let (head_dim, group) = [(64, 4), (128, 2), (256, 3)][(n + m) % 3];
+            let (head_dim, group) = [(64, 4), (96, 5), (128, 2), (256, 3)][(n + m) % 4];
             let tokens = [1, 3][m];
             let case =
                 Case { dtype, tokens, slack: tokens, ..Case::new(head_dim, group, &[&[150, 7], &[33, 64]]) };
@@ -1165,6 +1239,11 @@ fn check_contents<D: Device>(device: &D, (case, contents): &(Case, Contents)) ->
         Contents::NanKey => {
             if (key.sequence, key.head, key.index) == (0, 1, 3) {
                 k[COLUMN] = encode_element(case.dtype, f32::NAN);
+            }
+        }
+        Contents::Nan => {
+            for x in k.iter_mut().chain(v).chain(queries) {
+                *x = encode_element(case.dtype, f32::NAN);
             }
         }
     });

@@ -782,8 +782,12 @@ struct Compaction {
     dtype: DType,
     width: usize,
     heads: usize,
-    /// Room of every list; lists stand that far apart.
+    /// Room of every list, at most; lists stand that far apart, one behind the other but for `starts`.
     capacity: usize,
+    /// First row of each list, as the device is told.
+    starts: Option<Vec<i64>>,
+    /// Room of each list, as the device is told.
+    capacities: Option<Vec<i32>>,
     /// Of each list, or of each sequence where the cache is paged.
     lengths: Vec<i32>,
     table: Option<Table>,
@@ -815,6 +819,8 @@ impl Compaction {
             width: 64,
             heads: 1,
             capacity: 300,
+            starts: None,
+            capacities: None,
             lengths: vec![length],
             table: None,
             index_capacity: indices.len(),
@@ -847,11 +853,31 @@ impl Compaction {
         }
         let kept = (random.below(2) == 0)
             .then(|| (0..sequences * heads).map(|_| random.below(index_capacity + 4) as i32 - 2).collect());
+        let (dtype, width) =
+            (random.of(&[DType::F16, DType::BF16, DType::F32]), random.of(&[8, 64, 80, 128, 256, 576]));
+        let rows = lists * capacity;
+        // In no order, some where nothing is, the last perhaps cut off.
+        let starts = (table.is_none() && random.below(2) == 0).then(|| {
+            let mut free: Vec<_> = (0..lists).collect();
+            let start = |_| {
+                let place = free.swap_remove(random.below(free.len()));
+                match random.below(8) {
+                    0 => random.of(&[-1, i64::MIN, i64::MAX, rows as i64]),
+                    1 | 2 if place + 1 == lists => (rows - random.below(capacity)) as i64,
+                    _ => (place * capacity) as i64,
+                }
+            };
+            (0..lists).map(start).collect()
+        });
+        let capacities = (table.is_none() && random.below(2) == 0)
+            .then(|| (0..lists).map(|_| random.below(capacity + 3) as i32 - 1).collect());
         Self {
-            dtype: random.of(&[DType::F16, DType::BF16, DType::F32]),
-            width: random.of(&[8, 64, 80, 128, 256, 576]),
+            dtype,
+            width,
             heads,
             capacity,
+            starts,
+            capacities,
             lengths,
             table,
             indices,
@@ -875,12 +901,27 @@ impl Compaction {
 
     fn row(&self, sequence: usize, head: usize, entry: usize) -> Option<usize> {
         let Some(table) = &self.table else {
-            return Some((sequence * self.heads + head) * self.capacity + entry);
+            return Some(self.start(sequence * self.heads + head) as usize + entry);
         };
         let of_sequence = table.entries.len() / self.sequences();
         let page = table.entries[sequence * of_sequence + entry / table.page_size];
         let page = usize::try_from(page).ok().filter(|page| *page < table.pages)?;
         Some((page * table.page_size + entry % table.page_size) * self.heads + head)
+    }
+
+    fn start(&self, list: usize) -> i64 {
+        self.starts.as_ref().map_or((list * self.capacity) as i64, |starts| starts[list])
+    }
+
+    /// Entries that a list could have.
+    fn room(&self, list: usize) -> i32 {
+        let capacity = self.capacities.as_ref().map_or(i32::MAX, |capacities| capacities[list]);
+        let behind = match self.start(list) {
+            _ if self.table.is_some() => i64::MAX,
+            ..0 => 0,
+            start => self.rows() as i64 - start,
+        };
+        behind.min(capacity.into()).clamp(0, self.capacity as i64) as i32
     }
 
     /// The rows that move, from one to the other, and how many entries each list keeps.
@@ -890,7 +931,7 @@ impl Compaction {
             for head in 0..self.heads {
                 let list = sequence * self.heads + head;
                 let length = self.lengths[if self.table.is_some() { sequence } else { list }];
-                let length = length.min(self.capacity as i32);
+                let length = length.min(self.room(list));
                 let indices = if self.shared { sequence } else { list } * self.index_capacity;
                 let kept = self.kept.as_ref().map_or(self.index_capacity as i32, |kept| kept[list]);
                 let (mut before, mut count) = (-1, 0);
@@ -912,7 +953,8 @@ impl Compaction {
     }
 }
 
-/// Lists that keep nothing, one, all; tiles of 128 rows and wider ones; order that breaks.
+/// Lists that keep nothing, one, all; tiles of 128 rows and wider ones; order that breaks; lists in no order, of any
+/// room, and where nothing is.
 fn compact_edges() -> Vec<Compaction> {
     let every = |step: i32, count: i32| (0..count).map(|i| i * step).collect::<Vec<_>>();
     let mut cases = vec![
@@ -935,6 +977,25 @@ fn compact_edges() -> Vec<Compaction> {
         cases.push(Compaction { kept: Some(vec![kept]), ..Compaction::list(300, every(3, 40)) });
     }
     cases.push(Compaction { width: 1024, ..Compaction::list(300, every(2, 150)) });
+    let lists = Compaction {
+        heads: 2,
+        lengths: vec![300, 250, 90, 300],
+        indices: (0..4).flat_map(|list| (0..70).map(move |i| i * 4 + list)).collect(),
+        index_capacity: 70,
+        ..Compaction::list(0, Vec::new())
+    };
+    let rooms = [i32::MAX, 90, i32::MIN, 1];
+    for (starts, capacities) in [
+        (Some([600, 0, 900, 300]), None),
+        (Some([600, 0, 900, 300]), Some(rooms)),
+        (None, Some(rooms)),
+        (Some([-1, i64::MIN, i64::MAX, 300]), None),
+        // The first is cut off by the end of the cache, after 97 entries, the third before its first.
+        (Some([1103, 0, 1200, 300]), Some([300, i32::MAX, 300, -1])),
+    ] {
+        let (starts, capacities) = (starts.map(Vec::from), capacities.map(Vec::from));
+        cases.push(Compaction { starts, capacities, ..lists.clone() });
+    }
     cases
 }
 
@@ -1002,7 +1063,12 @@ fn check_compact<D: Device>(device: &D, case: &Compaction) -> Result<(), String>
         }
     });
     let lists = case.sequences() * case.heads;
-    let starts: Vec<_> = (0..lists).map(|list| (before + list * case.capacity) as i64).collect();
+    let starts: Vec<_> = (0..lists)
+        .map(|list| match case.start(list) {
+            start @ ..0 => start,
+            start => start.saturating_add(before as i64),
+        })
+        .collect();
     let (indices, index_sequence_stride, index_head_stride) = Lists {
         sequences: case.sequences(),
         per_sequence: if case.shared { 1 } else { case.heads },
@@ -1013,13 +1079,16 @@ fn check_compact<D: Device>(device: &D, case: &Compaction) -> Result<(), String>
         cache: Cache {
             k: rows(k),
             v: rows(v),
-            starts: if before > 0 && case.table.is_none() {
+            starts: if (before > 0 || case.starts.is_some()) && case.table.is_none() {
                 memory.put(bytemuck::cast_slice(&starts))
             } else {
                 0
             },
             lengths: memory.put(bytemuck::cast_slice(&case.lengths)),
-            capacities: 0,
+            capacities: case
+                .capacities
+                .as_ref()
+                .map_or(0, |capacities| memory.put(bytemuck::cast_slice(capacities))),
             positions,
             pages,
             rows: (before + case.rows()) as i64,

@@ -51,6 +51,9 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("sample_random", |device, seed| {
             all((0..3).map(|n| SampleCase::random(seed * 3 + n)), |case| check_sample(device, case))
         }),
+        Check::portable("sample_large", |device, seed| {
+            all(large_vocabularies(seed), |case| check_sample(device, case))
+        }),
         Check::portable("sample_alone", sample_alone),
         Check::portable("silu_mul", |device, seed| all(matrices(seed), |case| check_silu_mul(device, case))),
     ]
@@ -60,6 +63,11 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
 fn normals(random: &mut Random, dtype: DType, scale: f64, count: usize) -> Vec<f64> {
     let mut normal = || (0..4).map(|_| f64::from(random.symmetric())).sum::<f64>();
     (0..count).map(|_| rounded(dtype, normal() * scale)).collect()
+}
+
+/// Whether numbers have the same bits.
+fn same(a: &[f64], b: &[f64]) -> bool {
+    a.iter().map(|a| a.to_bits()).eq(b.iter().map(|b| b.to_bits()))
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -173,6 +181,7 @@ fn far_apart<D: Device>(device: &D, seed: u64) -> Result<(), String> {
         fused: true,
         scale: 1.0,
         epsilon: 1e-5,
+        not_finite: false,
         seed,
     });
     all(norms, |case| check_norm(device, case))?;
@@ -186,8 +195,22 @@ fn check_add<D: Device>(device: &D, (x, y_dtype, seed): &(Matrix, DType, u64)) -
     let mut memory = Memory::new(device);
     let mut random = Random(*seed);
     let y = Matrix { stride: x.width, dtype: *y_dtype, ..*x };
-    let a = normals(&mut random, x.dtype, 1.0, x.rows * x.width);
-    let b = normals(&mut random, y.dtype, 1.0, x.rows * x.width);
+    let mut a = normals(&mut random, x.dtype, 1.0, x.rows * x.width);
+    let mut b = normals(&mut random, y.dtype, 1.0, x.rows * x.width);
+    // What is not finite, and sums that are too large.
+    const EDGES: [(f64, f64); 8] = [
+        (f64::INFINITY, 1.0),
+        (1.0, f64::NEG_INFINITY),
+        (f64::INFINITY, f64::NEG_INFINITY),
+        (f64::NEG_INFINITY, f64::NEG_INFINITY),
+        (f64::NAN, 1.0),
+        (1.0, f64::NAN),
+        (6e4, 6e4),
+        (-3e38, -3e38),
+    ];
+    for ((a, b), edge) in a.iter_mut().zip(&mut b).zip(EDGES) {
+        (*a, *b) = (rounded(x.dtype, edge.0), rounded(y.dtype, edge.1));
+    }
     let (on_x, on_y) = (x.put(&mut memory, &a), y.put(&mut memory, &b));
     let work = activation::Add {
         x: on_x,
@@ -201,6 +224,7 @@ fn check_add<D: Device>(device: &D, (x, y_dtype, seed): &(Matrix, DType, u64)) -
     unsafe { activation::add(device, &work) }.map_err(|error| error.to_string())?;
     // Rounded to f32, and once more on the way out.
     let sums = a.iter().zip(&b).map(|(a, b)| a + b);
+    let sums = sums.map(|sum| if rounded(x.dtype, sum).is_finite() { sum } else { rounded(x.dtype, sum) });
     let expected: Vec<_> = sums.map(|sum| (sum, rounding(x.dtype, sum) + U * sum.abs())).collect();
     within("sum", &x.get(&memory, &on_x)?, &expected)
 }
@@ -249,7 +273,21 @@ fn check_silu_mul<D: Device>(device: &D, (gate, _, seed): &(Matrix, DType, u64))
     for (g, edge) in g.iter_mut().zip(edges) {
         *g = rounded(dtype, edge);
     }
-    let u = normals(&mut random, dtype, 1.0, count);
+    let mut u = normals(&mut random, dtype, 1.0, count);
+    // What is not finite, from the end.
+    const NOT_FINITE: [(f64, f64); 8] = [
+        (f64::INFINITY, -1.0),
+        (f64::INFINITY, 0.0),
+        (f64::NEG_INFINITY, 1.0),
+        (f64::NAN, 1.0),
+        (1.0, f64::NAN),
+        (-1.0, f64::INFINITY),
+        (0.0, f64::INFINITY),
+        (f64::INFINITY, f64::INFINITY),
+    ];
+    for ((g, u), edge) in g.iter_mut().zip(&mut u).rev().zip(NOT_FINITE) {
+        (*g, *u) = edge;
+    }
     let up = Matrix { stride: gate.width, ..*gate };
     let (on_gate, on_up) = (gate.put(&mut memory, &g), up.put(&mut memory, &u));
     let on_out = gate.untouched(&mut memory);
@@ -348,6 +386,8 @@ struct NormCase {
     fused: bool,
     scale: f64,
     epsilon: f32,
+    /// Whether some rows and columns have NaN and infinities.
+    not_finite: bool,
     seed: u64,
 }
 
@@ -364,11 +404,11 @@ impl NormCase {
         };
         let scale = random.of(&[1.0, 1e-3, 30.0]);
         let (dtype, fused) = (random.of(&DTYPES), random.below(2) == 0);
-        Self { x, dtype, fused, scale, epsilon: 1e-5, seed }
+        Self { x, dtype, fused, scale, epsilon: 1e-5, not_finite: false, seed }
     }
 }
 
-/// One piece; a warp and a piece; the widths at which threads and pieces a thread change; zeros.
+/// One piece; a warp and a piece; the widths at which threads and pieces a thread change; zeros; what is not finite.
 fn norm_edges(seed: u64) -> Vec<NormCase> {
     let case = |rows, width, dtype, fused| NormCase {
         x: Matrix { rows, width, stride: width, dtype: DType::F32, far: false },
@@ -376,6 +416,7 @@ fn norm_edges(seed: u64) -> Vec<NormCase> {
         fused,
         scale: 1.0,
         epsilon: 1e-5,
+        not_finite: false,
         seed: seed + width as u64,
     };
     let mut cases = Vec::new();
@@ -386,16 +427,27 @@ fn norm_edges(seed: u64) -> Vec<NormCase> {
     cases.push(NormCase { scale: 1e-12, epsilon: 0.0, ..case(2, 64, DType::BF16, false) });
     cases.push(NormCase { scale: 1e10, ..case(2, 64, DType::BF16, false) });
     cases.push(case(0, 64, DType::F16, true));
+    for (dtype, fused) in DTYPES.into_iter().flat_map(|dtype| [(dtype, false), (dtype, true)]) {
+        cases.push(NormCase { not_finite: true, ..case(5, 264, dtype, fused) });
+    }
     cases
 }
 
 fn check_norm<D: Device>(device: &D, case: &NormCase) -> Result<(), String> {
-    let NormCase { x, dtype, fused, scale, epsilon, seed } = *case;
+    let NormCase { x, dtype, fused, scale, epsilon, not_finite, seed } = *case;
     let mut random = Random(seed);
     let (rows, width) = (x.rows, x.width);
     let mut stream = normals(&mut random, x.dtype, scale, rows * width);
-    let added = normals(&mut random, dtype, if scale > 100.0 { 1.0 } else { scale }, rows * width);
-    let weight = normals(&mut random, dtype, 1.0, width);
+    let mut added = normals(&mut random, dtype, if scale > 100.0 { 1.0 } else { scale }, rows * width);
+    let mut weight = normals(&mut random, dtype, 1.0, width);
+    if not_finite {
+        // Of a row each, but for the last, and of two columns of all rows.
+        stream[3] = f64::NAN;
+        stream[2 * width - 1] = f64::INFINITY;
+        (stream[2 * width + 9], added[2 * width + 9]) = (f64::NEG_INFINITY, f64::INFINITY);
+        added[3 * width] = f64::NAN;
+        (weight[5], weight[width - 2]) = (f64::NAN, f64::NEG_INFINITY);
+    }
     let matrix = Matrix { stride: width, dtype, ..x };
     let out = Matrix { stride: width + 8, ..matrix };
 
@@ -419,7 +471,7 @@ fn check_norm<D: Device>(device: &D, case: &NormCase) -> Result<(), String> {
         let sums: Vec<_> = sums.map(|sum| (sum, rounding(x.dtype, sum) + U * sum.abs())).collect();
         within("x", &found_stream, &sums)?;
         stream = found_stream;
-    } else if found_stream != stream {
+    } else if !same(&found_stream, &stream) {
         return Err("x was written".to_owned());
     }
     // Squares: at most 32 in a row and 10 levels above them, half of that behind the root; then a
@@ -440,7 +492,7 @@ fn check_norm<D: Device>(device: &D, case: &NormCase) -> Result<(), String> {
     work.added = None;
     // SAFETY: as above.
     unsafe { norm::rms_norm(device, &work) }.map_err(|error| error.to_string())?;
-    if out.get(&memory, &work.out)? != found {
+    if !same(&out.get(&memory, &work.out)?, &found) {
         return Err("the norm differs with the sum fused into it".to_owned());
     }
     // Each row alone: again the same bits.
@@ -455,7 +507,7 @@ fn check_norm<D: Device>(device: &D, case: &NormCase) -> Result<(), String> {
         // SAFETY: a row of what is described above.
         unsafe { norm::rms_norm(device, &alone) }.map_err(|error| error.to_string())?;
     }
-    if out.get(&memory, &work.out)? != found {
+    if !same(&out.get(&memory, &work.out)?, &found) {
         return Err("the norm of a row differs from that in a batch".to_owned());
     }
     Ok(())
@@ -489,7 +541,10 @@ struct RopeCase {
     lengths_out: bool,
     turns: bool,
     out_rows: usize,
+    /// Of either sign.
     largest_position: usize,
+    /// Whether some elements are NaN or infinities.
+    not_finite: bool,
     far: Option<Far>,
     seed: u64,
 }
@@ -513,6 +568,7 @@ impl RopeCase {
             turns: true,
             out_rows: lists * (tokens + 1),
             largest_position: 1 << 17,
+            not_finite: false,
             far: None,
             seed: 1,
         }
@@ -555,6 +611,7 @@ impl RopeCase {
             turns: random.below(4) > 0,
             out_rows,
             largest_position: random.of(&[100, 1 << 17, 1 << 20]),
+            not_finite: false,
             far: None,
             seed,
         }
@@ -625,7 +682,7 @@ impl RopeCase {
 }
 
 /// Cosine and sine of a position's angles, which are rounded to f32.
-fn turns(position: usize, frequencies: &[f32]) -> Vec<(f64, f64)> {
+fn turns(position: i32, frequencies: &[f32]) -> Vec<(f64, f64)> {
     frequencies
         .iter()
         .map(|f| f64::from(position as f32 * f))
@@ -653,21 +710,14 @@ fn frequencies(head_dim: usize) -> Vec<f32> {
     (0..head_dim / 2).map(|i| 500_000_f64.powf(-2.0 * i as f64 / head_dim as f64) as f32).collect()
 }
 
-/// Multiples of quarter turns and what f32 makes of them, large positions, and positions of all sizes.
+/// Multiples of quarter turns and what f32 makes of them, large positions, and positions of all sizes, of either sign.
 fn check_angles<D: Device>(device: &D, seed: u64) -> Result<(), String> {
     let mut random = Random(seed);
     // Continued fractions of pi/2: angles closest to a multiple of it.
     let mut positions = vec![0, 1, 2, 11, 22, 33, 355, 710, 103_993, 104_348, 105_615, 105_616, 1_000_000];
-    positions.extend([
-        1 << 20,
-        5_419_351,
-        16_777_216,
-        245_850_922,
-        411_557_987,
-        1_068_966_896,
-        i32::MAX as usize,
-    ]);
-    positions.extend((0..12).map(|bits| random.below(4 << (2 * bits))));
+    positions.extend([1 << 20, 5_419_351, 16_777_216, 245_850_922, 411_557_987, 1_068_966_896, i32::MAX]);
+    positions.extend((0..12).map(|bits| random.below(4 << (2 * bits)) as i32));
+    positions.extend(positions.clone().into_iter().map(|position: i32| -position).chain([i32::MIN]));
     let mut frequencies = vec![1.0, 0.5, 0.25, 0.75, 1e-3, 0.999_999_94, std::f32::consts::FRAC_1_PI, 0.1];
     frequencies.extend(self::frequencies(16));
     let (head_dim, count) = (2 * frequencies.len(), positions.len());
@@ -676,14 +726,13 @@ fn check_angles<D: Device>(device: &D, seed: u64) -> Result<(), String> {
     let head: Vec<f64> = (0..head_dim).map(|i| if i < head_dim / 2 { 1.0 } else { 0.0 }).collect();
     let heads: Vec<f64> = positions.iter().flat_map(|_| head.clone()).collect();
     let base = memory.put(&encode(DType::F32, heads));
-    let on_device: Vec<i32> = positions.iter().map(|position| *position as i32).collect();
     let tensor = Rows::packed(base, 1, head_dim as u32);
     let work = rope::Rope {
         q: tensor,
         q_out: tensor,
         query_heads: 1,
         append: None,
-        positions: memory.put(bytemuck::cast_slice(&on_device)),
+        positions: memory.put(bytemuck::cast_slice(&positions)),
         inverse_frequencies: memory.put(bytemuck::cast_slice(&frequencies)),
         cu_seqlens: 0,
         sequences: 1,
@@ -709,7 +758,7 @@ fn check_angles<D: Device>(device: &D, seed: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// One token, a tile and one more or less; no queries, no keys; nothing; hostile lists.
+/// One token, a tile and one more or less; no queries, no keys; nothing; what is not finite; hostile lists.
 fn rope_edges() -> Vec<RopeCase> {
     let mut cases = Vec::new();
     for (n, tokens) in [0, 1, 3, 4, 5, 9].into_iter().enumerate() {
@@ -718,6 +767,10 @@ fn rope_edges() -> Vec<RopeCase> {
     cases.push(RopeCase::plain(DType::BF16, [3, 0, 128, 1, 6]));
     cases.push(RopeCase::plain(DType::F16, [0, 3, 128, 2, 6]));
     cases.push(RopeCase::plain(DType::F32, [33, 1, 256, 1, 5]));
+    for dtype in DTYPES {
+        let plain = RopeCase::plain(dtype, [2, 1, 64, 2, 5]);
+        cases.push(RopeCase { not_finite: true, in_place: false, ..plain });
+    }
     let hostile = RopeCase::plain(DType::BF16, [2, 2, 16, 3, 5]);
     cases.push(RopeCase { starts: vec![-1, i64::MIN, i64::MAX, 35, 36, 0], ..hostile.clone() });
     let lengths = Some(vec![-1, i32::MIN, i32::MAX - 5, 2, 30, 30]);
@@ -751,8 +804,16 @@ fn check_rope<D: Device>(device: &D, case: &RopeCase) -> Result<(), String> {
     let mut random = Random(case.seed);
     let tokens = case.all_tokens();
     let mut tensor = |heads: usize| normals(&mut random, dtype, 1.0, tokens * heads * head_dim);
-    let (q, k, v) = (tensor(query_heads), tensor(kv_heads), tensor(kv_heads));
-    let positions: Vec<i32> = (0..tokens).map(|_| random.below(case.largest_position) as i32).collect();
+    let mut qkv = [tensor(query_heads), tensor(kv_heads), tensor(kv_heads)];
+    if case.not_finite {
+        for (n, x) in qkv.iter_mut().flatten().enumerate().filter(|(n, _)| n % 37 == 3) {
+            *x = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][n / 37 % 3];
+        }
+    }
+    let [q, k, v] = qkv;
+    let largest = case.largest_position as i32;
+    let positions: Vec<i32> =
+        (0..tokens).map(|_| random.below(2 * case.largest_position) as i32 - largest).collect();
     let frequencies = frequencies(head_dim);
     let cu_seqlens: Vec<i32> =
         (0..=sequences).map(|n| case.tokens[..n].iter().sum::<usize>() as i32).collect();
@@ -805,7 +866,7 @@ fn check_rope<D: Device>(device: &D, case: &RopeCase) -> Result<(), String> {
         for token in 0..case.tokens[sequence] {
             let position = positions[cu_seqlens[sequence] as usize + token];
             let turns = match case.turns {
-                true => turns(position as usize, &frequencies),
+                true => turns(position, &frequencies),
                 false => vec![(1.0, 0.0); head_dim / 2],
             };
             for head in 0..query_heads {
@@ -1007,9 +1068,11 @@ impl SampleCase {
     }
 }
 
-/// Relative error of a sum of probabilities: the exponent is up to 40, off by 3 U of itself, and what lies
-/// below 2^-40 of the most likely token is dropped.
-const MASS_ERROR: f64 = 40.0 * 3.0 * U + 4096.0 / (1_u64 << 40) as f64;
+/// Relative error of probabilities: the exponent is up to 40, off by 3 U of itself.
+const MASS_ERROR: f64 = 40.0 * 3.0 * U;
+
+/// What a probability may lose, as a share of the largest.
+const MASS_LOST: f64 = 1.0 / (1_u64 << 40) as f64;
 
 /// Whether a row may give this token.
 fn allowed(logits: &[f64], draw: Option<Draw>, token: i32) -> bool {
@@ -1040,7 +1103,9 @@ fn allowed(logits: &[f64], draw: Option<Draw>, token: i32) -> bool {
             sum
         })
         .collect();
-    let error = MASS_ERROR * sum;
+    // Those that are as likely as the most likely one are exact.
+    let ties = tokens.iter().filter(|token| distance(**token) == 0.0).count();
+    let error = MASS_ERROR * (sum - ties as f64) + MASS_LOST * (tokens.len() - ties) as f64;
     let nucleus = |share: f64| sums.iter().position(|s| *s >= share).unwrap_or(sums.len() - 1);
     let (least, most) = if draw.top_p < 1.0 {
         let share = f64::from(draw.top_p) * sum;
@@ -1193,6 +1258,42 @@ fn forbidden_cases(seed: u64) -> Vec<SampleCase> {
         }
     }
     cases
+}
+
+/// More than a piece for each thread, and a few times as much: ties, NaN and forbidden tokens everywhere, of which top-k
+/// and top-p leave a few or most.
+fn large_vocabularies(seed: u64) -> Vec<SampleCase> {
+    let mut random = Random(seed ^ 77);
+    let plain = Draw { temperature: 1.0, top_p: 1.0, uniform: 0.75, top_k: 0 };
+    let case = |(n, vocabulary): (usize, usize)| {
+        let dtype = DTYPES[(n + seed as usize) % 3];
+        let mut row = |mut logits: Vec<f64>| {
+            for _ in 0..vocabulary / 5 {
+                logits[random.below(vocabulary)] = random.of(&[f64::NAN, f64::NEG_INFINITY]);
+            }
+            logits
+        };
+        let equal = row(vec![-3.0; vocabulary]);
+        let few = row(normals(&mut Random(seed), dtype, 3.0, vocabulary));
+        // In 16 bits several times as many tokens as there are numbers, and so in f32.
+        let many = row(normals(&mut Random(!seed), DType::F16, 0.25, vocabulary));
+        let most = vocabulary as i32 * 2 / 3;
+        let mut rows = vec![
+            (equal.clone(), plain),
+            (equal, Draw { top_k: most, uniform: 1.0, ..plain }),
+            (few.clone(), Draw { top_k: 50, top_p: 0.9, ..plain }),
+            (few, Draw { temperature: 0.0, ..plain }),
+            (many.clone(), Draw { top_p: 0.97, ..plain }),
+            (many, Draw { top_k: most, top_p: 0.999, uniform: 0.999_999_94, ..plain }),
+        ];
+        // One of all that a model has takes long enough.
+        if vocabulary > 100_000 {
+            rows = rows.into_iter().skip(seed as usize % 2).step_by(3).collect();
+        }
+        let (logits, draws) = rows.into_iter().unzip();
+        SampleCase::new(dtype, logits, Some(draws))
+    };
+    [8200, 20_000, 128_256].into_iter().enumerate().map(case).collect()
 }
 
 /// Rows of a batch give what they give alone.

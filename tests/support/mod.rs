@@ -7,6 +7,7 @@ pub(crate) mod attention;
 pub(crate) mod backend;
 #[cfg(feature = "pipeline")]
 pub(crate) mod batch;
+pub(crate) mod captured;
 pub(crate) mod decode;
 pub(crate) mod emulator;
 pub(crate) mod example;
@@ -92,6 +93,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + std::fmt::Debug>() -> Vec<Check<
         #[cfg(feature = "pipeline")]
         waits::checks(),
         attention::checks(),
+        captured::checks(),
         decode::checks(),
         example::checks(),
         example_pages::checks(),

@@ -108,9 +108,11 @@ fn check<D: Device>(device: &D, case: &Case) -> Result<(), String> {
     let sequences = case.keys.len();
     let query_heads = case.kv_heads * case.group;
     let stride = if case.aligned { longest.next_multiple_of(4) } else { longest + 1 };
-    let scores: Vec<f32> = (0..sequences * query_heads * stride)
-        .map(|_| if random.below(50) == 0 { f32::NAN } else { random.symmetric() })
-        .collect();
+    let score = |random: &mut Random| match random.below(50) {
+        0 => random.of(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY]),
+        _ => random.symmetric(),
+    };
+    let scores: Vec<f32> = (0..sequences * query_heads * stride).map(|_| score(&mut random)).collect();
     let mut starts = vec![0];
     for keys in &case.keys {
         starts.push(starts.last().unwrap() + (keys + room) as i32);

@@ -38,6 +38,8 @@ pub(crate) enum Contents {
     Equal,
     /// Keys of numbers below the smallest normal one.
     Denormal,
+    /// Keys of NaN.
+    Nan,
     /// This infinity in an element of some keys of the first kv head, which every query meets with a positive one.
     Infinite(f32),
 }
@@ -191,12 +193,12 @@ impl Case {
         Self { window: Window::All, heads: ScoreHeads::Group, lse: true, positions: None, ..self }
     }
 
-    /// What a query's probability of a key counts, given how many keys the query sees.
-    fn weight(&self, query: usize, seen: usize, key: usize) -> f64 {
+    /// What a query's probability of a key counts, if it does, given how many keys the query sees.
+    fn weight(&self, query: usize, seen: usize, key: usize) -> Option<f64> {
         match self.columns {
-            Some(Columns { band: Some(band), .. }) if key + band < seen => 0.0,
-            Some(Columns { weight, step, .. }) => f64::from(weight) + f64::from(step) * query as f64,
-            None => 1.0,
+            Some(Columns { band: Some(band), .. }) if key + band < seen => None,
+            Some(Columns { weight, step, .. }) => Some(f64::from(weight) + f64::from(step) * query as f64),
+            None => Some(1.0),
         }
     }
 
@@ -311,6 +313,7 @@ impl Case {
             (Contents::Huge, 1) => number * 1500.0,
             (Contents::Equal, 1) => (element % 7) as f32 - 2.5,
             (Contents::Denormal, 1) => number * denormal,
+            (Contents::Nan, 1) => f32::NAN,
             (Contents::Infinite(_), 0) if element == 3 => number.abs() + 0.25,
             (Contents::Infinite(infinity), 1) if element == 3 && head == 0 && token % 300 == 0 => infinity,
             _ => number,
@@ -375,7 +378,7 @@ impl Case {
                         .collect();
                     let most = logits.iter().map(|logit| logit.value).fold(f64::NEG_INFINITY, f64::max);
                     let sum: f64 = logits.iter().map(|logit| (logit.value - most).exp()).sum();
-                    let sees_none = most == f64::NEG_INFINITY;
+                    let sees_none = logits.iter().all(|logit| logit.value == f64::NEG_INFINITY);
                     let lse = if sees_none { most } else { most + sum.ln() };
                     // Rounded when given, and once more in the kernel. When found: as far off as a logit and
                     // the sum, which has at most 512 / 128 + 8 additions in a block and one for each block.
@@ -389,7 +392,7 @@ impl Case {
                     if self.window(sequence).contains(&query) && !sees_none {
                         for (key, (score, logit)) in scores.iter_mut().zip(&logits).enumerate() {
                             let probability = (logit.value - lse).exp();
-                            let weight = self.weight(query, logits.len(), key);
+                            let Some(weight) = self.weight(query, logits.len(), key) else { continue };
                             score.value += probability * weight;
                             score.error += probability
                                 * (weight.abs() * (logit.error + lse_error + APPROXIMATION) + 3.0 * ULP)
@@ -689,6 +692,9 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("column_sums_random", |device, seed| {
             all((0..8).map(|n| Case::random_columns(seed * 8 + n)), |case| check(device, case))
         }),
+        Check::portable("column_sums_contents", |device, _| {
+            all(column_contents(), |case| check(device, case))
+        }),
         Check::portable("column_sums_in_a_batch", |device, _| columns_in_a_batch(device)),
         Check::portable("column_sums_far_apart", |device, _| {
             let columns = Some(Columns { weight: 0.5, step: 0.125, band: Some(40) });
@@ -748,8 +754,9 @@ fn edges() -> Vec<Case> {
         cases.push(Case { bias: Some(2.5), lse: false, ..Case::plain(DType::F16, head_dim, 4, window, 70) });
     }
     // All queries: blocks of 64 that see none, some and all of a block's keys.
-    for (number, keys) in [1, 64, 130, 257].into_iter().enumerate() {
-        let plain = Case::plain(types[number % 2], dims[number], 2, keys, keys);
+    for (number, keys) in [1, 64, 130, 257, 70, 66, 65, 72].into_iter().enumerate() {
+        // Every type with every size.
+        let plain = Case::plain(types[(number + number / 4) % 2], dims[number % 4], 2, keys, keys);
         cases.push(Case { window: Window::All, ..plain.clone() });
         cases.push(Case {
             window: Window::All,
@@ -778,12 +785,13 @@ fn edges() -> Vec<Case> {
     cases
 }
 
-/// LSE found in two passes, for keys of more than one block of the first, with logits of every kind.
+/// LSE given, or found in two passes, for keys of more than one block of the first, with logits of every kind.
 fn contents() -> Vec<Case> {
     let kinds = [
         Contents::Huge,
         Contents::Equal,
         Contents::Denormal,
+        Contents::Nan,
         Contents::Infinite(f32::NEG_INFINITY),
         Contents::Infinite(f32::INFINITY),
     ];
@@ -791,11 +799,13 @@ fn contents() -> Vec<Case> {
     for (number, contents) in kinds.into_iter().enumerate() {
         for (turn, dtype) in [DType::F16, DType::BF16].into_iter().enumerate() {
             let head_dim = [64, 96, 128, 256][(number + 2 * turn) % 4];
-            let plain = Case::plain(dtype, head_dim, 2, 8, 1100);
-            cases.push(Case { kv_heads: 2, lse: false, contents, ..plain.clone() });
+            let plain = Case { contents, ..Case::plain(dtype, head_dim, 2, 8, 1100) };
             // Queries that see the first key alone, a block of the first pass, and more.
             let positions = Some(vec![0, 511, 512, 299, 300, 600, -1, 1099]);
-            cases.push(Case { lse: false, contents, positions, ..plain });
+            for lse in [false, true] {
+                cases.push(Case { kv_heads: 2, lse, ..plain.clone() });
+                cases.push(Case { lse, positions: positions.clone(), ..plain.clone() });
+            }
         }
     }
     cases
@@ -835,6 +845,14 @@ fn column_edges() -> Vec<Case> {
         let plain = Case::plain(DType::BF16, head_dim, group, lengths[0], lengths[1]);
         cases.push(Case { sequences: vec![lengths], columns, ..plain }.summed());
     }
+    // Larger groups, which stay and which stream.
+    for (number, group) in (9..=16).enumerate() {
+        let (dtype, head_dim) = ([DType::F16, DType::BF16][number % 2], [64, 96, 128, 256][number % 4]);
+        let columns = Some(Columns { weight: 1.0, step: 0.125, band: [None, Some(33)][number / 4] });
+        let plain = Case::plain(dtype, head_dim, group, 1, 1);
+        let sequences = vec![[[12, 70], [66, 70]][number / 2 % 2]];
+        cases.push(Case { sequences, columns, ..plain }.summed());
+    }
     let packed = Case {
         layout: Layout::Packed,
         kv_heads: 2,
@@ -858,6 +876,20 @@ fn column_edges() -> Vec<Case> {
     };
     cases.push(streaming.summed());
     cases
+}
+
+/// Logits of every kind, with bands that leave out some of what is not finite, and without.
+fn column_contents() -> Vec<Case> {
+    let given = contents().into_iter().filter(|case| case.lse && case.positions.is_none());
+    given
+        .enumerate()
+        .map(|(number, case)| {
+            let (queries, keys) = ([8, 150][number % 2], [400, 310][number % 2]);
+            let band = [None, Some(20)][number / 2 % 2];
+            let columns = Some(Columns { weight: 1.0, step: 0.125, band });
+            Case { sequences: vec![[queries, keys]], columns, ..case }.summed()
+        })
+        .collect()
 }
 
 /// Keys in pages of any size, of sequences with lengths of their own, all there or not; and such lengths alone.

@@ -475,7 +475,7 @@ pub(crate) fn checks<D: Device>() -> Vec<Check<D>> {
         Check::portable("select_grid_random", |device, seed| check(device, Grid, random(seed))),
         Check::portable("select_grid_alone", |device, seed| check_alone(device, Grid, few(seed))),
         Check::portable("select_grid_far_apart", |device, _| check(device, Grid, far_apart())).far(),
-        Check::portable("select_grid_long", |device, seed| check(device, Grid, long(seed, 1 << 20))),
+        Check::portable("select_grid_long", |device, seed| check(device, Grid, long(seed, MORE_CHUNKS))),
         Check::hopper("select_cluster_sizes", |device, _| {
             check(device, Cluster, sizes(&[0, 1, 3, 5, 31, 32, 33, 2049, 16381, 16389]))
         }),
@@ -520,6 +520,9 @@ fn random(seed: u64) -> Vec<Case> {
 fn few(seed: u64) -> Vec<Case> {
     (0..4).map(|n| Case::random(1000 + seed * 4 + n)).collect()
 }
+
+/// Keys of so many chunks of a grid that a thread of the last looks at two of those before it.
+const MORE_CHUNKS: usize = (abi::SELECT_THREADS as usize + 2) * abi::SELECT_CHUNK as usize - 5;
 
 /// Items of the longest row that a cluster takes.
 const MOST_OF_A_CLUSTER: usize = abi::SELECT_CLUSTER as usize * (48 << 10);
