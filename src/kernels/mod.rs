@@ -41,8 +41,8 @@
 //!   a workspace, the next call on the same stream may use; calls on two streams at a time need workspaces of their own.
 //! * **Graphs.** Calls queue kernels and memory sets alone, so a stream may be captured around them. Addresses, strides,
 //!   bounds and scalars become part of the graph; what lies on the device is read at each launch.
-//! * **Results** are the same bits in every run, whatever else is in the batch. What is wrong in a description is an [`Error::Argument`] before anything is launched; what is wrong on the device, such as a
-//!   length, is clipped.
+//! * **Results** are the same bits in every run, whatever else is in the batch. What is wrong in a description is an
+//!   [`Error::Argument`] before anything is launched; what is wrong on the device, such as a length, is clipped.
 //! * **What there is not**: pages by lists and offsets instead of a table, sliding windows, attention sinks, caps of logits,
 //!   8-bit caches, head sizes other than 64, 96, 128 and 256, values of another size than keys, more than 16 query heads of
 //!   a kv head, windows of scores of more than 64 queries, different numbers of new tokens in a step of decoding, rotation
