@@ -505,9 +505,9 @@ __device__ __forceinline__ void merge_chunks(const fastkv_decode_params& p, cons
     for (int32_t part = threadIdx.x; part < rows * (d / 4); part += S::threads) {
         const int32_t row = part / (d / 4);
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        // Eight are asked for at a time, the last few as well, with the last chunk in the place of those that are not
-        // there: one by one, each would be a wait that the whole launch ends with.
-        constexpr int32_t BATCH = 8;
+        // As many as cost an SM no block are asked for at a time, the last few as well, with the last chunk in the place
+        // of those that are not there: one by one, each would be a wait that the whole launch ends with.
+        constexpr int32_t BATCH = d < 128 ? 8 : 16;
 #pragma unroll 1
         for (int32_t first = 0; first < chunks; first += BATCH) {
             float4 of[BATCH];

@@ -35,35 +35,34 @@ __device__ __forceinline__ float taken(int32_t kind, float pooled, float score) 
     return kind == FASTKV_POOLING_MAX ? fmaxf(pooled, score) : pooled + score;
 }
 
-// Vectors that a thread has in flight: all there are for a kernel of up to 9.
+// Vectors of a head that a thread has in flight: all there are for a kernel of up to 9.
 constexpr int32_t POOL_BATCH = 3;
 
-// Sums or maxima of what four keys of one head have in reach, where that lies in whole vectors of the row.
-// REACH is half the kernel if that is known when compiling, else -1.
-template <int32_t KIND, int32_t REACH>
-__device__ __forceinline__ FourScores pool_inside(const float* head, int32_t key, int32_t kernel) {
-    const int32_t reach = REACH < 0 ? kernel / 2 : REACH;
-    const int32_t vectors = (reach + 3) / 4;
-    const float padding = padding_of(KIND);
-    FourScores pooled = {padding, padding, padding, padding};
-#pragma unroll 1
-    for (int32_t batch = -vectors; batch <= vectors; batch += POOL_BATCH) {
-        FourScores near[POOL_BATCH];
+struct Near {
+    FourScores of[POOL_BATCH];
+};
+
+__device__ __forceinline__ Near load_near(const float* first) {
+    Near near;
 #pragma unroll
-        for (int32_t i = 0; i < POOL_BATCH; ++i) {
-            near[i] = load_vector(head + key + 4 * (batch + i));
-        }
+    for (int32_t i = 0; i < POOL_BATCH; ++i) {
+        near.of[i] = load_vector(first + 4 * i);
+    }
+    return near;
+}
+
+// Takes of vectors that begin `from` keys behind the first of four keys what these have in reach.
+template <int32_t KIND>
+__device__ __forceinline__ void take(FourScores& pooled, const Near& near, int32_t from, int32_t reach) {
 #pragma unroll
-        for (int32_t i = 0; i < 4 * POOL_BATCH; ++i) {
+    for (int32_t i = 0; i < 4 * POOL_BATCH; ++i) {
 #pragma unroll
-            for (int32_t to = 0; to < 4; ++to) {
-                if (abs(4 * batch + i - to) <= reach) {
-                    pooled.of[to] = taken(KIND, pooled.of[to], near[i / 4].of[i % 4]);
-                }
+        for (int32_t to = 0; to < 4; ++to) {
+            if (abs(from + i - to) <= reach) {
+                pooled.of[to] = taken(KIND, pooled.of[to], near.of[i / 4].of[i % 4]);
             }
         }
     }
-    return pooled;
 }
 
 // The same at the ends of a row, and for rows that are no vectors.
@@ -83,12 +82,12 @@ __device__ __forceinline__ FourScores pool_edge(const fastkv_pooling& pooling, c
     return pooled;
 }
 
-// Pooled scores of keys key..key+4 of one head, from what is in their reach.
-__device__ __forceinline__ FourScores pooled_of(const fastkv_pooling& pooling, FourScores taken) {
-    if (pooling.kind == FASTKV_POOLING_AVERAGE) {
+// Pooled scores of four keys of one head, from what is in their reach.
+__device__ __forceinline__ FourScores pooled_of(int32_t kind, int32_t kernel, FourScores taken) {
+    if (kind == FASTKV_POOLING_AVERAGE) {
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
-            taken.of[i] = __fdiv_rn(taken.of[i], float(pooling.kernel));
+            taken.of[i] = __fdiv_rn(taken.of[i], float(kernel));
         }
     }
     return taken;
@@ -123,12 +122,51 @@ __device__ __forceinline__ FourScores sum_heads(const ScoreGroup& group, OfHead 
     return sums;
 }
 
-template <int32_t TOGETHER, int32_t KIND, int32_t REACH>
-__device__ __forceinline__ FourScores sum_inside(const ScoreGroup& group, const fastkv_pooling& pooling,
-                                                 int32_t key) {
-    return sum_heads<TOGETHER>(group, [&](const float* head) {
-        return pooled_of(pooling, pool_inside<KIND, REACH>(head, key, pooling.kernel));
+// The same of pooled scores of keys key..key+4, where all that is in their reach lies in whole vectors of the rows.
+template <int32_t KIND>
+__device__ __forceinline__ FourScores sum_inside(const ScoreGroup& group, int32_t kernel, int32_t key) {
+    const int32_t reach = kernel / 2;
+    const int32_t vectors = (reach + 3) / 4;
+    return sum_heads<1>(group, [&](const float* head) {
+        const float padding = padding_of(KIND);
+        FourScores pooled = {padding, padding, padding, padding};
+#pragma unroll 1
+        for (int32_t batch = -vectors; batch <= vectors; batch += POOL_BATCH) {
+            take<KIND>(pooled, load_near(head + key + 4 * batch), 4 * batch, reach);
+        }
+        return pooled_of(KIND, kernel, pooled);
     });
+}
+
+// The same for a kernel of 7, of which one batch holds all. Heads are asked for some at a time, the last few as well,
+// with the last head in the place of those that are not there: one by one, each would be a wait.
+template <int32_t KIND>
+__device__ __forceinline__ FourScores sum_inside_7(const ScoreGroup& group, int32_t key) {
+    constexpr int32_t TOGETHER = 4;
+    FourScores sums = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int32_t first = 0; first < group.heads; first += TOGETHER) {
+        Near near[TOGETHER];
+#pragma unroll
+        for (int32_t i = 0; i < TOGETHER; ++i) {
+            const int32_t head = min(first + i, group.heads - 1);
+            near[i] = load_near(group.first + head * group.head_stride + key - 4);
+        }
+#pragma unroll
+        for (int32_t i = 0; i < TOGETHER; ++i) {
+            if (first + i < group.heads) {
+                const float padding = padding_of(KIND);
+                FourScores pooled = {padding, padding, padding, padding};
+                take<KIND>(pooled, near[i], -4, 3);
+                pooled = pooled_of(KIND, 7, pooled);
+#pragma unroll
+                for (int32_t to = 0; to < 4; ++to) {
+                    sums.of[to] += pooled.of[to];
+                }
+            }
+        }
+    }
+    return sums;
 }
 
 // Whether rows begin at whole vectors.
@@ -152,13 +190,13 @@ __device__ __forceinline__ FourScores pool_group(const ScoreGroup& group, const 
     }
     if (!aligned || key < 4 * vectors || left < 4 * (vectors + POOL_BATCH)) {
         return sum_heads<1>(group, [&](const float* head) {
-            return pooled_of(pooling, pool_edge(pooling, head, group.keys, key));
+            return pooled_of(pooling.kind, pooling.kernel, pool_edge(pooling, head, group.keys, key));
         });
     }
     if (pooling.kind == FASTKV_POOLING_MAX) {
-        return pooling.kernel == 7 ? sum_inside<2, FASTKV_POOLING_MAX, 3>(group, pooling, key)
-                                   : sum_inside<1, FASTKV_POOLING_MAX, -1>(group, pooling, key);
+        return pooling.kernel == 7 ? sum_inside_7<FASTKV_POOLING_MAX>(group, key)
+                                   : sum_inside<FASTKV_POOLING_MAX>(group, pooling.kernel, key);
     }
-    return pooling.kernel == 7 ? sum_inside<2, FASTKV_POOLING_AVERAGE, 3>(group, pooling, key)
-                               : sum_inside<1, FASTKV_POOLING_AVERAGE, -1>(group, pooling, key);
+    return pooling.kernel == 7 ? sum_inside_7<FASTKV_POOLING_AVERAGE>(group, key)
+                               : sum_inside<FASTKV_POOLING_AVERAGE>(group, pooling.kernel, key);
 }

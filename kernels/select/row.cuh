@@ -136,20 +136,23 @@ __device__ __forceinline__ void load_ranks(const fastkv_select_params& p, const 
         // Vectors that a thread asks for at once.
         constexpr int32_t BATCH = 8;
         constexpr int32_t STEP = 4 * FASTKV_SELECT_THREADS;
-        const int32_t whole = min(end, row.group.keys) - 4;
-        for (; key <= whole - (BATCH - 1) * STEP; key += BATCH * STEP, four += BATCH * FASTKV_SELECT_THREADS) {
+        const int32_t last = min(end, row.group.keys) - 4;
+        const int32_t whole = key <= last ? (last - key) / STEP + 1 : 0;
+#pragma unroll 1
+        for (int32_t left = whole; left > 0; left -= BATCH) {
+            // The last few as well, with the last vector in the place of those that are not there: one by one, each would
+            // be a wait.
             FourScores scores[BATCH];
 #pragma unroll
             for (int32_t i = 0; i < BATCH; ++i) {
-                scores[i] = load_vector(row.group.first + key + i * STEP);
+                scores[i] = load_vector(row.group.first + key + min(i, left - 1) * STEP);
             }
 #pragma unroll
             for (int32_t i = 0; i < BATCH; ++i) {
-                four[i * FASTKV_SELECT_THREADS] = ranks_of(scores[i]);
+                four[min(i, left - 1) * FASTKV_SELECT_THREADS] = ranks_of(scores[i]);
             }
-        }
-        for (; key <= whole; key += STEP, four += FASTKV_SELECT_THREADS) {
-            *four = ranks_of(load_vector(row.group.first + key));
+            key += min(left, BATCH) * STEP;
+            four += min(left, BATCH) * FASTKV_SELECT_THREADS;
         }
     }
     for (; key < end; key += 4 * FASTKV_SELECT_THREADS, four += FASTKV_SELECT_THREADS) {
