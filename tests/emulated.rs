@@ -21,6 +21,20 @@ const SCHEDULES: [(&str, Schedule); 4] = [
 const AMPERE: (&str, (u32, u32)) = ("sm_80", (8, 0));
 const HOPPER: (&str, (u32, u32)) = ("sm_90", (9, 0));
 
+/// Families whose kernels copy in the background or find their places together: Hopper's code for them runs with late
+/// copies, too. An eager run would differ in its copies alone; other families have none, and their loops over whole
+/// models take the most time.
+const COPIES_OR_PLACES: [&str; 8] = [
+    "captured",
+    "column_sums",
+    "compact",
+    "decode",
+    "gather",
+    "prefill_attention",
+    "select",
+    "window_scores",
+];
+
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     for check in support::checks::<Emulator>() {
@@ -36,6 +50,9 @@ fn main() -> ExitCode {
         // Code for Hopper is another where the kernel is the same.
         if !check.hopper {
             add(HOPPER, 4, ("random_3", Schedule::Random(3)));
+            if COPIES_OR_PLACES.iter().any(|family| check.name.starts_with(family)) {
+                add(HOPPER, 5, ("delayed", Schedule::Delayed));
+            }
         }
     }
     let all = trials.len() as u64;
