@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::mem;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use super::check::check_plan;
 use super::layer_cache::{LayerCache, count_entries};
@@ -182,7 +182,7 @@ pub(super) struct Run<'a, B: Backend> {
     pub(super) rows: usize,
     pub(super) places: Places<B>,
     /// The positions of `places`, where the host knows them.
-    pub(super) positions: Option<Rc<[u32]>>,
+    pub(super) positions: Option<Arc<[u32]>>,
     /// Of the layers so far.
     pub(super) caches: Vec<LayerCache<B>>,
     /// By layer, rows that stay and were named before.
@@ -307,7 +307,9 @@ impl<'a, B: Backend> Run<'a, B> {
         let Some(settling) = self.settling.as_mut().filter(|settling| settling.is_open(layer)) else {
             return Ok(true);
         };
-        let settles = settling.settles(layer, self.backend.read_indices(rows)?.concat());
+        // A candidate reads all tokens, so that a row's number is its position.
+        let chosen = self.backend.read_indices(rows)?.concat();
+        let settles = settling.settles(layer, chosen, &self.decoding.tokens.highlighted);
         if settles {
             self.meter.spare(settling.spared(layer, self.rows));
         }
@@ -315,12 +317,12 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 
     /// The original positions of the rows. Waits for the device after the stream was narrowed.
-    pub(super) fn positions(&mut self) -> Result<Rc<[u32]>, EngineError> {
+    pub(super) fn positions(&mut self) -> Result<Arc<[u32]>, EngineError> {
         if let Some(known) = &self.positions {
-            return Ok(Rc::clone(known));
+            return Ok(Arc::clone(known));
         }
-        let read: Rc<[u32]> = self.backend.read_indices(&self.places.positions)?.concat().into();
-        self.positions = Some(Rc::clone(&read));
+        let read: Arc<[u32]> = self.backend.read_indices(&self.places.positions)?.concat().into();
+        self.positions = Some(Arc::clone(&read));
         Ok(read)
     }
 
