@@ -4,7 +4,7 @@ mod eviction;
 mod steer;
 
 pub use eviction::TokenSet;
-pub(crate) use eviction::{Eviction, EvictionRule, Tokens, UNPOOLED, share};
+pub(crate) use eviction::{Eviction, EvictionRule, Read, Shares, Tokens, UNPOOLED};
 pub(crate) use steer::Steer;
 
 use crate::backend::{Backend, BackendError};

@@ -346,7 +346,7 @@ impl Policy {
 }
 
 /// `int(tokens · rate)` as the authors compute it, in f64.
-fn share(tokens: usize, rate: f64) -> usize {
+pub(crate) fn share(tokens: usize, rate: f64) -> usize {
     (tokens as f64 * rate) as usize
 }
 
