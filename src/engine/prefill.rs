@@ -47,6 +47,9 @@ pub struct Prefill<B: Backend> {
     pub logits: Vec<f32>,
     /// The most bytes of keys and values that were alive at once.
     pub peak_kv_bytes: usize,
+    /// The layer that tokens went on from, where it was picked among candidates; `None` also where it is the last
+    /// candidate and the model's last layer.
+    pub tsp_layer: Option<usize>,
     /// What was kept, where [`PrefillOptions::trace`] asks for it.
     pub trace: Option<Trace>,
 }
@@ -340,15 +343,17 @@ impl<'a, B: Backend> Run<'a, B> {
         let caches = mem::take(&mut self.caches);
         let (layers, peak_kv_bytes) = count_entries(self.backend, caches, |kv| self.kv_bytes(kv))?;
         let peak_kv_bytes = peak_kv_bytes.max(self.first_pass_bytes);
-        let Self { backend, hidden, prompt_tokens, mut trace, .. } = self;
+        let Self { backend, hidden, prompt_tokens, mut trace, settling, .. } = self;
+        let settled = settling.map(|settling| settling.found);
+        let tsp_layer = settled.as_ref().and_then(|settled| settled.layer);
         if let Some(trace) = &mut trace {
             trace.restarted = self.restarted;
-            trace.settled = self.settling.map(|settling| settling.found);
+            trace.settled = settled;
             trace.hidden = backend.read(&backend.last_rows(&hidden, 1)?)?;
         }
         let (shape, element_bytes) = (self.llama.shape(), backend.kv_element_bytes());
         let cache = Cache::new(layers, shape, prompt_tokens, element_bytes, self.decoding);
-        Ok(Prefill { cache, logits, peak_kv_bytes, trace })
+        Ok(Prefill { cache, logits, peak_kv_bytes, tsp_layer, trace })
     }
 
     pub(super) fn kv_bytes(&self, kv: &B::Kv) -> usize {
