@@ -135,6 +135,28 @@ fn a_question_is_read_behind_the_compressed_prompt() {
     assert_eq!(kept, 6 * 64 * 2 * 2 * 64 * 4, "64 tokens of 6 layers, the question not counted");
 }
 
+/// What is written takes the place of the file that a link leads to, with the mode that it had.
+#[cfg(unix)]
+#[test]
+fn links_and_modes_stay() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    let scratch = Scratch::new();
+    let file = scratch.file("results.json", "");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).expect("writable");
+    let links = ["near.json", "far.json"].map(|name| scratch.path(name));
+    symlink("results.json", &links[0]).expect("writable");
+    symlink(&links[0], &links[1]).expect("writable");
+    let out = links[1].to_str().expect("UTF-8");
+    let options = ["--policy", "full", "--out", out];
+    stdout_of(arguments("inspect", "bf16-gqa4", &scratch, &options));
+    for link in links {
+        assert!(fs::symlink_metadata(link).expect("a link").is_symlink());
+    }
+    assert_eq!(read_json(&file)["fastkv"], "inspect");
+    assert_eq!(fs::metadata(&file).expect("a file").permissions().mode() & 0o777, 0o640);
+}
+
 #[test]
 fn compare_puts_answers_beside_that_of_the_full_context() {
     let scratch = Scratch::new();
