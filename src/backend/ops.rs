@@ -44,6 +44,12 @@ pub trait Backend: Debug {
     /// has to hold the window.
     fn chunk_rows(&self) -> usize;
 
+    /// How many query heads have the probabilities of a window, `[queries, keys]` in f32, at the same time while
+    /// [`window_scores`](Self::window_scores) sums them up; 0 where nobody has them.
+    fn windows_at_once(&self) -> usize {
+        0
+    }
+
     /// Bytes that are free in a memory of its own; `None` where it shares the machine's.
     fn free_memory(&self) -> Option<u64> {
         None

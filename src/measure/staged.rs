@@ -157,6 +157,10 @@ impl<B: Measurable> Backend for Staged<B> {
         self.inner.chunk_rows()
     }
 
+    fn windows_at_once(&self) -> usize {
+        self.inner.windows_at_once()
+    }
+
     fn free_memory(&self) -> Option<u64> {
         self.inner.free_memory()
     }

@@ -5,7 +5,6 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use fastkv::backend::Backend;
 use fastkv::backend::cpu::CpuBackend;
 use fastkv::engine::{Control, Engine, MemoryEstimate, MemoryOptions, PrefillOptions};
 use fastkv::eval::{Dialect, NeedlePrompt};
@@ -369,12 +368,7 @@ fn info_tells_the_memory_of_every_policy() {
 
     let model = ModelDir::open(&path).expect("a model");
     let backend = CpuBackend::new(None).expect("threads");
-    let options = MemoryOptions {
-        weight_bytes: model.weights.total_bytes(),
-        chunk_rows: backend.chunk_rows(),
-        kv_element_bytes: backend.kv_element_bytes(),
-        more_tokens: 0,
-    };
+    let options = MemoryOptions::new(&backend, model.weights.total_bytes(), 0);
     let plan = Policy::FastKv(FastKv::proportional()).plan((&model.config).into(), 200).expect("a plan");
     let estimate = MemoryEstimate::new(&model.config, &plan, &options);
     let rows = report["memory"].as_array().expect("rows");
