@@ -55,7 +55,7 @@ impl<D: Device> Machine<D> {
             }
         }
         let address = self.device.alloc(bytes).map_err(|error| match error {
-            Error::Driver { code: OUT_OF_MEMORY, .. } => BackendError::OutOfMemory { what, bytes },
+            error if error.is_out_of_memory() => BackendError::OutOfMemory { what, bytes },
             error => error.into(),
         })?;
         let live = self.live.fetch_add(bytes, Relaxed) + bytes;
@@ -247,9 +247,6 @@ impl<D: Device> fmt::Debug for Block<D> {
         write!(f, "{} bytes at {:#x}", self.bytes, self.address)
     }
 }
-
-/// `CUDA_ERROR_OUT_OF_MEMORY`.
-const OUT_OF_MEMORY: u32 = 2;
 
 /// Work asked for what a captured piece cannot have.
 fn not_captured(what: String) -> BackendError {
