@@ -66,7 +66,7 @@ pub enum Error {
     },
     /// This build or this chip has no machine code for a kernel.
     #[error(
-        "the kernel {0} was not built for this device; rebuild with its compute capability in CUDA_COMPUTE_CAP"
+        "the kernel {0} was not built for this device; rebuild with its compute capability in FASTKV_COMPUTE_CAP"
     )]
     Missing(&'static str),
 }

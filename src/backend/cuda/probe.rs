@@ -17,7 +17,8 @@ use crate::kernels::cuda_error_name;
 pub enum Unavailable {
     /// Built without nvcc, or with `FASTKV_CUDA=off`.
     #[error(
-        "this build has no CUDA kernels; build it where there is an nvcc (tools/setup-toolchain gets one)"
+        "this build has no CUDA kernels; build it where there is an nvcc, that of the CUDA toolkit or the one that NVCC \
+         names"
     )]
     NoKernels,
     /// No libcuda on the loader's path.
@@ -324,7 +325,7 @@ mod tests {
     fn chip_without_an_image() {
         let message = |compute_capability| Unavailable::NoImage { compute_capability }.to_string();
         let built = "the kernels were not built for compute capability";
-        assert_eq!(message((8, 6)), format!("{built} 8.6; rebuild with CUDA_COMPUTE_CAP=86"));
+        assert_eq!(message((8, 6)), format!("{built} 8.6; rebuild with FASTKV_COMPUTE_CAP=86"));
         assert_eq!(message((7, 5)), format!("{built} 7.5; they need 8.0 (Ampere) or newer"));
     }
 
