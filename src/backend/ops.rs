@@ -7,7 +7,7 @@ use super::BackendError;
 use crate::model::StoredTensor;
 use crate::policy::Pooling;
 
-/// The operations of a Llama forward and of a policy.
+/// The operations of a Llama forward and of a policy, on handles that the same backend gave.
 ///
 /// Shapes are row-major. A tensor is `[rows, width]`; queries are `[rows, query heads · head_dim]`,
 /// keys and values `[rows, kv heads · head_dim]`. Query head h reads kv head `h / group`. Rotary
@@ -148,6 +148,12 @@ pub trait Backend: Debug {
 
     /// Forgets the entries behind these lengths, one for each kv head; a longer one forgets nothing.
     fn truncate_kv(&self, kv: &mut Self::Kv, lengths: &[usize]) -> Result<(), BackendError>;
+
+    /// Whether a store is one of this backend, and not of another that may have another memory.
+    fn owns(&self, kv: &Self::Kv) -> bool {
+        let _ = kv;
+        true
+    }
 
     /// Entries of each kv head.
     fn kv_lengths(&self, kv: &Self::Kv) -> Vec<usize>;

@@ -89,6 +89,11 @@ impl<B: Backend> Cache<B> {
         self.layers = layers;
     }
 
+    /// Whether the entries are this backend's.
+    pub(crate) fn is_of(&self, backend: &B) -> bool {
+        self.layers.iter().all(|layer| backend.owns(layer))
+    }
+
     /// Whether entries that were taken never came back, or it could not go back to what it was.
     pub(crate) fn is_lost(&self) -> bool {
         self.layers.len() != self.shape.layers

@@ -22,7 +22,7 @@ impl<B: Backend> Engine<B> {
     /// cache is what it was, or lost where a device failed while it evicted, or again while it went back.
     ///
     /// # Errors
-    /// A cache of another model, no tokens, an id outside the vocabulary, more tokens than the model's
+    /// A cache of another model or another backend, no tokens, an id outside the vocabulary, more tokens than the model's
     /// context takes, cancellation, or a failure of the backend.
     pub fn append(
         &self,
@@ -76,13 +76,19 @@ impl<B: Backend> Engine<B> {
         logits
     }
 
-    /// The cache is of this model, and it is there.
+    /// The cache is of this model and this backend, and it is there.
     pub(super) fn check_cache(&self, cache: &Cache<B>) -> Result<(), EngineError> {
         let model = self.llama.shape();
         if cache.shape() != model {
             return Err(EngineError::WrongCache { cache: cache.shape(), model });
         }
-        if cache.is_lost() { Err(EngineError::LostCache) } else { Ok(()) }
+        if cache.is_lost() {
+            return Err(EngineError::LostCache);
+        }
+        match cache.is_of(&self.backend) {
+            true => Ok(()),
+            false => Err(EngineError::ForeignCache { backend: self.backend.name() }),
+        }
     }
 
     fn read_behind(

@@ -173,6 +173,10 @@ impl<B: Measurable> Backend for Staged<B> {
         self.inner.weight_bytes(stored)
     }
 
+    fn owns(&self, kv: &B::Kv) -> bool {
+        self.inner.owns(kv)
+    }
+
     fn kv_lengths(&self, kv: &B::Kv) -> Vec<usize> {
         self.inner.kv_lengths(kv)
     }

@@ -133,6 +133,10 @@ impl<D: Device> Machine<D> {
 }
 
 impl<D: Device> Block<D> {
+    pub(super) fn is_of(&self, machine: &Arc<Machine<D>>) -> bool {
+        Arc::ptr_eq(&self.machine, machine)
+    }
+
     pub(super) fn address(&self) -> u64 {
         self.address
     }

@@ -669,6 +669,10 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         self.write_lengths(kv)
     }
 
+    fn owns(&self, kv: &Kv<D>) -> bool {
+        kv.keys.is_of(&self.machine)
+    }
+
     fn kv_lengths(&self, kv: &Kv<D>) -> Vec<usize> {
         kv.lists.iter().map(|list| list.length).collect()
     }
