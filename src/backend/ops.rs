@@ -356,7 +356,8 @@ pub trait Backend: Debug {
     fn split_kv(&self, batch: Self::KvBatch, steps: usize) -> Result<Vec<Self::Kv>, BackendError>;
 
     /// A step of every sequence: row i of the keys and values joins the lists of sequence i, at original position
-    /// `positions[i]`, and query row i attends to all of them, its own included. There is room.
+    /// `positions[i]`, and query row i attends to all of them, its own included. There is room; a list without it stays
+    /// as it is.
     fn decode_attention(
         &self,
         queries: &Self::Tensor,
@@ -369,7 +370,10 @@ pub trait Backend: Debug {
     /// Does `work`, which asks for the same operations on the same handles every time: only what their memory
     /// holds differs. A backend may keep what it queues, and queue that again without calling `work`; handles that
     /// `work` returned last then hold the new results.
-    fn repeat<E: From<BackendError> + Display>(
+    ///
+    /// # Safety
+    /// Handles that `work` was given, and those that it leaves behind, are there whenever the recording is used again.
+    unsafe fn repeat<E: From<BackendError> + Display>(
         &self,
         recording: &mut Self::Recording,
         mut work: impl FnMut() -> Result<(), E>,

@@ -186,7 +186,7 @@ impl<B: Measurable> Backend for Staged<B> {
     }
 
     /// What is queued as one piece has no stages.
-    fn repeat<E: From<BackendError> + Display>(
+    unsafe fn repeat<E: From<BackendError> + Display>(
         &self,
         recording: &mut B::Recording,
         mut work: impl FnMut() -> Result<(), E>,
@@ -194,7 +194,8 @@ impl<B: Measurable> Backend for Staged<B> {
         if self.marks.borrow().is_some() {
             return work();
         }
-        self.inner.repeat(recording, work)
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.repeat(recording, work) }
     }
 
     pass_on! {
