@@ -4,7 +4,7 @@
 //! and say so (the default), or never look. Nothing here touches the network or a GPU.
 
 use std::{
-    env,
+    env::{self, VarError, consts::EXE_SUFFIX},
     ffi::OsString,
     fmt::Write as _,
     fs,
@@ -15,12 +15,14 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 /// The compiler whose every warning is an error under `FASTKV_CUDA=require`; people have others.
 const PINNED_NVCC: (u32, u32) = (13, 0);
-/// Architectures with machine code of their own; newer chips compile the PTX of the first.
+/// Compute capabilities with machine code of their own; newer chips compile the PTX of the lowest.
 const ARCHITECTURES: &str = "80,89,90";
+/// In a checkout; the published package has no tools.
+const SETUP: &str = "tools/setup-toolchain";
 
 fn main() {
     if let Err(error) = build() {
@@ -37,7 +39,7 @@ fn build() -> Result<()> {
     #[cfg(feature = "bindgen")]
     abi::generate()?;
 
-    let mode = variable("FASTKV_CUDA").unwrap_or_else(|| "auto".into());
+    let mode = variable("FASTKV_CUDA")?.unwrap_or_else(|| "auto".into());
     ensure!(
         ["require", "auto", "off"].contains(&mode.as_str()),
         "FASTKV_CUDA is \"{mode}\"; it must be \"require\", \"auto\" or \"off\""
@@ -46,40 +48,59 @@ fn build() -> Result<()> {
         return Ok(());
     }
     let Some(nvcc) = find_nvcc()? else {
+        let setup = match manifest_folder()?.join(SETUP).is_file() {
+            true => format!("run {SETUP}, or set NVCC"),
+            false => "install the CUDA toolkit, or set NVCC".to_string(),
+        };
         ensure!(
             mode == "auto",
             "FASTKV_CUDA=require, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or \
-             .toolchain: run tools/setup-toolchain, or point NVCC at a compiler"
+             .toolchain: {setup}"
         );
         println!(
-            "cargo::warning=no nvcc found: building without CUDA kernels, for the CPU alone (set NVCC or run \
-             tools/setup-toolchain to have them; FASTKV_CUDA=off silences this)"
+            "cargo::warning=no nvcc found: building without CUDA kernels, for the CPU alone ({setup}, to have them; \
+             cargo looks again when NVCC, CUDA_HOME, CUDA_PATH, PATH or FASTKV_CUDA changes; FASTKV_CUDA=off silences \
+             this)"
         );
         return Ok(());
     };
+    println!("cargo::rerun-if-changed={}", nvcc.display());
     compile(&nvcc, mode == "require")
 }
 
 /// A variable that is set and not empty; cargo runs this program again when it changes.
-fn variable(name: &str) -> Option<String> {
+fn variable(name: &str) -> Result<Option<String>> {
     println!("cargo::rerun-if-env-changed={name}");
-    env::var(name).ok().filter(|value| !value.is_empty())
+    match env::var(name) {
+        Ok(value) => Ok(Some(value).filter(|value| !value.is_empty())),
+        Err(VarError::NotPresent) => Ok(None),
+        Err(VarError::NotUnicode(value)) => bail!("{name} is {}; it must be UTF-8", value.display()),
+    }
+}
+
+fn manifest_folder() -> Result<PathBuf> {
+    Ok(PathBuf::from(env::var("CARGO_MANIFEST_DIR")?))
 }
 
 fn find_nvcc() -> Result<Option<PathBuf>> {
-    if let Some(named) = variable("NVCC") {
+    if let Some(named) = variable("NVCC")? {
         let found = [PathBuf::from(&named)].into_iter().chain(on_path(&named)).find(|path| path.is_file());
         return Ok(Some(found.with_context(|| format!("NVCC is \"{named}\", which is no file"))?));
     }
-    let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable);
-    let own = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join(".toolchain/cuda/bin/nvcc");
-    let mut places = toolkits.map(|toolkit| Path::new(&toolkit).join("bin/nvcc")).collect::<Vec<_>>();
-    places.extend(on_path("nvcc"));
-    places.extend([PathBuf::from("/usr/local/cuda/bin/nvcc"), own]);
+    let nvcc = format!("nvcc{EXE_SUFFIX}");
+    let of_toolkit = |toolkit: &Path| toolkit.join("bin").join(&nvcc);
+    let mut places = Vec::new();
+    for name in ["CUDA_HOME", "CUDA_PATH"] {
+        places.extend(variable(name)?.map(|toolkit| of_toolkit(Path::new(&toolkit))));
+    }
+    places.extend(on_path(&nvcc));
+    places.push(of_toolkit(Path::new("/usr/local/cuda")));
+    places.push(of_toolkit(&manifest_folder()?.join(".toolchain/cuda")));
     Ok(places.into_iter().find(|path| path.is_file()))
 }
 
 fn on_path(program: &str) -> Vec<PathBuf> {
+    println!("cargo::rerun-if-env-changed=PATH");
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path).map(|folder| folder.join(program)).collect()
 }
@@ -95,17 +116,18 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let version = nvcc_version(nvcc)?;
     let strict = require && version == PINNED_NVCC;
-    let list = variable("CUDA_COMPUTE_CAP").unwrap_or_else(|| ARCHITECTURES.into());
-    let architectures = list.split([',', ';']).map(architecture).collect::<Result<Vec<_>>>()?;
+    let capabilities = compute_capabilities()?;
+    // For tests, which interpret it: a program has no use for more than its fatbins hold.
+    let with_ptx = variable("FASTKV_PTX")?.is_some_and(|value| value != "0");
 
     let mut common = ["-O3", "-std=c++17", "-Ikernels"].map(String::from).to_vec();
     if strict {
         common.extend(["-Werror", "all-warnings", "-Xptxas", "-v"].map(String::from));
     }
-    if let Some(compiler) = variable("NVCC_CCBIN") {
+    if let Some(compiler) = variable("NVCC_CCBIN")? {
         common.extend(["-ccbin".into(), compiler]);
     }
-    if let Some(flags) = variable("FASTKV_NVCC_FLAGS") {
+    if let Some(flags) = variable("FASTKV_NVCC_FLAGS")? {
         common.extend(flags.split_whitespace().map(String::from));
     }
 
@@ -117,10 +139,13 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
             source.file_stem().and_then(|stem| stem.to_str()).context("a kernel file needs a plain name")?;
         // Hopper's own instructions run on compute capability 9.0 and nowhere else.
         let hopper = name.starts_with("sm90_");
-        if hopper && !architectures.iter().any(|target| target.starts_with("90")) {
+        if hopper && !capabilities.contains(&90) {
             continue;
         }
-        let targets = if hopper { vec!["90a".to_string()] } else { architectures.clone() };
+        let targets = match hopper {
+            true => vec!["90a".to_string()],
+            false => capabilities.iter().map(u32::to_string).collect(),
+        };
         let ptx = |target: &String| format!("-gencode=arch=compute_{target},code=compute_{target}");
         let mut fatbin = vec!["--fatbin".to_string()];
         fatbin
@@ -129,7 +154,7 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
             fatbin.push(ptx(&targets[0]));
         }
         let mut runs = vec![(fatbin, "fatbin".to_string())];
-        for target in &targets {
+        for target in targets.iter().filter(|_| with_ptx) {
             runs.push((vec!["--ptx".into(), ptx(target)], format!("sm_{target}.ptx")));
             writeln!(ptxs, "(\"{name}\", \"sm_{target}\", include_str!(\"{name}.sm_{target}.ptx\")),")?;
         }
@@ -176,16 +201,25 @@ fn compile(nvcc: &Path, require: bool) -> Result<()> {
     Ok(())
 }
 
-/// `80`, `89`, `90`, `90a`: what nvcc calls the architecture.
-fn architecture(text: &str) -> Result<String> {
-    let text = text.trim();
-    let number = text.trim_end_matches('a');
-    ensure!(
-        text.len() - number.len() <= 1
-            && number.parse::<u32>().is_ok_and(|number| (80..1000).contains(&number)),
-        "CUDA_COMPUTE_CAP holds \"{text}\"; it must be a list such as 80,89,90 of 80 and above"
-    );
-    Ok(text.to_string())
+/// What to compile for, ascending. Other crates read `CUDA_COMPUTE_CAP` too, and some as a single number, so that a list
+/// can have a name of its own. Of `90a` the suffix is left to those kernels that need it.
+fn compute_capabilities() -> Result<Vec<u32>> {
+    let mut named = ("FASTKV_COMPUTE_CAP", variable("FASTKV_COMPUTE_CAP")?);
+    if named.1.is_none() {
+        named = ("CUDA_COMPUTE_CAP", variable("CUDA_COMPUTE_CAP")?);
+    }
+    let (name, list) = (named.0, named.1.unwrap_or_else(|| ARCHITECTURES.into()));
+    let number = |text: &str| {
+        let text = text.trim();
+        let number = text.strip_suffix('a').unwrap_or(text).parse().ok();
+        number.filter(|number| (80..1000).contains(number)).with_context(|| {
+            format!("{name} holds \"{text}\"; it must be a list such as 80,89,90 of 80 and above")
+        })
+    };
+    let mut numbers = list.split([',', ';']).map(number).collect::<Result<Vec<u32>>>()?;
+    numbers.sort_unstable();
+    numbers.dedup();
+    Ok(numbers)
 }
 
 /// The sources of kernels, in a fixed order.
@@ -282,8 +316,8 @@ mod abi {
 
     /// Writes `$OUT_DIR/abi.rs`, which tests/bindings.rs compares with src/abi.rs.
     pub(super) fn generate() -> Result<()> {
-        let own = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join(".toolchain/libclang");
-        if variable("LIBCLANG_PATH").is_none() && own.is_dir() {
+        let own = manifest_folder()?.join(".toolchain/libclang");
+        if variable("LIBCLANG_PATH")?.is_none() && own.is_dir() {
             // SAFETY: no other thread runs yet.
             unsafe { env::set_var("LIBCLANG_PATH", own) };
         }

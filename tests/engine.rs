@@ -665,6 +665,31 @@ fn steering_moves_attention_to_what_is_highlighted() {
     }
 }
 
+/// What is seen of a steered head is what it attends by.
+#[test]
+fn observed_attention_is_steered() {
+    let tiny = Tiny { layers: 2, ..Tiny::default() };
+    let rig = rig(&tiny);
+    let ids = Rng::new(7).ids(30, tiny.vocabulary);
+    let control = Control::default();
+    let observed = |plan: &Plan| {
+        let options = PrefillOptions::default();
+        let mut prefill = rig.engine.prefill(&ids, plan, &options, &control).expect("a prefill");
+        rig.engine.append_observed(&mut prefill.cache, 5, &control).expect("attention").1.swap_remove(0)
+    };
+    let plan = rig.plan(&Policy::Full, 30);
+    let (alpha, spans) = (0.05, vec![4..9]);
+    let plain = observed(&plan);
+    let steered = observed(&plan.steer(Steering { spans, heads: vec![(0, 1)], alpha }).expect("a plan"));
+    assert_eq!(steered[0], plain[0]);
+    // Tokens behind the prompt are left alone.
+    let weight = |token: usize| if (4..9).contains(&token) || token >= 30 { 1.0 } else { alpha };
+    let weighted: Vec<f64> = plain[1].iter().enumerate().map(|(n, p)| f64::from(*p) * weight(n)).collect();
+    let sum: f64 = weighted.iter().sum();
+    let expected: Vec<f64> = weighted.iter().map(|weighted| weighted / sum).collect();
+    assert!(relative_distance(&steered[1], &expected) < CLOSE, "{:?} {expected:?}", steered[1]);
+}
+
 #[test]
 fn every_tsp_layer_hands_on() {
     let tiny = Tiny { layers: 5, ..Tiny::default() };

@@ -815,3 +815,28 @@ fn steered_budgets_grow_by_what_is_highlighted() {
     }));
     assert_eq!(gemfilter.restart.map(|restart| restart.count), Some(10));
 }
+
+/// Sizes that no machine has are told as the largest number there is.
+#[test]
+fn absurd_sizes_do_not_wrap() {
+    let policies = [
+        Policy::Full,
+        Policy::PyramidInfer(PyramidInfer { recent: 1.0, decay: 0.7 }),
+        Policy::SnapKv(SnapKv::default()),
+        Policy::AdaKv(AdaKv::default()),
+        Policy::GemFilter(GemFilter::default()),
+        Policy::FastKv(FastKv::default()),
+    ];
+    for policy in policies {
+        let plan = policy.plan(LLAMA_8B, usize::MAX).expect("a plan");
+        assert_eq!(plan.peak_kv_bytes(4), usize::MAX, "{}", policy.name());
+        let mut plan = policy.plan(LLAMA_8B, 1000).expect("a plan");
+        plan.shape.kv_heads = usize::MAX;
+        assert_eq!(plan.kept_kv_bytes(4), usize::MAX, "{}", policy.name());
+        for layer in &mut plan.layers {
+            let saliency = SnapKv::default().saliency;
+            layer.keep = Keep::Each { counts: vec![usize::MAX; 2], saliency };
+        }
+        assert_eq!(plan.kept_kv_bytes(4), usize::MAX, "{}", policy.name());
+    }
+}

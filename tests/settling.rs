@@ -251,6 +251,29 @@ fn tokens_go_on_where_hand_made_sets_settle() {
     }
 }
 
+/// Rows that every candidate has to choose say nothing of whether sets settle.
+#[test]
+fn highlighted_rows_are_no_agreement() {
+    let tiny = Tiny { layers: 6, ..Tiny::default() };
+    let rig = rig(&tiny, Probe::new(64));
+    let ids = Rng::new(3).ids(40, tiny.vocabulary);
+    let saliency = Saliency { window: 4, pooling: Pooling { kind: PoolingKind::Max, kernel: 3 } };
+    let (retention, propagation) = (Budget::Rate(1.0), Budget::Tokens(12));
+    let options = FastKv { saliency, retention, propagation, tsp_layer: Some(4), settling: settling(1, 0.5) };
+    // Six of the 8 rows beside the window of 4, and two rows within the window.
+    let spans = vec![Range { start: 20, end: 26 }, Range { start: 37, end: 39 }];
+    let steering = Steering { spans, heads: vec![(1, 0)], alpha: 0.01 };
+    let plan = rig.plan(&Policy::FastKv(options), 40).steer(steering).expect("spans and heads");
+    // Of the other two: none, one, two are those of the layer before.
+    let sets = [[0, 1], [2, 3], [3, 4], [3, 4]];
+    let forced = sets.map(|set| vec![set.into_iter().chain(20..26).chain(36..40).collect::<Vec<u32>>()]);
+    rig.engine.backend().force(forced.to_vec());
+    let found = settled(&rig.prefill(&ids, &plan, &TRACED));
+    rig.engine.backend().force(Vec::new());
+    assert_eq!(found.layer, Some(3));
+    assert_eq!(found.overlaps, [(2, 0.0), (3, 0.5)].map(|(layer, share)| Overlap { layer, share }));
+}
+
 /// The oracle's sets of a layer with this TSP layer, and how near that was.
 fn oracles_set(
     model: &Model,

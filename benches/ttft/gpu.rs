@@ -286,7 +286,7 @@ fn measure_policy<D: MatrixProduct + fmt::Debug>(
         true => decode(engine, &mut last, setting.answer, &control)?,
     };
     let full_plan = Policy::Full.plan(engine.shape(), tokens)?;
-    let [flops, of_full] = [plan, &full_plan].map(|plan| prefill_flops(engine.config(), plan, true));
+    let [flops, of_full] = [plan, &full_plan].map(|plan| prefill_flops(engine.config(), plan, None, true));
     Ok(Measured {
         policy: name,
         batch,

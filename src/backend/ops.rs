@@ -7,7 +7,7 @@ use super::BackendError;
 use crate::model::StoredTensor;
 use crate::policy::Pooling;
 
-/// The operations of a Llama forward and of a policy.
+/// The operations of a Llama forward and of a policy, on handles that the same backend gave.
 ///
 /// Shapes are row-major. A tensor is `[rows, width]`; queries are `[rows, query heads · head_dim]`,
 /// keys and values `[rows, kv heads · head_dim]`. Query head h reads kv head `h / group`. Rotary
@@ -43,6 +43,12 @@ pub trait Backend: Debug {
     /// residual stream; no fewer than [`MAX_WINDOW`](crate::policy::MAX_WINDOW), since the last pass
     /// has to hold the window.
     fn chunk_rows(&self) -> usize;
+
+    /// How many query heads have the probabilities of a window, `[queries, keys]` in f32, at the same time while
+    /// [`window_scores`](Self::window_scores) sums them up; 0 where nobody has them.
+    fn windows_at_once(&self) -> usize {
+        0
+    }
 
     /// Bytes that are free in a memory of its own; `None` where it shares the machine's.
     fn free_memory(&self) -> Option<u64> {
@@ -142,6 +148,12 @@ pub trait Backend: Debug {
 
     /// Forgets the entries behind these lengths, one for each kv head; a longer one forgets nothing.
     fn truncate_kv(&self, kv: &mut Self::Kv, lengths: &[usize]) -> Result<(), BackendError>;
+
+    /// Whether a store is one of this backend, and not of another that may have another memory.
+    fn owns(&self, kv: &Self::Kv) -> bool {
+        let _ = kv;
+        true
+    }
 
     /// Entries of each kv head.
     fn kv_lengths(&self, kv: &Self::Kv) -> Vec<usize>;
@@ -344,7 +356,8 @@ pub trait Backend: Debug {
     fn split_kv(&self, batch: Self::KvBatch, steps: usize) -> Result<Vec<Self::Kv>, BackendError>;
 
     /// A step of every sequence: row i of the keys and values joins the lists of sequence i, at original position
-    /// `positions[i]`, and query row i attends to all of them, its own included. There is room.
+    /// `positions[i]`, and query row i attends to all of them, its own included. There is room; a list without it stays
+    /// as it is.
     fn decode_attention(
         &self,
         queries: &Self::Tensor,
@@ -357,7 +370,10 @@ pub trait Backend: Debug {
     /// Does `work`, which asks for the same operations on the same handles every time: only what their memory
     /// holds differs. A backend may keep what it queues, and queue that again without calling `work`; handles that
     /// `work` returned last then hold the new results.
-    fn repeat<E: From<BackendError> + Display>(
+    ///
+    /// # Safety
+    /// Handles that `work` was given, and those that it leaves behind, are there whenever the recording is used again.
+    unsafe fn repeat<E: From<BackendError> + Display>(
         &self,
         recording: &mut Self::Recording,
         mut work: impl FnMut() -> Result<(), E>,

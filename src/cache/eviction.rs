@@ -1,9 +1,11 @@
 //! What some policies go on doing in decoding: entries leave the cache.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use crate::backend::{Backend, BackendError, Select};
-use crate::policy::{Pooling, PoolingKind, SINKS, TokenClasses};
+use crate::policy::{Pooling, PoolingKind, SINKS, TokenClasses, share};
 
 /// The rule of one layer, and what it goes by.
 #[derive(Debug)]
@@ -18,8 +20,39 @@ pub(crate) struct Eviction<B: Backend> {
 pub(crate) enum EvictionRule {
     /// The newest, and those with the largest sums, up to a number.
     Heavy { count: usize, window: usize },
-    /// A set for each kv head.
-    Sets { sets: Vec<TokenSet>, local: f64, frequent: f64 },
+    /// A set for each kv head, whose shares are of what the layer read.
+    Sets { sets: Vec<TokenSet>, local: f64, frequent: f64, read: Read },
+}
+
+/// The tokens that a layer read: some of the prompt, and all behind it.
+#[derive(Clone, Debug)]
+pub(crate) struct Read {
+    /// Positions, ascending.
+    pub(crate) of_prompt: Arc<[u32]>,
+    /// Tokens of the prompt that were left out.
+    pub(crate) left_out: usize,
+}
+
+impl Read {
+    /// What the shares `local` and `frequent` come to, where the sequence has so many tokens.
+    pub(crate) fn shares(&self, tokens: usize, (local, frequent): (f64, f64)) -> Shares {
+        let read = tokens - self.left_out;
+        let first = read - share(read, local);
+        let behind = first + self.left_out;
+        Shares {
+            nearest: self.of_prompt.get(first).map_or(behind, |position| *position as usize),
+            frequent: share(read, frequent),
+        }
+    }
+}
+
+/// What FastGen's shares come to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shares {
+    /// The position where local tokens begin.
+    nearest: usize,
+    /// Tokens with the most attention.
+    frequent: usize,
 }
 
 /// The tokens that FastGen keeps of a head, each set with all of the one before.
@@ -52,15 +85,13 @@ pub(crate) struct Tokens {
 }
 
 impl Tokens {
-    /// Entries of a set, ascending: their original positions and their sums are given, and how many
-    /// tokens the sequence has.
+    /// Entries of a set, ascending: their original positions and their sums are given.
     pub(crate) fn of_set(
         &self,
         set: TokenSet,
         positions: &[u32],
         sums: &[f32],
-        tokens: usize,
-        (local, frequent): (f64, f64),
+        Shares { nearest, frequent }: Shares,
     ) -> Vec<u32> {
         let entries = 0..positions.len() as u32;
         if set == TokenSet::Full {
@@ -72,11 +103,13 @@ impl Tokens {
             // Not a number is the least there is.
             let sum = |entry: &usize| if sums[*entry].is_nan() { f32::NEG_INFINITY } else { sums[*entry] };
             ranked.sort_by(|a, b| sum(b).total_cmp(&sum(a)));
-            ranked.iter().take(share(tokens, frequent)).for_each(|entry| kept[*entry] = true);
+            ranked.iter().take(frequent).for_each(|entry| kept[*entry] = true);
         }
         if set >= TokenSet::Local {
-            let first = tokens - share(tokens, local);
-            positions.iter().zip(&mut kept).for_each(|(position, kept)| *kept |= *position as usize >= first);
+            positions
+                .iter()
+                .zip(&mut kept)
+                .for_each(|(position, kept)| *kept |= *position as usize >= nearest);
         }
         entries.filter(|entry| kept[*entry as usize]).collect()
     }
@@ -111,20 +144,15 @@ impl EvictionRule {
                 let older = backend.pool_groups(sums, lengths.len(), length - window, UNPOOLED)?;
                 backend.select(&older, Select { count: count - window, tail: *window }).map(Some)
             }
-            Self::Sets { sets, local, frequent } => {
+            Self::Sets { sets, local, frequent, read } => {
                 let positions = backend.kv_positions(kv)?;
                 let sums = backend.read_scores(sums)?;
-                let all = tokens.ids.len();
+                let shares = read.shares(tokens.ids.len(), (*local, *frequent));
                 let list = |((set, positions), sums): ((&TokenSet, &Vec<u32>), &Vec<f32>)| {
-                    tokens.of_set(*set, positions, sums, all, (*local, *frequent))
+                    tokens.of_set(*set, positions, sums, shares)
                 };
                 backend.indices(sets.iter().zip(&positions).zip(&sums).map(list).collect()).map(Some)
             }
         }
     }
-}
-
-/// `int(tokens · rate)` in f64.
-pub(crate) fn share(tokens: usize, rate: f64) -> usize {
-    (tokens as f64 * rate) as usize
 }

@@ -4,7 +4,7 @@ mod eviction;
 mod steer;
 
 pub use eviction::TokenSet;
-pub(crate) use eviction::{Eviction, EvictionRule, Tokens, UNPOOLED, share};
+pub(crate) use eviction::{Eviction, EvictionRule, Read, Shares, Tokens, UNPOOLED};
 pub(crate) use steer::Steer;
 
 use crate::backend::{Backend, BackendError};
@@ -87,6 +87,11 @@ impl<B: Backend> Cache<B> {
 
     pub(crate) fn put_layers(&mut self, layers: Vec<B::Kv>) {
         self.layers = layers;
+    }
+
+    /// Whether the entries are this backend's.
+    pub(crate) fn is_of(&self, backend: &B) -> bool {
+        self.layers.iter().all(|layer| backend.owns(layer))
     }
 
     /// Whether entries that were taken never came back, or it could not go back to what it was.

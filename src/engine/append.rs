@@ -2,14 +2,15 @@
 
 use super::llama::{Part, Projected, check_tokens, chunks};
 use super::{Control, Engine, EngineError};
-use crate::backend::{Backend, Columns, Visible};
+use crate::backend::{Backend, Bias, Columns, Visible};
 use crate::cache::Cache;
 
 /// Every query counts the same, on all keys.
 pub(super) const EVERY_QUERY: Columns = Columns { weight: 1.0, step: 0.0, band: None };
 
-/// Looks at the queries of a chunk of one layer and the entries they attend to.
-type Watch<'a, B> = dyn FnMut(&<B as Backend>::Tensor, &<B as Backend>::Kv) -> Result<(), EngineError> + 'a;
+/// Looks at the queries of a chunk of one layer, the entries they attend to, and how they are steered.
+type Watch<'a, B> = dyn FnMut(&<B as Backend>::Tensor, &<B as Backend>::Kv, Option<&Bias<'_>>) -> Result<(), EngineError>
+    + 'a;
 
 /// Attention of one layer by query head and entry.
 pub type HeadScores = Vec<Vec<f32>>;
@@ -21,7 +22,7 @@ impl<B: Backend> Engine<B> {
     /// cache is what it was, or lost where a device failed while it evicted, or again while it went back.
     ///
     /// # Errors
-    /// A cache of another model, no tokens, an id outside the vocabulary, more tokens than the model's
+    /// A cache of another model or another backend, no tokens, an id outside the vocabulary, more tokens than the model's
     /// context takes, cancellation, or a failure of the backend.
     pub fn append(
         &self,
@@ -29,7 +30,7 @@ impl<B: Backend> Engine<B> {
         ids: &[u32],
         control: &Control<'_>,
     ) -> Result<Vec<f32>, EngineError> {
-        self.append_watched(cache, ids, control, &mut |_, _| Ok(()))
+        self.append_watched(cache, ids, control, &mut |_, _, _| Ok(()))
     }
 
     /// [`append`](Self::append) of one token, and its attention probabilities: `[layer][query head][entry]`.
@@ -44,8 +45,11 @@ impl<B: Backend> Engine<B> {
         control: &Control<'_>,
     ) -> Result<(Vec<f32>, Vec<HeadScores>), EngineError> {
         let mut attention = Vec::new();
-        let mut watch = |query: &B::Tensor, kv: &B::Kv| {
-            let scores = self.backend.window_scores(query, kv)?;
+        let mut watch = |query: &B::Tensor, kv: &B::Kv, bias: Option<&Bias<'_>>| {
+            let scores = match bias {
+                Some(bias) => self.backend.biased_window_scores(query, kv, bias)?,
+                None => self.backend.window_scores(query, kv)?,
+            };
             attention.push(self.backend.read_scores(&scores)?);
             Ok(())
         };
@@ -72,13 +76,19 @@ impl<B: Backend> Engine<B> {
         logits
     }
 
-    /// The cache is of this model, and it is there.
+    /// The cache is of this model and this backend, and it is there.
     pub(super) fn check_cache(&self, cache: &Cache<B>) -> Result<(), EngineError> {
         let model = self.llama.shape();
         if cache.shape() != model {
             return Err(EngineError::WrongCache { cache: cache.shape(), model });
         }
-        if cache.is_lost() { Err(EngineError::LostCache) } else { Ok(()) }
+        if cache.is_lost() {
+            return Err(EngineError::LostCache);
+        }
+        match cache.is_of(&self.backend) {
+            true => Ok(()),
+            false => Err(EngineError::ForeignCache { backend: self.backend.name() }),
+        }
     }
 
     fn read_behind(
@@ -106,7 +116,7 @@ impl<B: Backend> Engine<B> {
                 layer.read(backend, &llama.config, &mut [part], |_, span, projected| {
                     let Projected { queries, keys, values } = projected;
                     backend.append_kv(kv, &keys, &values, span.positions, span.rows.start)?;
-                    watch(&queries, kv)?;
+                    watch(&queries, kv, bias.as_ref())?;
                     if evicts {
                         let (attended, sums) =
                             backend.attention_with_columns(&queries, kv, &[EVERY_QUERY], bias.as_ref())?;

@@ -1,5 +1,7 @@
 //! What a layer's scores choose, and what is left in the cache by it.
 
+use std::sync::Arc;
+
 use super::EngineError;
 use super::layer_cache::{Entries, LayerCache};
 use super::named::named_rows;
@@ -7,7 +9,7 @@ use super::observe::{Observer, Purpose};
 use super::prefill::Run;
 use super::trace::{HeadSet, LayerTrace, retained_mass};
 use crate::backend::{Backend, BackendError, Select, Share};
-use crate::cache::{Eviction, EvictionRule, Steer, TokenSet, UNPOOLED, share};
+use crate::cache::{Eviction, EvictionRule, Read, Shares, Steer, TokenSet, UNPOOLED};
 use crate::policy::{Keep, LayerPlan, Propagate, SINKS, Saliency};
 
 /// What a layer's rules led to.
@@ -38,7 +40,7 @@ impl<B: Backend> Run<'_, B> {
         index: usize,
         rules: &LayerPlan,
         observer: &Observer<'_, B>,
-        positions: &[u32],
+        positions: &Arc<[u32]>,
     ) -> Result<(Choice<B>, Option<B::Indices>), EngineError> {
         let backend = self.backend;
         let heads = self.llama.config.kv_heads;
@@ -99,14 +101,18 @@ impl<B: Backend> Run<'_, B> {
             (Keep::Recovered { recovery, local, frequent }, Some(sums), Some(near)) => {
                 let (local, frequent) = (*local, *frequent);
                 let (of_all, near) = (backend.read_scores(sums)?, backend.read_scores(near)?);
+                let left_out = self.prompt_tokens - self.rows;
+                let read = Read { of_prompt: Arc::clone(positions), left_out };
+                let shares = read.shares(self.prompt_tokens, (local, frequent));
                 let of_head = |(of_all, near): (&Vec<f32>, &Vec<f32>)| {
-                    self.recovering_set(*recovery, (local, frequent), positions, of_all, near)
+                    self.recovering_set(*recovery, shares, positions, of_all, near)
                 };
                 let (lists, of_heads): (_, Vec<HeadSet>) = of_all.iter().zip(&near).map(of_head).unzip();
                 choice.kept = Chosen::Listed(backend.indices(lists)?);
                 let sets = of_heads.iter().map(|head| head.set).collect();
-                let rule = EvictionRule::Sets { sets, local, frequent };
-                choice.eviction = Some(self.eviction(rule, sums, &choice.kept, raise)?);
+                let rule = EvictionRule::Sets { sets, local, frequent, read };
+                // Highlighted tokens are in every set, beside those with the most attention.
+                choice.eviction = Some(self.eviction(rule, sums, &choice.kept, |_| Ok(()))?);
                 choice.sets = Some(of_heads);
             }
             _ => {}
@@ -141,24 +147,14 @@ impl<B: Backend> Run<'_, B> {
     fn recovering_set(
         &self,
         recovery: f64,
-        (local, frequent): (f64, f64),
+        shares: Shares,
         positions: &[u32],
         sums: &[f32],
         near: &[f32],
     ) -> (Vec<u32>, HeadSet) {
         let tokens = &self.decoding.tokens;
         let rows = positions.len();
-        // Rows count as a sequence of their own: shares are of them.
-        let list = |set: TokenSet| {
-            let mut list =
-                tokens.of_set(set.min(TokenSet::Frequent), positions, sums, rows, (local, frequent));
-            if set == TokenSet::Local {
-                list.extend((rows - share(rows, local)) as u32..rows as u32);
-                list.sort_unstable();
-                list.dedup();
-            }
-            list
-        };
+        let list = |set: TokenSet| tokens.of_set(set, positions, sums, shares);
         let all: f64 = (self.llama.config.query_heads / self.llama.config.kv_heads * rows) as f64;
         let on = |scores: &[f32], list: &[u32]| -> f64 {
             list.iter().map(|row| f64::from(scores[*row as usize])).sum()
@@ -173,8 +169,7 @@ impl<B: Backend> Run<'_, B> {
         let sets = [TokenSet::Special, TokenSet::Punctuation, TokenSet::Frequent, TokenSet::Local];
         let enough = recovered.iter().position(|recovered| *recovered >= recovery);
         let set = enough.map_or(TokenSet::Full, |index| sets[index]);
-        let kept = if set == TokenSet::Full { (0..rows as u32).collect() } else { list(set) };
-        (kept, HeadSet { set, recovered })
+        (list(set), HeadSet { set, recovered })
     }
 
     /// Leaves in the cache what was chosen of a layer's keys and values. A trace wants the original positions of the

@@ -98,7 +98,7 @@ impl<B: Backend> Engine<B> {
         backend.write_list(ids, tokens)?;
         backend.write_list(positions, &at)?;
         let frequencies = llama.config.rope.inverse_frequencies(llama.config.head_dim, 0);
-        backend.repeat(recording, || {
+        let work = || {
             // What there is goes first, so that its memory can be had again.
             *logits = None;
             let angles = backend.rotary(&frequencies, positions)?;
@@ -113,7 +113,9 @@ impl<B: Backend> Engine<B> {
             }
             *logits = Some(llama.logits_of(backend, &hidden)?);
             Ok::<_, EngineError>(())
-        })?;
+        };
+        // SAFETY: the engine has the weights, and the rest stays beside the recording until the sequences part.
+        unsafe { backend.repeat(recording, work) }?;
         let rows = match logits {
             Some(logits) => llama.read_logits(backend, logits)?,
             None => Vec::new(),

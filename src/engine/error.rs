@@ -60,6 +60,14 @@ pub enum EngineError {
         /// The model.
         model: ModelShape,
     },
+    /// A cache of another backend, whose keys and values may lie on another device.
+    #[error(
+        "the cache was filled by another backend than this engine's ({backend}): read its tokens with this one"
+    )]
+    ForeignCache {
+        /// What the engine runs on.
+        backend: String,
+    },
     /// A cache whose entries went down with a backend.
     #[error("the cache was lost when the backend failed: read its tokens anew")]
     LostCache,

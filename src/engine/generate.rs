@@ -57,8 +57,8 @@ impl<B: Backend> Engine<B> {
     /// every token as it comes, but for the one that ends the answer.
     ///
     /// # Errors
-    /// Sampling parameters out of range, logits that are not this model's, a cache of another model, or a failure of
-    /// the backend. Cancellation is no error: what was generated so far is returned.
+    /// Sampling parameters out of range, logits that are not this model's, a cache of another model or another
+    /// backend, or a failure of the backend. Cancellation is no error: what was generated so far is returned.
     pub fn generate(
         &self,
         cache: &mut Cache<B>,

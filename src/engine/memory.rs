@@ -18,6 +18,8 @@ pub struct MemoryOptions {
     pub chunk_rows: usize,
     /// [`Backend::kv_element_bytes`](crate::backend::Backend::kv_element_bytes).
     pub kv_element_bytes: usize,
+    /// [`Backend::windows_at_once`](crate::backend::Backend::windows_at_once).
+    pub windows_at_once: usize,
     /// Tokens that will follow the prompt: a question and the answer.
     pub more_tokens: usize,
 }
@@ -25,8 +27,13 @@ pub struct MemoryOptions {
 impl MemoryOptions {
     /// Those of a run on this backend.
     pub fn new(backend: &impl Backend, weight_bytes: u64, more_tokens: usize) -> Self {
-        let (chunk_rows, kv_element_bytes) = (backend.chunk_rows(), backend.kv_element_bytes());
-        Self { weight_bytes, chunk_rows, kv_element_bytes, more_tokens }
+        Self {
+            weight_bytes,
+            chunk_rows: backend.chunk_rows(),
+            kv_element_bytes: backend.kv_element_bytes(),
+            windows_at_once: backend.windows_at_once(),
+            more_tokens,
+        }
     }
 }
 
@@ -46,7 +53,7 @@ pub struct MemoryEstimate {
     /// The most keys and values alive at once.
     #[serde(rename = "kv_peak_bytes")]
     pub kv_peak: u64,
-    /// The residual stream and scores, in f32, and the temporaries of one chunk of rows.
+    /// The residual stream and scores, in f32, with what they are made of, and the temporaries of one chunk of rows.
     #[serde(rename = "activations_bytes")]
     pub activations: u64,
 }
@@ -73,6 +80,7 @@ impl MemoryEstimate {
             kv_kept: sum(&|plan| plan.kept_kv_bytes(element) as u64),
             kv_peak: sum(&|plan| plan.peak_kv_bytes(element) as u64),
             activations: plans.iter().map(|plan| of_prompt(config, plan)).sum::<u64>()
+                + plans.iter().map(|plan| of_windows(config, plan, options)).max().unwrap_or(0)
                 + of_chunk(config, plans, options),
         }
     }
@@ -135,10 +143,14 @@ fn of_prompt(config: &LlamaConfig, plan: &Plan) -> u64 {
     // Cosines and sines of half a head, and where tokens are selected the narrowed copy beside the stream.
     let candidates = plan.candidates.iter().map(|candidates| candidates.propagate);
     let selected = plan.layers.iter().filter_map(|layer| layer.propagate).chain(candidates);
-    let selected = selected.map(|propagate| propagate.count() as u64).max().unwrap_or(1);
+    let selected = selected.map(|propagate| propagate.count());
+    // What is read anew begins beside the stream of the first pass.
+    let selected = selected.chain(plan.restart.map(|restart| restart.count)).max().unwrap_or(1) as u64;
     let stream = (rows + selected) * (config.hidden_size + config.head_dim) as u64;
-    // A key's probability for every query head, and pooled for every kv head and their sum.
-    let scored = plan.candidates.is_some() || plan.layers.iter().any(|layer| !layer.windows().is_empty());
+    // A key's probability for every query head, or its product there, and pooled for every kv head and their sum.
+    let scored = plan.candidates.is_some()
+        || plan.restart.is_some()
+        || plan.layers.iter().any(|layer| !layer.windows().is_empty());
     let scores = match scored {
         true => rows * (config.query_heads + config.kv_heads + 1) as u64,
         false => 0,
@@ -149,6 +161,17 @@ fn of_prompt(config: &LlamaConfig, plan: &Plan) -> u64 {
         false => 0,
     };
     (stream + scores + sums + config.vocab_size as u64) * size_of::<f32>() as u64
+}
+
+/// Most bytes of the probabilities that windows are summed up from, where a backend has them at all. Prompts are scored
+/// one by one.
+fn of_windows(config: &LlamaConfig, plan: &Plan, options: &MemoryOptions) -> u64 {
+    let windows =
+        plan.layers.iter().flat_map(|layer| layer.windows().into_iter().map(|window| (window, layer.rows)));
+    let last_query = plan.restart.map(|_| (1, plan.prompt_tokens));
+    let most = windows.chain(last_query).map(|(window, keys)| window.min(keys) as u64 * keys as u64).max();
+    let at_once = options.windows_at_once.min(config.query_heads);
+    most.unwrap_or(0) * (at_once * size_of::<f32>()) as u64
 }
 
 /// Most bytes of the temporaries of a chunk, which are of the type of keys and values.
@@ -168,7 +191,7 @@ fn of_chunk(config: &LlamaConfig, plans: &[&Plan], options: &MemoryOptions) -> u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{FastKv, ModelShape, Policy};
+    use crate::policy::{FastKv, GemFilter, ModelShape, Policy, SnapKv};
 
     fn llama_8b() -> LlamaConfig {
         LlamaConfig::from_json(
@@ -179,13 +202,45 @@ mod tests {
         .expect("valid")
     }
 
-    fn estimate(policy: &Policy, more_tokens: usize) -> MemoryEstimate {
+    fn estimate_of(policy: &Policy, windows_at_once: usize, more_tokens: usize) -> MemoryEstimate {
         let config = llama_8b();
         let shape = ModelShape { layers: 32, query_heads: 32, kv_heads: 8, head_dim: 128 };
         let plan = policy.plan(shape, 100_000).expect("valid");
-        let options =
-            MemoryOptions { weight_bytes: 16 << 30, chunk_rows: 1024, kv_element_bytes: 2, more_tokens };
+        let options = MemoryOptions {
+            weight_bytes: 16 << 30,
+            chunk_rows: 1024,
+            kv_element_bytes: 2,
+            windows_at_once,
+            more_tokens,
+        };
         MemoryEstimate::new(&config, &plan, &options)
+    }
+
+    fn estimate(policy: &Policy, more_tokens: usize) -> MemoryEstimate {
+        estimate_of(policy, 0, more_tokens)
+    }
+
+    #[test]
+    fn probabilities_of_windows_count_once_for_each_thread() {
+        let snapkv = Policy::SnapKv(SnapKv::default());
+        let activations = |windows_at_once| estimate_of(&snapkv, windows_at_once, 0).activations;
+        let window = SnapKv::default().saliency.window as u64 * 100_000 * 4;
+        assert_eq!(activations(6) - activations(0), 6 * window);
+        // No more than there are query heads.
+        assert_eq!(activations(64) - activations(0), 32 * window);
+        assert_eq!(estimate_of(&Policy::Full, 64, 0), estimate(&Policy::Full, 0));
+    }
+
+    #[test]
+    fn a_restart_counts_its_products_and_its_second_stream() {
+        let (full, gemfilter) = (Policy::Full, Policy::GemFilter(GemFilter::default()));
+        let more = estimate(&gemfilter, 0).activations - estimate(&full, 0).activations;
+        let shape = ModelShape { layers: 32, query_heads: 32, kv_heads: 8, head_dim: 128 };
+        let count = gemfilter.plan(shape, 100_000).expect("valid").restart.expect("it restarts").count as u64;
+        // The last row of the full context goes on alone.
+        assert_eq!(more, 4 * (100_000 * (32 + 8 + 1) + (count - 1) * (4096 + 128)));
+        let with_products = estimate_of(&gemfilter, 4, 0).activations;
+        assert_eq!(with_products - estimate(&gemfilter, 0).activations, 4 * 4 * 100_000);
     }
 
     #[test]
@@ -216,7 +271,13 @@ mod tests {
         let shape = ModelShape { layers: 32, query_heads: 32, kv_heads: 8, head_dim: 128 };
         let plan = Policy::Full.plan(shape, 600).expect("valid");
         let activations = |prompts: usize, chunk_rows| {
-            let options = MemoryOptions { weight_bytes: 0, chunk_rows, kv_element_bytes: 2, more_tokens: 0 };
+            let options = MemoryOptions {
+                weight_bytes: 0,
+                chunk_rows,
+                kv_element_bytes: 2,
+                windows_at_once: 0,
+                more_tokens: 0,
+            };
             MemoryEstimate::together(&config, &vec![&plan; prompts], &options).activations
         };
         // Normed rows, queries, attention's output, and in the MLP three times the rows, gate and up.

@@ -52,7 +52,7 @@ impl<'a, B: Backend> Observer<'a, B> {
         match rules.keep {
             Keep::Heavy { .. } => observer.add(Purpose::Attention, rows, EVERY_QUERY),
             Keep::Recovered { local, .. } => {
-                let band = Some(crate::cache::share(rows, local));
+                let band = Some(crate::policy::share(rows, local));
                 observer.add(Purpose::Attention, rows, EVERY_QUERY);
                 observer.add(Purpose::Local, rows, Columns { band, ..EVERY_QUERY });
             }

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::mem;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use super::check::check_plan;
 use super::layer_cache::{LayerCache, count_entries};
@@ -47,6 +47,9 @@ pub struct Prefill<B: Backend> {
     pub logits: Vec<f32>,
     /// The most bytes of keys and values that were alive at once.
     pub peak_kv_bytes: usize,
+    /// The layer that tokens went on from, where it was picked among candidates; `None` also where it is the last
+    /// candidate and the model's last layer.
+    pub tsp_layer: Option<usize>,
     /// What was kept, where [`PrefillOptions::trace`] asks for it.
     pub trace: Option<Trace>,
 }
@@ -182,7 +185,7 @@ pub(super) struct Run<'a, B: Backend> {
     pub(super) rows: usize,
     pub(super) places: Places<B>,
     /// The positions of `places`, where the host knows them.
-    pub(super) positions: Option<Rc<[u32]>>,
+    pub(super) positions: Option<Arc<[u32]>>,
     /// Of the layers so far.
     pub(super) caches: Vec<LayerCache<B>>,
     /// By layer, rows that stay and were named before.
@@ -307,7 +310,9 @@ impl<'a, B: Backend> Run<'a, B> {
         let Some(settling) = self.settling.as_mut().filter(|settling| settling.is_open(layer)) else {
             return Ok(true);
         };
-        let settles = settling.settles(layer, self.backend.read_indices(rows)?.concat());
+        // A candidate reads all tokens, so that a row's number is its position.
+        let chosen = self.backend.read_indices(rows)?.concat();
+        let settles = settling.settles(layer, chosen, &self.decoding.tokens.highlighted);
         if settles {
             self.meter.spare(settling.spared(layer, self.rows));
         }
@@ -315,12 +320,12 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 
     /// The original positions of the rows. Waits for the device after the stream was narrowed.
-    pub(super) fn positions(&mut self) -> Result<Rc<[u32]>, EngineError> {
+    pub(super) fn positions(&mut self) -> Result<Arc<[u32]>, EngineError> {
         if let Some(known) = &self.positions {
-            return Ok(Rc::clone(known));
+            return Ok(Arc::clone(known));
         }
-        let read: Rc<[u32]> = self.backend.read_indices(&self.places.positions)?.concat().into();
-        self.positions = Some(Rc::clone(&read));
+        let read: Arc<[u32]> = self.backend.read_indices(&self.places.positions)?.concat().into();
+        self.positions = Some(Arc::clone(&read));
         Ok(read)
     }
 
@@ -338,15 +343,17 @@ impl<'a, B: Backend> Run<'a, B> {
         let caches = mem::take(&mut self.caches);
         let (layers, peak_kv_bytes) = count_entries(self.backend, caches, |kv| self.kv_bytes(kv))?;
         let peak_kv_bytes = peak_kv_bytes.max(self.first_pass_bytes);
-        let Self { backend, hidden, prompt_tokens, mut trace, .. } = self;
+        let Self { backend, hidden, prompt_tokens, mut trace, settling, .. } = self;
+        let settled = settling.map(|settling| settling.found);
+        let tsp_layer = settled.as_ref().and_then(|settled| settled.layer);
         if let Some(trace) = &mut trace {
             trace.restarted = self.restarted;
-            trace.settled = self.settling.map(|settling| settling.found);
+            trace.settled = settled;
             trace.hidden = backend.read(&backend.last_rows(&hidden, 1)?)?;
         }
         let (shape, element_bytes) = (self.llama.shape(), backend.kv_element_bytes());
         let cache = Cache::new(layers, shape, prompt_tokens, element_bytes, self.decoding);
-        Ok(Prefill { cache, logits, peak_kv_bytes, trace })
+        Ok(Prefill { cache, logits, peak_kv_bytes, tsp_layer, trace })
     }
 
     pub(super) fn kv_bytes(&self, kv: &B::Kv) -> usize {

@@ -1,6 +1,6 @@
 //! A layer for several prompts at once, in passes of a limited number of rows.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use super::EngineError;
 use super::choice::Choice;
@@ -18,7 +18,7 @@ pub(super) struct Reading<'r, 'a, B: Backend> {
     pub(super) kv: B::Kv,
     observer: Observer<'r, B>,
     /// Original positions of the rows, where the host goes by them.
-    positions: Rc<[u32]>,
+    positions: Arc<[u32]>,
     /// Rows that the layer reads.
     pub(super) rows: usize,
 }
@@ -145,7 +145,7 @@ impl<'r, 'a, B: Backend> Reading<'r, 'a, B> {
             Keep::Ends { .. } | Keep::Random { .. } if run.named[index].is_none() => trace || steer.is_some(),
             _ => trace,
         };
-        let positions = if by_position { run.positions()? } else { Rc::default() };
+        let positions = if by_position { run.positions()? } else { Arc::default() };
         Ok(Self { run, rules, kv, observer, positions, rows })
     }
 

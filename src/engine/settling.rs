@@ -6,7 +6,7 @@ use crate::policy::Candidates;
 /// The choice among candidates, under way.
 pub(super) struct Settling<'a> {
     candidates: &'a Candidates,
-    /// Rows that the candidate before chose.
+    /// Rows that the candidate before chose of its own accord.
     before: Option<Vec<u32>>,
     pub(super) found: Settled,
 }
@@ -21,11 +21,14 @@ impl<'a> Settling<'a> {
         self.found.layer.is_none() && (self.candidates.first..=self.candidates.last).contains(&layer)
     }
 
-    /// Whether tokens go on from this layer with the rows that it chose, ascending.
-    pub(super) fn settles(&mut self, layer: usize, chosen: Vec<u32>) -> bool {
+    /// Whether tokens go on from this layer with the rows that it chose, ascending. Those that every layer has to
+    /// choose say nothing: the newest, and highlighted ones.
+    pub(super) fn settles(&mut self, layer: usize, mut chosen: Vec<u32>, highlighted: &[u32]) -> bool {
+        chosen.truncate(chosen.len().saturating_sub(self.candidates.propagate.reserved()));
+        chosen.retain(|row| highlighted.binary_search(row).is_err());
         let mut settles = layer == self.candidates.last;
         if let Some(before) = &self.before {
-            let share = overlap(before, &chosen, self.candidates.propagate.reserved());
+            let share = overlap(before, &chosen);
             self.found.overlaps.push(Overlap { layer, share });
             settles |= share >= self.candidates.overlap;
         }
@@ -44,13 +47,10 @@ impl<'a> Settling<'a> {
     }
 }
 
-/// The share of chosen rows that both sets have, of those which are not chosen in any case.
-fn overlap(a: &[u32], b: &[u32], reserved: usize) -> f64 {
-    let common = b.iter().filter(|row| a.binary_search(row).is_ok()).count();
-    match b.len().saturating_sub(reserved) {
-        0 => 1.0,
-        chosen => common.saturating_sub(reserved) as f64 / chosen as f64,
-    }
+/// The share of chosen rows that both sets have.
+fn overlap(before: &[u32], chosen: &[u32]) -> f64 {
+    let common = chosen.iter().filter(|row| before.binary_search(row).is_ok()).count();
+    if chosen.is_empty() { 1.0 } else { common as f64 / chosen.len() as f64 }
 }
 
 #[cfg(test)]
@@ -58,10 +58,10 @@ mod tests {
     use super::overlap;
 
     #[test]
-    fn reserved_rows_are_no_agreement() {
-        assert_eq!(overlap(&[0, 1, 8, 9], &[2, 3, 8, 9], 2), 0.0);
-        assert_eq!(overlap(&[0, 1, 8, 9], &[1, 3, 8, 9], 2), 0.5);
-        assert_eq!(overlap(&[0, 1, 8, 9], &[0, 1, 8, 9], 2), 1.0);
-        assert_eq!(overlap(&[8, 9], &[8, 9], 2), 1.0, "none to choose");
+    fn an_overlap_is_of_the_rows_chosen_last() {
+        assert_eq!(overlap(&[0, 1], &[2, 3]), 0.0);
+        assert_eq!(overlap(&[0, 1], &[1, 3]), 0.5);
+        assert_eq!(overlap(&[0, 1], &[0, 1]), 1.0);
+        assert_eq!(overlap(&[], &[]), 1.0, "none to choose");
     }
 }

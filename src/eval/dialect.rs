@@ -87,6 +87,9 @@ pub enum DialectError {
         /// The least that works.
         least: usize,
     },
+    /// A prompt that has nothing to ask for.
+    #[error("0 facts leave nothing to ask for: give at least 1")]
+    NoFacts,
     /// More facts than there are different keys.
     #[error("{facts} facts need as many different keys, but {keys} can be made")]
     TooManyFacts {
@@ -168,6 +171,14 @@ impl Dialect {
             if self.words.get(&kind).is_none_or(Vec::is_empty) {
                 return Some(format!("there are no words for the slot {{{kind}}}"));
             }
+        }
+        let blank = |text: &str| text.trim().is_empty();
+        if let Some((kind, _)) = self.words.iter().find(|(_, words)| words.iter().any(|word| blank(word))) {
+            return Some(format!("{{{kind}}} has a word that is blank"));
+        }
+        let mut templates = self.filler.iter().flat_map(|filler| &filler.templates);
+        if let Some(template) = templates.find(|template| blank(template)) {
+            return Some(format!("the template {template:?} holds no word"));
         }
         if self.filler.is_empty() || self.filler.iter().any(|filler| filler.probability <= 0.0) {
             return Some("there must be filler, and each kind's probability above 0".to_owned());

@@ -164,7 +164,10 @@ fn keys(
     let adjectives = draw(dialect.words("adjective"), task.adjectives_drawn, random);
     let animals = draw(dialect.words("animal"), task.animals_drawn, random);
     let pairs = adjectives.len() * animals.len();
-    if task.needles == 0 || task.needles > pairs {
+    if task.needles == 0 {
+        return Err(DialectError::NoFacts);
+    }
+    if task.needles > pairs {
         return Err(DialectError::TooManyFacts { facts: task.needles, keys: pairs });
     }
     let mut numbers: Vec<usize> = Vec::new();

@@ -79,7 +79,7 @@ impl Scene {
     pub fn planted(&self, planted: usize, raise: f32, seed: u64) -> Numbers {
         let random = &mut SplitMix64::new(seed);
         let mut numbers = self.numbers(random);
-        let before = self.tokens - self.window;
+        let before = self.tokens.saturating_sub(self.window);
         let mut places: Vec<u32> = (0..before as u32).collect();
         for index in 0..planted.min(before) {
             places.swap(index, index + random.below(before - index));
@@ -195,7 +195,8 @@ impl Scene {
     ) -> Result<Vec<Vec<Vec<u32>>>, BackendError> {
         let window = self.window;
         let scores = backend.window_scores(queries, kv)?;
-        let pooled = backend.pool_groups(&scores, self.kv_heads, self.tokens - window, pooling)?;
+        let pooled =
+            backend.pool_groups(&scores, self.kv_heads, self.tokens.saturating_sub(window), pooling)?;
         let chosen = budgets.iter().map(|budget| {
             let select = Select { count: budget.saturating_sub(window), tail: window };
             backend.read_indices(&backend.select(&pooled, select)?)

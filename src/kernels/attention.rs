@@ -425,7 +425,7 @@ fn check_shape(work: &PrefillAttention) -> Result<(), Error> {
     let Traits { tile_queries, score_keys, .. } = portable(work);
     let of_keys = tiles(work.sequences, work.keys, score_keys);
     let tiles = tiles(work.sequences, work.queries, tile_queries).max(of_keys);
-    if tiles * u64::from(work.query_heads) >= 1 << 30 {
+    if tiles.saturating_mul(work.query_heads.into()) >= 1 << 30 {
         return Err(Error::argument(
             "sequences",
             work.sequences,

@@ -178,10 +178,13 @@ impl Split {
     fn of(work: &Decode) -> Result<Self, Error> {
         let cache = &work.cache;
         let lists = cache::lists(cache)?;
-        if lists > 0 {
-            batch::check_heads(work.query_heads, cache.heads as u32)?;
-        }
-        let group = work.query_heads.checked_div(cache.heads as u32).unwrap_or(1).max(1);
+        let group = match lists {
+            0 => 1,
+            _ => {
+                batch::check_heads(work.query_heads, cache.heads as u32)?;
+                work.query_heads / cache.heads as u32
+            }
+        };
         if !(1..=MAX_TOKENS).contains(&work.tokens) {
             return Err(Error::argument("tokens", work.tokens, format!("from 1 to {MAX_TOKENS}")));
         }

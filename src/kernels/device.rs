@@ -72,7 +72,8 @@ pub trait Device: Launcher {
     /// Reserves `bytes` of device memory, aligned to 256 bytes, contents undefined.
     ///
     /// # Errors
-    /// [`Error::Device`] where the device has no room.
+    /// What the device says: where it has no room, what [`is_out_of_memory`](Error::is_out_of_memory), which callers tell
+    /// apart.
     fn alloc(&self, bytes: usize) -> Result<u64, Error>;
 
     /// Bytes that [`alloc`](Self::alloc) could still give; `None` where the device does not say.
@@ -119,7 +120,7 @@ pub trait Device: Launcher {
     /// else of this device. `None` from a device that keeps no such pieces: then `work` was not called.
     ///
     /// # Errors
-    /// Those of `work`, and [`Error::Device`] where the device fails; nothing is queued or kept then.
+    /// Those of `work`, and what the device says where it fails; nothing is queued or kept then.
     ///
     /// # Safety
     /// As for what `work` calls, whenever the piece is queued.
@@ -134,19 +135,19 @@ pub trait Device: Launcher {
     /// Waits for the work queued so far.
     ///
     /// # Errors
-    /// [`Error::Device`] with the failure of any earlier work on the device.
+    /// The failure of any earlier work on the device.
     fn synchronize(&self) -> Result<(), Error>;
 
     /// Marks the present end of the queue.
     ///
     /// # Errors
-    /// [`Error::Device`] where the device fails.
+    /// What the device says where it fails.
     fn record(&self) -> Result<Self::Event, Error>;
 
     /// Milliseconds of device time between two events; waits for the later one.
     ///
     /// # Errors
-    /// [`Error::Device`] where the device fails.
+    /// What the device says where it fails.
     fn elapsed_ms(&self, from: &Self::Event, to: &Self::Event) -> Result<f32, Error>;
 }
 

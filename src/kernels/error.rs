@@ -44,7 +44,7 @@ pub enum Error {
         /// The driver's `CUresult`.
         code: u32,
     },
-    /// A device other than CUDA's refused.
+    /// What is not the CUDA driver refused: a library of the toolkit, or a device of another kind.
     #[error("{operation} failed: {reason}")]
     Device {
         /// What was asked of it.
@@ -66,12 +66,17 @@ pub enum Error {
     },
     /// This build or this chip has no machine code for a kernel.
     #[error(
-        "the kernel {0} was not built for this device; rebuild with its compute capability in CUDA_COMPUTE_CAP"
+        "the kernel {0} was not built for this device; rebuild with its compute capability in FASTKV_COMPUTE_CAP"
     )]
     Missing(&'static str),
 }
 
 impl Error {
+    /// Whether the device has no room for what was asked of it.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::Driver { code: OUT_OF_MEMORY, .. })
+    }
+
     pub(crate) fn argument(
         what: impl Into<String>,
         value: impl std::fmt::Display,
@@ -81,13 +86,16 @@ impl Error {
     }
 }
 
+/// `CUDA_ERROR_OUT_OF_MEMORY`.
+const OUT_OF_MEMORY: u32 = 2;
+
 /// The name that cuda.h gives a `CUresult`, from a table of our own: asking the driver for it takes a
 /// driver.
 pub const fn cuda_error_name(code: u32) -> &'static str {
     match code {
         0 => "SUCCESS",
         1 => "INVALID_VALUE",
-        2 => "OUT_OF_MEMORY",
+        OUT_OF_MEMORY => "OUT_OF_MEMORY",
         3 => "NOT_INITIALIZED",
         4 => "DEINITIALIZED",
         34 => "STUB_LIBRARY",

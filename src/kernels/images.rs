@@ -4,7 +4,7 @@
 //! Images whose names begin with `sm90_` hold code for compute capability 9.0 (`sm_90a`), and no PTX, since their
 //! instructions exist nowhere else. On any other chip loading one fails with CUDA error 209
 //! (`CUDA_ERROR_NO_BINARY_FOR_GPU`), so skip them there: portable kernels do the same work. A build whose
-//! `CUDA_COMPUTE_CAP` leaves 90 out has none of them.
+//! `FASTKV_COMPUTE_CAP` leaves 90 out has none of them.
 
 /// A compiled source file.
 #[derive(Clone, Copy, Debug)]
@@ -34,8 +34,8 @@ pub fn nvcc_version() -> Option<(u32, u32)> {
     NVCC
 }
 
-/// The PTX of an image for one of its [architectures](Image::archs), for those who read or interpret it. A program
-/// that never asks does not carry it.
+/// The PTX of an image for one of its [architectures](Image::archs), for those who read or interpret it: in a build with
+/// `FASTKV_PTX=1` alone. A program that never asks does not carry it.
 pub fn ptx(image: &str, arch: &str) -> Option<&'static str> {
     PTX.iter().find(|(name, of, _)| (*name, *of) == (image, arch)).map(|(.., text)| *text)
 }

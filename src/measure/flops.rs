@@ -1,5 +1,7 @@
 //! The products of a prefill, counted.
 
+use std::borrow::Cow;
+
 use crate::model::LlamaConfig;
 use crate::policy::Plan;
 
@@ -8,7 +10,15 @@ use crate::policy::Plan;
 ///
 /// A matrix of `e` elements takes `2 · rows · e`; a row that sees `s` keys `4 · s · query heads · head_dim`, where
 /// rows among the keys see half of them.
-pub fn prefill_flops(config: &LlamaConfig, plan: &Plan, exact_shortcuts: bool) -> f64 {
+///
+/// `tsp_layer` is the one that was [picked](crate::engine::Prefill::tsp_layer), where a plan has candidates; without it
+/// the last of them counts.
+pub fn prefill_flops(
+    config: &LlamaConfig,
+    plan: &Plan,
+    tsp_layer: Option<usize>,
+    exact_shortcuts: bool,
+) -> f64 {
     let hidden = config.hidden_size as f64;
     let queries = (config.query_heads * config.head_dim) as f64;
     let keys = (config.kv_heads * config.head_dim) as f64;
@@ -24,7 +34,11 @@ pub fn prefill_flops(config: &LlamaConfig, plan: &Plan, exact_shortcuts: bool) -
         sum += restart.layer as f64 * (of_keys(rows) + of_rows(rows) + attention(rows, rows, 0.5))
             + of_keys(rows);
     }
-    for (index, layer) in plan.layers.iter().enumerate() {
+    for (index, of_last) in plan.layers.iter().enumerate() {
+        let layer = match tsp_layer {
+            Some(_) => plan.rules(index, tsp_layer),
+            None => Cow::Borrowed(of_last),
+        };
         let rows = layer.rows as f64;
         let (going_on, seen) = match layer.propagate {
             _ if !exact_shortcuts => (rows, 0.5),
@@ -46,7 +60,7 @@ mod tests {
     fn flops(policy: &Policy, tokens: usize, exact_shortcuts: bool) -> f64 {
         let config = shape("llama-3.1-8b").expect("a shape");
         let plan = policy.plan((&config).into(), tokens).expect("valid");
-        prefill_flops(&config, &plan, exact_shortcuts)
+        prefill_flops(&config, &plan, None, exact_shortcuts)
     }
 
     /// Figures as they are published or derived by hand, and half a unit of their last digit.
@@ -87,7 +101,7 @@ mod tests {
         let token = 33_554_432.0 * 2.0 + 16_777_216.0 + 352_321_536.0;
         let first = 13.0 * (32_768.0 * token + 8192.0 * 32_768_f64.powi(2)) + 32_768.0 * 16_777_216.0;
         let expected = first + flops(&Policy::Full, restart.count, true);
-        let value = prefill_flops(&config, &plan, true);
+        let value = prefill_flops(&config, &plan, None, true);
         assert!((value / expected - 1.0).abs() < 1e-12, "{value} {expected}");
     }
 }

@@ -157,6 +157,10 @@ impl<B: Measurable> Backend for Staged<B> {
         self.inner.chunk_rows()
     }
 
+    fn windows_at_once(&self) -> usize {
+        self.inner.windows_at_once()
+    }
+
     fn free_memory(&self) -> Option<u64> {
         self.inner.free_memory()
     }
@@ -169,6 +173,10 @@ impl<B: Measurable> Backend for Staged<B> {
         self.inner.weight_bytes(stored)
     }
 
+    fn owns(&self, kv: &B::Kv) -> bool {
+        self.inner.owns(kv)
+    }
+
     fn kv_lengths(&self, kv: &B::Kv) -> Vec<usize> {
         self.inner.kv_lengths(kv)
     }
@@ -178,7 +186,7 @@ impl<B: Measurable> Backend for Staged<B> {
     }
 
     /// What is queued as one piece has no stages.
-    fn repeat<E: From<BackendError> + Display>(
+    unsafe fn repeat<E: From<BackendError> + Display>(
         &self,
         recording: &mut B::Recording,
         mut work: impl FnMut() -> Result<(), E>,
@@ -186,7 +194,8 @@ impl<B: Measurable> Backend for Staged<B> {
         if self.marks.borrow().is_some() {
             return work();
         }
-        self.inner.repeat(recording, work)
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.repeat(recording, work) }
     }
 
     pass_on! {

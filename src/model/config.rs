@@ -46,7 +46,7 @@ pub struct LlamaConfig {
     pub attention_bias: bool,
     /// Whether gate, up and down projections have biases.
     pub mlp_bias: bool,
-    /// Trained context in tokens, before [`RopeConfig`] stretches it; see [`Self::context_limit`].
+    /// Trained context in tokens, for most RoPE types before they stretch it; see [`Self::context_limit`].
     pub max_position_embeddings: usize,
     /// Keys a query sees, itself included: those with `query − key < sliding_window`.
     pub sliding_window: Option<usize>,
@@ -116,12 +116,12 @@ impl LlamaConfig {
                 format!("max_position_embeddings = {positions} times the dynamic RoPE factor {factor}"),
             ),
             RopeScaling::Llama3 { factor, original_max_position_embeddings: original, .. } => {
-                let stretched = times(original, factor);
-                if stretched > positions {
+                // The stretched length, but where nobody wrote it.
+                if positions == original {
                     let reason = format!(
                         "original_max_position_embeddings = {original} times the llama3 RoPE factor {factor}"
                     );
-                    (stretched, reason)
+                    (times(original, factor), reason)
                 } else {
                     (positions, format!("max_position_embeddings = {positions}"))
                 }

@@ -61,7 +61,7 @@ impl ModelShape {
 
     /// Elements of K and V of one token in one layer.
     pub fn kv_elements(&self) -> usize {
-        2 * self.kv_heads * self.head_dim
+        self.kv_heads.saturating_mul(self.head_dim).saturating_mul(2)
     }
 }
 
@@ -346,7 +346,7 @@ impl Policy {
 }
 
 /// `int(tokens · rate)` as the authors compute it, in f64.
-fn share(tokens: usize, rate: f64) -> usize {
+pub(crate) fn share(tokens: usize, rate: f64) -> usize {
     (tokens as f64 * rate) as usize
 }
 

@@ -243,10 +243,13 @@ impl LayerPlan {
     /// The most entries that all kv heads' caches have together after prefill.
     pub fn entries(&self, kv_heads: usize) -> usize {
         match &self.keep {
-            Keep::Each { counts, .. } => counts.iter().sum(),
+            Keep::Each { counts, .. } => counts.iter().fold(0, |sum, count| sum.saturating_add(*count)),
             // Every head's share is rounded, by a half at most.
-            Keep::Shared { count, .. } => (count * kv_heads + kv_heads / 2).min(self.rows * kv_heads),
-            _ => self.kept() * kv_heads,
+            Keep::Shared { count, .. } => {
+                let shared = count.saturating_mul(kv_heads).saturating_add(kv_heads / 2);
+                shared.min(self.rows.saturating_mul(kv_heads))
+            }
+            _ => self.kept().saturating_mul(kv_heads),
         }
     }
 
@@ -281,28 +284,26 @@ impl Plan {
     /// Upper bound of the bytes of the KV cache that prefill leaves, at this many bytes an element.
     pub fn kept_kv_bytes(&self, element_bytes: usize) -> usize {
         let most = |layer| self.either(layer).map(|rules| self.kept_bytes(rules, element_bytes)).max();
-        (0..self.layers.len()).filter_map(most).sum()
+        (0..self.layers.len()).filter_map(most).fold(0, usize::saturating_add)
     }
 
     /// Upper bound of the bytes of K and V alive at any moment of prefill: the layer at work in full,
     /// its own compacted copy, and the caches of the layers before it.
     pub fn peak_kv_bytes(&self, element_bytes: usize) -> usize {
-        let mut kept = 0;
+        let mut kept = 0_usize;
+        let all = |rows: usize| rows.saturating_mul(self.shape.kv_elements()).saturating_mul(element_bytes);
         // The first pass of a restart keeps nothing.
-        let mut peak = match self.restart {
-            Some(_) => self.prompt_tokens * self.shape.kv_elements() * element_bytes,
-            None => 0,
-        };
+        let mut peak = self.restart.map_or(0, |_| all(self.prompt_tokens));
         for layer in 0..self.layers.len() {
             let mut most = 0;
             for rules in self.either(layer) {
-                let full = rules.rows * self.shape.kv_elements() * element_bytes;
+                let full = all(rules.rows);
                 let compacted = self.kept_bytes(rules, element_bytes);
-                let at_work = if rules.keep == Keep::All { full } else { full + compacted };
-                peak = peak.max(kept + at_work);
+                let at_work = if rules.keep == Keep::All { full } else { full.saturating_add(compacted) };
+                peak = peak.max(kept.saturating_add(at_work));
                 most = most.max(compacted);
             }
-            kept += most;
+            kept = kept.saturating_add(most);
         }
         peak
     }
@@ -318,12 +319,12 @@ impl Plan {
         let entries = match (&layer.keep, &self.steering) {
             // Budgets of the other rules have grown.
             (Keep::Ends { .. } | Keep::Random { .. }, Some(steering)) => {
-                let highlighted = heads * steering.positions(self.prompt_tokens).len();
-                (layer.entries(heads) + highlighted).min(layer.rows * heads)
+                let highlighted = heads.saturating_mul(steering.positions(self.prompt_tokens).len());
+                layer.entries(heads).saturating_add(highlighted).min(layer.rows.saturating_mul(heads))
             }
             _ => layer.entries(heads),
         };
-        entries * 2 * self.shape.head_dim * element_bytes
+        [2, self.shape.head_dim, element_bytes].into_iter().fold(entries, usize::saturating_mul)
     }
 }
 

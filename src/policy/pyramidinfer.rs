@@ -31,7 +31,7 @@ impl PyramidInfer {
         let Self { recent, decay } = *self;
         check_share("recent", recent, (0.0..=1.0).contains(&recent), "a share from 0 to 1")?;
         check_share("decay", decay, (0.0..=1.0).contains(&decay), "a share from 0 to 1")?;
-        let recent = 1 + share(prompt, recent);
+        let recent = share(prompt, recent).saturating_add(1);
         let mut rows = prompt;
         Ok((0..shape.layers)
             .map(|layer| {

@@ -197,18 +197,23 @@ pub(super) fn read_directory(directory: &Path) -> Result<Found, ReportError> {
         let path = path.to_owned();
         move |source| ReportError::Unreadable { path, source }
     };
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(directory).map_err(unreadable(directory))? {
-        let path = entry.map_err(unreadable(directory))?.path();
-        // Links to files, too; pipes would not end.
-        if fs::metadata(&path).map_err(unreadable(&path))?.is_file() {
-            paths.push(path);
-        }
-    }
+    let entries = fs::read_dir(directory).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
+    let mut paths: Vec<PathBuf> =
+        entries.map_err(unreadable(directory))?.iter().map(fs::DirEntry::path).collect();
     paths.sort();
     let mut found = Found { files: Vec::new(), ignored: Vec::new() };
     for path in paths {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // Links to files, too; pipes would not end.
+        match fs::metadata(&path) {
+            Ok(metadata) if metadata.is_file() => {}
+            Ok(_) => continue,
+            Err(_) if path.is_symlink() => {
+                found.ignored.push((name, "is a link that leads nowhere".to_owned()));
+                continue;
+            }
+            Err(error) => return Err(unreadable(&path)(error)),
+        }
         let mut beginning = Vec::new();
         let opened = File::open(&path).and_then(|file| file.take(BEGINNING).read_to_end(&mut beginning));
         opened.map_err(unreadable(&path))?;

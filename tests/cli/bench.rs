@@ -98,6 +98,34 @@ fn models_are_measured_as_well_and_shown_as_a_table() {
     }
 }
 
+/// Where no length of its own choice fits, the longest is measured that does.
+#[test]
+fn short_contexts_are_measured_whole() {
+    let model = fixture("bf16-gqa4");
+    let model = ["bench", "--device", "cpu", "--model", model.to_str().expect("UTF-8"), "--policies", "full"];
+    let options = ["--repeat", "1", "--warm-up", "0", "--json", "--decode"];
+    let report = json_of(model.iter().chain(&options).chain(&["6"]));
+    assert_eq!((rows(&report).len(), &rows(&report)[0]["tokens"]), (1, &json!(250)));
+    for tokens in ["256", "18446744073709551615"] {
+        let parts = ["--decode", tokens, "takes 256 tokens", "at most 255"];
+        refused(model.iter().chain(&options).chain(&[tokens]), 2, &parts);
+    }
+}
+
+/// Operations are those of the layer that was picked, not of the last candidate.
+#[test]
+fn operations_follow_the_layer_that_is_picked() {
+    let flops = |tsp: &[&str]| {
+        let options = ["--tokens", "200", "--repeat", "1", "--warm-up", "0", "--decode", "0", "--policies"];
+        let report = bench(&[&options[..], &["fastkv"], tsp].concat());
+        rows(&report)[0]["flops"].as_f64().expect("a number")
+    };
+    // Whatever the sets are, they agree enough.
+    let picked = flops(&["--tsp-layer", "0-2", "--tsp-overlap", "0"]);
+    assert_eq!(picked, flops(&["--tsp-layer", "1"]));
+    assert!(picked < flops(&["--tsp-layer", "2"]));
+}
+
 #[test]
 fn what_does_not_fit_is_told_and_skipped() {
     let config = shape("tiny").expect("a shape");

@@ -64,7 +64,7 @@ fn prompts_that_cannot_be_are_refused() {
         refused(["prompt", "--model", model, "--tokens", tokens], 2, &[tokens, "1..=16777216"]);
     }
     refused(["prompt", "--model", model, "--facts", "5000"], 1, &["5000 facts", "2304"]);
-    refused(["prompt", "--model", model, "--facts", "0"], 1, &["0 facts"]);
+    refused(["prompt", "--model", model, "--facts", "0"], 1, &["0 facts", "at least 1"]);
     let other = fixture("bf16-gqa4");
     let other = other.to_str().expect("a plain path");
     refused(["prompt", "--model", other], 1, &["dialect.json"]);

@@ -5,7 +5,6 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use fastkv::backend::Backend;
 use fastkv::backend::cpu::CpuBackend;
 use fastkv::engine::{Control, Engine, MemoryEstimate, MemoryOptions, PrefillOptions};
 use fastkv::eval::{Dialect, NeedlePrompt};
@@ -133,6 +132,28 @@ fn a_question_is_read_behind_the_compressed_prompt() {
     let report = ask(&["--policy", "streamingllm", "--retention", "64"]);
     let kept = report["kv_kept_bytes"].as_u64().expect("bytes");
     assert_eq!(kept, 6 * 64 * 2 * 2 * 64 * 4, "64 tokens of 6 layers, the question not counted");
+}
+
+/// What is written takes the place of the file that a link leads to, with the mode that it had.
+#[cfg(unix)]
+#[test]
+fn links_and_modes_stay() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    let scratch = Scratch::new();
+    let file = scratch.file("results.json", "");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).expect("writable");
+    let links = ["near.json", "far.json"].map(|name| scratch.path(name));
+    symlink("results.json", &links[0]).expect("writable");
+    symlink(&links[0], &links[1]).expect("writable");
+    let out = links[1].to_str().expect("UTF-8");
+    let options = ["--policy", "full", "--out", out];
+    stdout_of(arguments("inspect", "bf16-gqa4", &scratch, &options));
+    for link in links {
+        assert!(fs::symlink_metadata(link).expect("a link").is_symlink());
+    }
+    assert_eq!(read_json(&file)["fastkv"], "inspect");
+    assert_eq!(fs::metadata(&file).expect("a file").permissions().mode() & 0o777, 0o640);
 }
 
 #[test]
@@ -347,12 +368,7 @@ fn info_tells_the_memory_of_every_policy() {
 
     let model = ModelDir::open(&path).expect("a model");
     let backend = CpuBackend::new(None).expect("threads");
-    let options = MemoryOptions {
-        weight_bytes: model.weights.total_bytes(),
-        chunk_rows: backend.chunk_rows(),
-        kv_element_bytes: backend.kv_element_bytes(),
-        more_tokens: 0,
-    };
+    let options = MemoryOptions::new(&backend, model.weights.total_bytes(), 0);
     let plan = Policy::FastKv(FastKv::proportional()).plan((&model.config).into(), 200).expect("a plan");
     let estimate = MemoryEstimate::new(&model.config, &plan, &options);
     let rows = report["memory"].as_array().expect("rows");

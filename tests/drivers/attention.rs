@@ -384,6 +384,14 @@ fn refuses() {
         "sequences is 4294967295; it must be fewer: 68719476720 tiles of 32 heads are 2^30 or more",
     );
 
+    // 2^67, which 64 bits do not hold.
+    refuses(
+        |w| {
+            (w.sequences, w.queries) = (1 << 31, Lengths::dense(1 << 30));
+            (w.query_heads, w.kv_heads) = (1 << 12, 1 << 12);
+        },
+        "sequences is 2147483648; it must be fewer: 36028797018963968 tiles of 4096 heads are 2^30 or more",
+    );
     refuses(|w| w.q.base = 0, "q is 0x0; it must be a device address, a multiple of 16");
     refuses(|w| w.k.base = 4104, "k is 0x1008; it must be a device address, a multiple of 16");
     refuses(

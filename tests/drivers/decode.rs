@@ -10,7 +10,7 @@ use fastkv::{
     kernels::{
         DType, Kernel,
         batch::{Bias, Lse},
-        decode::{Decode, decode, decode_counters, decode_workspace},
+        decode::{Decode, MAX_TOKENS, decode, decode_counters, decode_workspace},
         images,
     },
 };
@@ -150,8 +150,11 @@ fn small_work_has_a_small_grid() {
 fn nothing_to_decode_launches_nothing() {
     let recorder = Recorder::default();
     for cache in [Cache { sequences: 0, ..step().cache }, Cache { heads: 0, ..step().cache }] {
-        // SAFETY: the recorder touches no memory.
-        unsafe { decode(&recorder, &Decode { cache, workspace: 0, ..step() }) }.unwrap();
+        for query_heads in [step().query_heads, u32::MAX] {
+            let work = Decode { cache, query_heads, tokens: MAX_TOKENS, workspace: 0, ..step() };
+            // SAFETY: the recorder touches no memory.
+            unsafe { decode(&recorder, &work) }.unwrap();
+        }
     }
     assert!(recorder.launches().is_empty());
 }

@@ -296,8 +296,13 @@ fn a_batch_takes_no_more_memory_than_its_members() {
         let rig = rig_on(&tiny, Probe::new(64));
         let ids = prompts(tiny.vocabulary);
         let plans: Vec<Plan> = ids.iter().map(|ids| rig.plan(&policy, ids.len())).collect();
-        let options =
-            MemoryOptions { weight_bytes: 1000, chunk_rows: 64, kv_element_bytes: 4, more_tokens: 0 };
+        let options = MemoryOptions {
+            weight_bytes: 1000,
+            chunk_rows: 64,
+            kv_element_bytes: 4,
+            windows_at_once: 0,
+            more_tokens: 0,
+        };
         let config = rig.engine.config();
         let all = MemoryEstimate::together(config, &plans.iter().collect::<Vec<_>>(), &options);
         let alone = plans.iter().map(|plan| MemoryEstimate::new(config, plan, &options));

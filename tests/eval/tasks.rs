@@ -364,3 +364,20 @@ fn needles_hide_in_the_users_own_text() {
     assert!(error.contains("text.txt") && error.contains("two sentences"), "{error}");
     assert!(Prose::from_file(&directory.path().join("none.txt")).is_err());
 }
+
+/// Filler without words would never fill a prompt.
+#[test]
+fn dialects_without_words_are_refused() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/needle/dialect.json");
+    let text = std::fs::read_to_string(model).expect("readable");
+    let scratch = tempfile::tempdir().expect("a directory");
+    let refused = |edit: &dyn Fn(&mut serde_json::Value), part: &str| {
+        let mut dialect = serde_json::from_str(&text).expect("JSON");
+        edit(&mut dialect);
+        std::fs::write(scratch.path().join("dialect.json"), dialect.to_string()).expect("writable");
+        let error = Dialect::from_directory(scratch.path()).expect_err("no words").to_string();
+        assert!(error.contains(part) && error.contains("dialect.json"), "{error}");
+    };
+    refused(&|dialect| dialect["filler"][0]["templates"][1] = " ".into(), "the template \" \" holds no word");
+    refused(&|dialect| dialect["words"]["place"][2] = "".into(), "{place} has a word that is blank");
+}

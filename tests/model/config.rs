@@ -177,6 +177,11 @@ fn context_limit_follows_the_rope_type() {
     let (tokens, reason) = limit(json!({"max_position_embeddings": 8192}));
     assert_eq!(tokens, 65536);
     assert!(reason.contains("llama3 RoPE factor 8"), "{reason}");
+    // Llama 3.2 1B and 3B, whose factor is not what the context was stretched by.
+    let mut scaling = published()["rope_scaling"].clone();
+    scaling["factor"] = json!(32.0);
+    let (tokens, reason) = limit(json!({"rope_scaling": scaling}));
+    assert_eq!((tokens, reason.as_str()), (131072, "max_position_embeddings = 131072"));
     let (tokens, reason) = limit(json!({"sliding_window": 1000}));
     assert_eq!((tokens, reason.as_str()), (1000, "sliding_window = 1000"));
     let huge = json!({"rope_scaling": {"type": "linear", "factor": 1e300}});

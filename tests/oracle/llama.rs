@@ -99,6 +99,8 @@ pub(crate) struct LayerRun {
 /// A sequence.
 pub(crate) struct Sequence<'a> {
     model: &'a Model,
+    /// Tokens of the prompt.
+    prompt: usize,
     pub(crate) tokens: usize,
     pub(crate) layers: Vec<LayerRun>,
     pub(crate) logits: Vec<f64>,
@@ -498,7 +500,11 @@ impl Model {
                 position: positions[row],
                 key: k[head][row].clone(),
                 value: v[head][row].clone(),
-                sum: if forced.contains(&row) { f64::INFINITY } else { all_sums[head][row] },
+                // What H2O ranks highlighted tokens by; FastGen keeps them beside those it ranks.
+                sum: match rules.keep {
+                    Keep::Heavy(..) if forced.contains(&row) => f64::INFINITY,
+                    _ => all_sums[head][row],
+                },
             };
             let cache = (0..self.kv_heads)
                 .map(|head| kept[head].iter().map(|row| entry(head, *row)).collect())
@@ -546,7 +552,8 @@ impl Model {
         // Step 9.
         let logits = self.logits(hidden.last().expect("a row"));
         let (tokens, steering, classes) = (ids.len(), orders.steering, orders.classes);
-        Sequence { model: self, tokens, layers: runs, logits, restarted, ids, steering, classes }
+        let prompt = tokens;
+        Sequence { model: self, prompt, tokens, layers: runs, logits, restarted, ids, steering, classes }
     }
 
     /// GemFilter's first pass: the tokens read anew, and how near that choice was.
@@ -661,7 +668,10 @@ impl Sequence<'_> {
                         let highlighted = |position| {
                             self.steering.as_ref().is_some_and(|steering| steering.is_highlighted(position))
                         };
-                        keep_set(cache, *set, &self.ids, &self.classes, (local, frequent), highlighted);
+                        let behind = self.prompt..self.ids.len();
+                        let read: Vec<usize> = run.read.iter().copied().chain(behind).collect();
+                        let classes = &self.classes;
+                        keep_set(cache, *set, &read, &self.ids, classes, (local, frequent), highlighted);
                     }
                 }
                 _ => {}
@@ -704,16 +714,18 @@ fn evict_lightest(cache: &mut Vec<Entry>, count: usize, window: usize, margin: &
     }
 }
 
-/// FastGen in decoding: a head's set of all tokens so far, of those still there.
+/// FastGen in decoding: a head's set of all tokens that its layer read so far, of those still there.
 fn keep_set(
     cache: &mut Vec<Entry>,
     set: usize,
+    read: &[usize],
     ids: &[u32],
     classes: &Classes,
     (local, frequent): (f64, f64),
     highlighted: impl Fn(usize) -> bool,
 ) {
-    let share = |rate: f64| (ids.len() as f64 * rate).floor() as usize;
+    let share = |rate: f64| (read.len() as f64 * rate).floor() as usize;
+    let newest = &read[read.len() - share(local)..];
     let sums: Vec<f64> = cache.iter().map(|entry| entry.sum).collect();
     let frequent = top(&sums, share(frequent));
     let mut index = 0;
@@ -725,7 +737,7 @@ fn keep_set(
             || classes.special.contains(id)
             || set >= 1 && classes.punctuation.contains(id)
             || set >= 2 && frequent.contains(&index)
-            || set >= 3 && position >= ids.len() - share(local);
+            || set >= 3 && newest.contains(&position);
         index += 1;
         kept
     });

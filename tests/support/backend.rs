@@ -8,9 +8,10 @@ use fastkv::backend::cpu::CpuBackend;
 use fastkv::backend::cuda::CudaBackend;
 use fastkv::backend::{Backend, BackendError, Bias, Columns, Select, Share, Visible};
 use fastkv::cache::Cache;
-#[cfg(feature = "text")]
-use fastkv::engine::GenerationOptions;
-use fastkv::engine::{Control, Engine, EngineError, MemoryEstimate, MemoryOptions, PrefillOptions, Trace};
+use fastkv::engine::{
+    Control, Engine, EngineError, GenerationOptions, MemoryEstimate, MemoryOptions, Prefill, PrefillOptions,
+    Trace,
+};
 #[cfg(feature = "text")]
 use fastkv::eval::{Dialect, NeedlePrompt};
 use fastkv::kernels::{DType, MatrixProduct};
@@ -31,6 +32,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
         Check::hopper("backend_operations", operations),
         Check::hopper("backend_models", models),
         Check::portable("backend_bad_operands", bad_operands),
+        Check::portable("backend_caches_are_its_own", |device, _| caches_are_its_own(device)),
         Check::portable("backend_weights_take_what_is_told", |device, _| weights(device)),
         Check::portable("backend_long_prompts_fit", |device, _| long_prompts_fit(device)),
     ]
@@ -613,6 +615,28 @@ fn models<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(),
     // Chunks of 64 rows: the prompt takes two.
     read_prompts(device, seed, &tiny, [100, 64], &readings)?;
     if seed == 0 { settles(device, &tiny) } else { Ok(()) }
+}
+
+/// The cache of another backend lies in memory of another device, however alike the two are.
+fn caches_are_its_own<D: MatrixProduct + Clone + Debug>(device: &D) -> Result<(), String> {
+    let directory = model(Stored::Bf16).write();
+    let model = ModelDir::open(directory.path()).map_err(|error| error.to_string())?;
+    let engine = || Engine::load(cuda(device, DType::BF16)?, &model).map_err(|error| error.to_string());
+    let (own, other) = (engine()?, engine()?);
+    let control = Control::default();
+    let plan = Policy::Full.plan(own.shape(), 3).map_err(|error| error.to_string())?;
+    let read = own.prefill(&[1, 2, 3], &plan, &PrefillOptions::default(), &control);
+    let Prefill { mut cache, logits, .. } = read.map_err(|error| error.to_string())?;
+    let options = GenerationOptions { max_tokens: 2, ..GenerationOptions::default() };
+    let appended = other.append(&mut cache, &[4], &control).map(|_| ());
+    let generated = other.generate(&mut cache, logits.clone(), &options, &control, |_| ()).map(|_| ());
+    for refused in [appended, generated] {
+        match refused {
+            Err(EngineError::ForeignCache { .. }) => {}
+            other => return Err(format!("another backend's cache: {other:?}")),
+        }
+    }
+    own.append(&mut cache, &[4], &control).map(|_| ()).map_err(|error| format!("its own: {error}"))
 }
 
 /// Weights take as many bytes as are told before they are loaded: a tied output projection none, f32 half.

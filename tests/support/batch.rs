@@ -25,6 +25,7 @@ pub(crate) fn checks<D: MatrixProduct + Clone + Debug>() -> Vec<Check<D>> {
         Check::portable("batch_steps", steps),
         Check::portable("batch_steps_clear_nothing", steps_clear_nothing),
         Check::hopper("batch_models", models),
+        Check::portable("batch_steps_without_room", steps_without_room),
         Check::portable("batch_bad_operands", bad_operands),
     ]
 }
@@ -132,13 +133,15 @@ fn several_steps<B: Backend>(
             .write_list(&mut ids, &each.clone().map(|sequence| 3 * step + sequence).collect::<Vec<_>>())?;
         backend
             .write_list(&mut positions, &each.map(|sequence| 1000 * sequence + step).collect::<Vec<_>>())?;
-        backend.repeat(&mut recording, || {
+        let work = || {
             out = None;
             calls += 1;
             let [queries, keys, values] = [0, 1, 2].map(|at| backend.embed_list(&tables[at], &ids));
             out = Some(backend.decode_attention(&queries?, &keys?, &values?, &positions, &mut batch)?);
             Ok::<_, BackendError>(())
-        })?;
+        };
+        // SAFETY: tables, lists and the batch stay as long as the recording.
+        unsafe { backend.repeat(&mut recording, work) }?;
         let numbers = out.as_ref().map_or(Ok(Vec::new()), |out| backend.read(out))?;
         outputs.push(Output { what: "a step", numbers, tolerance: attended });
     }
@@ -259,6 +262,30 @@ fn agrees<B: Backend>(
         }
     }
     Ok(Ok(()))
+}
+
+/// A list that is full stays as it is, and so do those beside it, which may be longer.
+fn steps_without_room<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<(), String> {
+    let (dtype, stored, unit) = TYPES[seed as usize % 2];
+    let sizes = Sizes { group: 1, heads: 2, head_dim: 64, rows: 3, keys: 12 };
+    let scene = Scene { sizes, stored, unit, seed };
+    let backend = cuda(device, dtype)?;
+    let run = || -> Result<_, BackendError> {
+        let kv = scene.store(&backend)?;
+        let short = backend.gather_kv(&kv, &backend.indices(vec![vec![0, 1], (0..5).collect()])?, 0)?;
+        let mut batch = backend.join_kv(vec![short, kv], 1)?;
+        for step in 0..4 {
+            let x = scene.rows(&backend, [2, 128], 1.0, 1, true)?;
+            let positions = backend.indices(vec![vec![100 + step; 2]])?;
+            backend.decode_attention(&x, &x, &x, &positions, &mut batch)?;
+        }
+        let stores = backend.split_kv(batch, 4)?;
+        stores.iter().map(|kv| backend.kv_positions(kv)).collect::<Result<Vec<_>, _>>()
+    };
+    let found = run().map_err(|error| error.to_string())?;
+    let with_one = |length| (0..length).map(|row| 3 * row + 1).chain([100]).collect::<Vec<u32>>();
+    let expected = [[2, 5], [12, 12]].map(|lengths| lengths.map(with_one));
+    if found == expected { Ok(()) } else { Err(format!("the lists hold {found:?}, not {expected:?}")) }
 }
 
 /// What does not fit is an error that names the operation.

@@ -124,7 +124,8 @@ impl Emulator {
 
     fn load(&self, image: &'static str, arch: &str) {
         if !self.loaded.borrow().contains(&image) {
-            let ptx = images::ptx(image, arch).expect("a build with kernels has their PTX");
+            let ptx = images::ptx(image, arch)
+                .expect("PTX, which FASTKV_PTX=1 compiles: .cargo/config.toml sets it");
             self.device.borrow_mut().load(ptx).unwrap_or_else(|error| panic!("{image}, {arch}: {error}"));
             self.loaded.borrow_mut().push(image);
         }

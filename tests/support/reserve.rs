@@ -89,8 +89,13 @@ fn prompts<D: MatrixProduct + Clone + Debug>(device: &D, seed: u64) -> Result<()
                 .map_err(|error| error.to_string())?;
             let (_, peak) = engine.backend().memory();
             let (taken, asked) = (peak - before, asked.get().ok_or("nothing was asked for")?);
-            let memory =
-                MemoryOptions { weight_bytes: 0, chunk_rows: 64, kv_element_bytes: 2, more_tokens: 7 };
+            let memory = MemoryOptions {
+                weight_bytes: 0,
+                chunk_rows: 64,
+                kv_element_bytes: 2,
+                windows_at_once: 0,
+                more_tokens: 7,
+            };
             let all: Vec<&Plan> = plans.iter().collect();
             let told = MemoryEstimate::together(engine.config(), &all, &memory).total();
             if asked as u64 != told || taken > asked || asked > 2 * taken {

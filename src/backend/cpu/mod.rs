@@ -120,6 +120,10 @@ impl Backend for CpuBackend {
         size_of::<f32>()
     }
 
+    fn windows_at_once(&self) -> usize {
+        self.threads()
+    }
+
     fn chunk_rows(&self) -> usize {
         // Enough rows for every thread; beyond some thousands only memory grows.
         (512 * self.threads()).clamp(1024, 4096)

@@ -46,9 +46,10 @@ pub(super) fn query_key_products(query: &Tensor, kv: &Kv) -> Result<Scores, Back
         return Err(BackendError::Shape { operation: "query_key_products", problem });
     }
     let heads = kv.heads.len() * group;
-    let products = (0..heads).map(|head| products(query, kv, head, group)).collect::<Result<Vec<_>, _>>()?;
     let mut scores = Scores::zeros(heads, keys)?;
-    scores.data.copy_from_slice(&products.concat());
+    for (head, row) in scores.data.chunks_exact_mut(keys).enumerate() {
+        row.copy_from_slice(&products(query, kv, head, group)?);
+    }
     Ok(scores)
 }
 

@@ -17,7 +17,8 @@ use crate::kernels::cuda_error_name;
 pub enum Unavailable {
     /// Built without nvcc, or with `FASTKV_CUDA=off`.
     #[error(
-        "this build has no CUDA kernels; build it where there is an nvcc (tools/setup-toolchain gets one)"
+        "this build has no CUDA kernels; build it where there is an nvcc, that of the CUDA toolkit or the one that NVCC \
+         names"
     )]
     NoKernels,
     /// No libcuda on the loader's path.
@@ -41,11 +42,10 @@ pub enum Unavailable {
         /// How many there are.
         count: u32,
     },
-    /// The kernels were compiled by a newer CUDA than the driver knows.
+    /// The driver lacks functions that are called, or the kernels were compiled by a newer CUDA than it knows.
     #[error(
-        "the NVIDIA driver is made for CUDA {}.{} and the kernels need {}.{} or newer: update the driver \
-         (CUDA 13.0 needs 580)",
-        driver.0, driver.1, needs.0, needs.1
+        "the NVIDIA driver is made for CUDA {}.{}, and {} {}.{} or newer: update the driver{}",
+        driver.0, driver.1, who_needs(*needs), needs.0, needs.1, release_hint(*needs)
     )]
     DriverTooOld {
         /// CUDA version of the driver.
@@ -75,7 +75,20 @@ pub enum Unavailable {
 fn chip_hint((major, minor): (u32, u32)) -> String {
     match major {
         0..=7 => "; they need 8.0 (Ampere) or newer".into(),
-        _ => format!("; rebuild with CUDA_COMPUTE_CAP={major}{minor}"),
+        _ => format!("; rebuild with FASTKV_COMPUTE_CAP={major}{minor}"),
+    }
+}
+
+fn who_needs(cuda_version: (u32, u32)) -> &'static str {
+    if cuda_version == OLDEST_DRIVER { "this program needs" } else { "its kernels need" }
+}
+
+/// The first release of the driver that is made for a version of CUDA.
+fn release_hint(cuda_version: (u32, u32)) -> &'static str {
+    match cuda_version {
+        (12, 8) => " to release 570 or newer",
+        (13, 0) => " to release 580 or newer",
+        _ => "",
     }
 }
 
@@ -312,7 +325,7 @@ mod tests {
     fn chip_without_an_image() {
         let message = |compute_capability| Unavailable::NoImage { compute_capability }.to_string();
         let built = "the kernels were not built for compute capability";
-        assert_eq!(message((8, 6)), format!("{built} 8.6; rebuild with CUDA_COMPUTE_CAP=86"));
+        assert_eq!(message((8, 6)), format!("{built} 8.6; rebuild with FASTKV_COMPUTE_CAP=86"));
         assert_eq!(message((7, 5)), format!("{built} 7.5; they need 8.0 (Ampere) or newer"));
     }
 
@@ -331,9 +344,15 @@ mod tests {
         assert_eq!(driver((13, 0)).device(0, (13, 2)).unwrap().name, "one");
         let error = driver((12, 9)).device(0, (13, 0)).unwrap_err();
         assert_eq!(error, Unavailable::DriverTooOld { driver: (12, 9), needs: (13, 0) });
-        assert!(error.to_string().contains("made for CUDA 12.9 and the kernels need 13.0"), "{error}");
+        let message = |error: &Unavailable| error.to_string();
+        let parts =
+            "made for CUDA 12.9, and its kernels need 13.0 or newer: update the driver to release 580 or";
+        assert!(message(&error).contains(parts), "{error}");
         let error = driver((12, 7)).device(0, (12, 0)).unwrap_err();
         assert_eq!(error, Unavailable::DriverTooOld { driver: (12, 7), needs: (12, 8) });
+        let parts =
+            "made for CUDA 12.7, and this program needs 12.8 or newer: update the driver to release 570 or";
+        assert!(message(&error).contains(parts), "{error}");
         let error = driver((13, 0)).device(1, (13, 0)).unwrap_err();
         assert_eq!(error.to_string(), "there is no CUDA device 1; the driver sees 1");
     }

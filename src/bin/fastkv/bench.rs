@@ -10,15 +10,15 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use fastkv::backend::{Backend, BackendError};
 use fastkv::engine::{
-    Bytes, Cancel, Control, Engine, EngineError, MemoryEstimate, MemoryOptions, PrefillOptions, Progress,
-    Prompt,
+    Bytes, Cancel, Control, Engine, EngineError, MemoryEstimate, MemoryOptions, Prefill, PrefillOptions,
+    Progress, Prompt,
 };
 use fastkv::measure::{
     Measurable, SHAPES, StageSeconds, Staged, TimedPrefill, decode, median, parameters, prefill_by_stage,
     prefill_flops, random_engine, random_prompts, shape,
 };
 use fastkv::messages::count;
-use fastkv::model::{Dtype, LlamaConfig, ModelDir};
+use fastkv::model::{ContextLimit, Dtype, LlamaConfig, ModelDir};
 use fastkv::policy::{ModelShape, Plan, Policy};
 use fastkv::report::{Bench, BenchSettings, Measured, Skipped};
 
@@ -42,7 +42,8 @@ pub(crate) struct Arguments {
     shape: Option<String>,
     #[command(flatten)]
     machine: MachineOptions,
-    /// Lengths of the context [default: from 8192 to 131072 on a GPU, from 1024 to 8192 on a CPU]
+    /// Lengths of the context [default: from 8192 to 131072 on a GPU, from 1024 to 8192 on a CPU, as far as the model
+    /// takes them]
     #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1..)]
     tokens: Vec<usize>,
     /// Prompts that are read and answered together
@@ -118,6 +119,7 @@ struct Job {
 /// One run.
 struct Run {
     ttft_s: f64,
+    flops: f64,
     stages_s: Option<StageSeconds>,
     decode_tokens_per_s: Option<f64>,
     kv_kept_bytes: usize,
@@ -253,9 +255,21 @@ fn measure<B: Measurable>(
     let limit = config.context_limit();
     let mut lengths = arguments.tokens.clone();
     if lengths.is_empty() {
+        let most = limit.tokens.saturating_sub(arguments.decode);
+        if most == 0 {
+            let ContextLimit { tokens, reason } = &limit;
+            bail!(Usage(format!(
+                "--decode {}: the model's context takes {tokens} tokens ({reason}), so give at most {}",
+                arguments.decode,
+                tokens - 1
+            )));
+        }
         let own_memory = backend.free_memory().is_some();
         lengths = LENGTHS[usize::from(!own_memory)].to_vec();
-        lengths.retain(|length| length + arguments.decode <= limit.tokens);
+        lengths.retain(|length| *length <= most);
+        if lengths.is_empty() {
+            lengths.push(most);
+        }
     }
     let (model, shape) = match subject {
         Subject::Model(model) => (Some(model.path.to_string_lossy().into_owned()), None),
@@ -374,6 +388,10 @@ fn run_once<B: Measurable>(
     backend.forget_memory_peak();
     let TimedPrefill { mut prefills, seconds: ttft_s, stages: stages_s } =
         prefill_by_stage(engine, &prompts, &options, control, B::MARKED_ROWS)?;
+    let exact_shortcuts = options.exact_shortcuts;
+    let flops =
+        |prefill: &Prefill<_>| prefill_flops(engine.config(), plan, prefill.tsp_layer, exact_shortcuts);
+    let flops = prefills.iter().map(flops).sum();
     let kv_kept_bytes = prefills.iter().map(|prefill| prefill.cache.bytes(backend)).sum();
     // Its progress is that of the prompt again.
     let quiet = Control { progress: None, ..*control };
@@ -383,6 +401,7 @@ fn run_once<B: Measurable>(
     };
     Ok(Run {
         ttft_s,
+        flops,
         stages_s,
         decode_tokens_per_s,
         kv_kept_bytes,
@@ -407,7 +426,7 @@ fn summarise(arguments: &Arguments, config: &LlamaConfig, jobs: &[Job], report: 
         let at_length = |other: &&Job| other.name == PolicyName::Full && other.plan.prompt_tokens == tokens;
         let full = jobs.iter().find(at_length).and_then(ttft);
         let full_plan = Policy::Full.plan(plan.shape, tokens)?;
-        let [flops, of_full] = [plan, &full_plan].map(|plan| prefill_flops(config, plan, exact_shortcuts));
+        let of_full = batch * prefill_flops(config, &full_plan, None, exact_shortcuts);
         let rates: Vec<f64> = runs.iter().filter_map(|run| run.decode_tokens_per_s).collect();
         report.measured.push(Measured {
             policy: name.text(),
@@ -417,8 +436,8 @@ fn summarise(arguments: &Arguments, config: &LlamaConfig, jobs: &[Job], report: 
             ttft_runs_s: runs.iter().map(|run| run.ttft_s).collect(),
             ttft_speedup: full.map(|full| full / ttft_s),
             stages_s: last.stages_s,
-            flops: batch * flops,
-            flop_bound: of_full / flops,
+            flops: last.flops,
+            flop_bound: of_full / last.flops,
             decode_tokens_per_s: median(&rates),
             decode_runs_tokens_per_s: rates,
             kv_full_bytes: *kv_full_bytes,

@@ -21,21 +21,27 @@ impl Output {
     /// Finds out now whether the file can be written.
     pub(crate) fn prepare(path: &Path) -> Result<Self> {
         let unwritable = || format!("{} cannot be written", path.display());
-        let temporary = match fs::metadata(path) {
+        let found = fs::metadata(path);
+        match &found {
             Ok(found) if found.is_dir() => bail!("{} cannot be written: it is a directory", path.display()),
-            Ok(found) if !is_replaceable(path, &found) => None,
-            found => {
-                if found.is_ok() {
-                    File::options().append(true).open(path).with_context(unwritable)?;
-                }
-                let name = path.file_name().with_context(unwritable)?.to_string_lossy();
-                let temporary = path.with_file_name(format!(".{name}.{}", std::process::id()));
-                File::create_new(&temporary).with_context(unwritable)?;
-                fs::remove_file(&temporary).with_context(unwritable)?;
-                Some(temporary)
+            Ok(found) if !is_replaceable(path, found) => {
+                return Ok(Self { path: path.to_path_buf(), temporary: None });
             }
+            _ => {}
+        }
+        // Not the link to a file gives way, but the file.
+        let path = match &found {
+            Ok(_) => fs::canonicalize(path).with_context(unwritable)?,
+            Err(_) => path.to_path_buf(),
         };
-        Ok(Self { path: path.to_path_buf(), temporary })
+        if found.is_ok() {
+            File::options().append(true).open(&path).with_context(unwritable)?;
+        }
+        let name = path.file_name().with_context(unwritable)?.to_string_lossy();
+        let temporary = path.with_file_name(format!(".{name}.{}", std::process::id()));
+        File::create_new(&temporary).with_context(unwritable)?;
+        fs::remove_file(&temporary).with_context(unwritable)?;
+        Ok(Self { path, temporary: Some(temporary) })
     }
 
     /// Writes it.
@@ -48,6 +54,9 @@ impl Output {
         let written = File::create(temporary)
             .and_then(|mut file| {
                 file.write_all(contents)?;
+                if let Ok(before) = fs::metadata(&self.path) {
+                    file.set_permissions(before.permissions())?;
+                }
                 file.sync_all()
             })
             .and_then(|()| fs::rename(temporary, &self.path));

@@ -78,9 +78,16 @@ fn spans_of(text: &str, pieces: &[String]) -> Result<Vec<Range<usize>>> {
         ends.push(ends.last().unwrap_or(&0) + piece.len());
     }
     let token = |byte: usize| ends.partition_point(|end| *end <= byte);
+    // The text of a letter is that of the last token of those that give its bytes.
+    let letter = |byte: usize| match token(byte) {
+        token if ends[token] - pieces[token].len() == byte => {
+            ends.partition_point(|end| *end < byte) + usize::from(byte > 0)
+        }
+        token => token,
+    };
     let spans: Vec<_> = prompt
         .match_indices(text)
-        .map(|(first, found)| token(first)..token(first + found.len() - 1) + 1)
+        .map(|(first, found)| letter(first)..token(first + found.len() - 1) + 1)
         .collect();
     if spans.is_empty() {
         bail!(Usage(format!("--steer {text:?} is not in the prompt")));
@@ -109,6 +116,11 @@ mod tests {
         assert_eq!(spans_of("number", &pieces).expect("there"), vec![Range { start: 2, end: 4 }]);
         assert_eq!(spans_of("the num", &pieces).expect("twice"), [1..3, 5..7]);
         assert_eq!(spans_of("e n", &pieces).expect("twice"), [1..3, 5..7]);
+        // The second and the third token give bytes of the letter that the fourth one ends.
+        let pieces = ["a", "", "", "日本", "", "語"].map(String::from);
+        assert_eq!(spans_of("日", &pieces).expect("there"), vec![Range { start: 1, end: 4 }]);
+        assert_eq!(spans_of("本", &pieces).expect("there"), vec![Range { start: 3, end: 4 }]);
+        assert_eq!(spans_of("本語", &pieces).expect("there"), vec![Range { start: 3, end: 6 }]);
         assert!(spans_of("numbers", &pieces).is_err());
         assert!(spans_of("", &pieces).is_err());
     }

@@ -21,6 +21,8 @@ pub struct KvBatch<D: Device> {
     sequences: usize,
     /// Entries that the longest list can have.
     capacity: usize,
+    /// i32, what each list can have.
+    capacities: Block<D>,
     /// Of each sequence, whether all its lists hold the same tokens.
     shared: Vec<bool>,
     /// Raised by a step that finds no room.
@@ -35,13 +37,13 @@ pub struct Recording<D: Device> {
     graph: Option<Box<dyn Graph>>,
     /// Why nothing is captured, where that is so.
     declined: Option<String>,
-    /// Rotary frequencies that the graph reads, which are otherwise the backend's.
-    frequencies: Option<Arc<Block<D>>>,
+    /// What the graph reads and others may let go of.
+    held: Vec<Arc<Block<D>>>,
 }
 
 impl<D: Device> Default for Recording<D> {
     fn default() -> Self {
-        Self { pool: None, graph: None, declined: None, frequencies: None }
+        Self { pool: None, graph: None, declined: None, held: Vec::new() }
     }
 }
 
@@ -75,10 +77,12 @@ pub(super) fn join<D: MatrixProduct + Debug>(
         }
     };
     let capacity = kv.lists.iter().map(|list| list.length).max().unwrap_or(0).saturating_add(room);
+    let capacities: Vec<i32> = kv.lists.iter().map(|list| list.capacity as i32).collect();
+    let capacities = backend.machine.upload("capacities of lists", &capacities)?;
     let full = backend.machine.upload("a flag", &[0_i32])?;
     let counters = backend.machine.array("counters of decoding", kv.lists.len() + 1, 4)?;
     counters.fill(0)?;
-    Ok(KvBatch { kv, sequences, capacity, shared, full, counters })
+    Ok(KvBatch { kv, sequences, capacity, capacities, shared, full, counters })
 }
 
 pub(super) fn split<D: MatrixProduct + Debug>(
@@ -112,7 +116,7 @@ pub(super) fn decode_attention<D: MatrixProduct + Debug>(
     positions: &Indices<D>,
     batch: &KvBatch<D>,
 ) -> Result<Tensor<D>, BackendError> {
-    let KvBatch { kv, sequences, capacity, full, counters, .. } = batch;
+    let KvBatch { kv, sequences, capacity, capacities, full, counters, .. } = batch;
     let (rows, heads) = (*sequences, kv.lists.len() / sequences);
     let width = heads * kv.head_dim;
     let whole_groups = queries.width > 0 && queries.width.is_multiple_of(width);
@@ -134,6 +138,7 @@ pub(super) fn decode_attention<D: MatrixProduct + Debug>(
     let of_sequences = |x: &Tensor<D>| Rows { sequence_stride: x.width as i64, ..x.heads(0, kv.head_dim) };
     let work = Decode {
         cache: abi::Cache {
+            capacities: capacities.address(),
             capacity: *capacity as i32,
             sequences: rows as i32,
             heads: heads as i32,
@@ -163,15 +168,18 @@ pub(super) fn decode_attention<D: MatrixProduct + Debug>(
 
 /// Does `work` once as it is, so that all its memory is there and all kernels are loaded; captures it when it comes
 /// again; and from then on queues what was captured.
-pub(super) fn repeat<D: MatrixProduct + Debug, E: From<BackendError> + Display>(
+///
+/// # Safety
+/// As for [`Backend::repeat`](crate::backend::Backend::repeat).
+pub(super) unsafe fn repeat<D: MatrixProduct + Debug, E: From<BackendError> + Display>(
     backend: &CudaBackend<D>,
     recording: &mut Recording<D>,
     mut work: impl FnMut() -> Result<(), E>,
 ) -> Result<(), E> {
-    let Recording { pool, graph, declined, frequencies } = recording;
+    let Recording { pool, graph, declined, held } = recording;
     let launch = |graph: &dyn Graph| {
-        // SAFETY: the pool keeps the memory of what was captured, `frequencies` what the backend would let go of when it
-        // is asked for others; handles that `work` uses are the caller's.
+        // SAFETY: the pool keeps the memory of what was captured, `held` what is shared, and the caller the handles that
+        // `work` uses.
         unsafe { graph.launch() }.map_err(|error| E::from(error.into()))
     };
     if let Some(graph) = graph {
@@ -188,17 +196,18 @@ pub(super) fn repeat<D: MatrixProduct + Debug, E: From<BackendError> + Display>(
         };
         pool.captures.store(true, Relaxed);
         // SAFETY: as above; what is captured is not queued before.
-        let captured = backend.machine.with_pool(pool, || unsafe { backend.device().capture(&mut queue) });
+        let captured = || unsafe { backend.device().capture(&mut queue) };
+        let (captured, shared) = backend.machine.with_pool(pool, captured);
         pool.captures.store(false, Relaxed);
         // A step that cannot be captured can still be done.
         *declined = Some(match captured {
             Ok(Some(captured)) => {
-                *frequencies = backend.last_frequencies();
+                *held = shared;
                 return launch(graph.insert(captured).as_ref());
             }
             Ok(None) => "the device captures nothing".to_owned(),
             Err(error) => error.to_string(),
         });
     }
-    backend.machine.with_pool(pool, work)
+    backend.machine.with_pool(pool, work).0
 }

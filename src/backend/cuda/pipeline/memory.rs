@@ -1,8 +1,9 @@
 //! Device memory that gives itself back, and the books on it.
 
 use std::fmt;
+use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
 use crate::backend::BackendError;
@@ -13,8 +14,17 @@ pub(super) struct Machine<D: Device> {
     pub(super) device: D,
     live: AtomicUsize,
     peak: AtomicUsize,
-    /// Where the blocks of a thread come from while it does work that repeats.
-    pools: Mutex<Vec<(ThreadId, Arc<Pool<D>>)>>,
+    /// Threads that do work which repeats.
+    repeating: Mutex<Vec<Repeating<D>>>,
+}
+
+/// A thread at work that repeats.
+struct Repeating<D: Device> {
+    thread: ThreadId,
+    /// Where its blocks come from.
+    pool: Arc<Pool<D>>,
+    /// Blocks that the work shares with others.
+    held: Vec<Arc<Block<D>>>,
 }
 
 /// A block of device memory. It goes back once the work queued so far is done with it.
@@ -36,7 +46,7 @@ pub(super) struct Pool<D: Device> {
 
 impl<D: Device> Machine<D> {
     pub(super) fn new(device: D) -> Self {
-        Self { device, live: AtomicUsize::new(0), peak: AtomicUsize::new(0), pools: Mutex::default() }
+        Self { device, live: AtomicUsize::new(0), peak: AtomicUsize::new(0), repeating: Mutex::default() }
     }
 
     /// A block with undefined contents.
@@ -55,7 +65,7 @@ impl<D: Device> Machine<D> {
             }
         }
         let address = self.device.alloc(bytes).map_err(|error| match error {
-            Error::Driver { code: OUT_OF_MEMORY, .. } => BackendError::OutOfMemory { what, bytes },
+            error if error.is_out_of_memory() => BackendError::OutOfMemory { what, bytes },
             error => error.into(),
         })?;
         let live = self.live.fetch_add(bytes, Relaxed) + bytes;
@@ -63,34 +73,45 @@ impl<D: Device> Machine<D> {
         Ok(Block { machine: Arc::clone(self), address, bytes, pool })
     }
 
-    /// Does `work` with the blocks of a pool.
-    pub(super) fn with_pool<T>(&self, pool: &Arc<Pool<D>>, work: impl FnOnce() -> T) -> T {
+    /// Does `work` with the blocks of a pool; also returns what it [holds](Self::hold).
+    pub(super) fn with_pool<T>(
+        &self,
+        pool: &Arc<Pool<D>>,
+        work: impl FnOnce() -> T,
+    ) -> (T, Vec<Arc<Block<D>>>) {
         /// Even where `work` panics.
         struct Entered<'a, D: Device>(&'a Machine<D>);
         impl<D: Device> Drop for Entered<'_, D> {
             fn drop(&mut self) {
                 let this = thread::current().id();
-                self.0
-                    .pools
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .retain(|(thread, _)| *thread != this);
+                self.0.repeating().retain(|repeating| repeating.thread != this);
             }
         }
-        let entered = Entered(self);
-        let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        pools.push((thread::current().id(), Arc::clone(pool)));
-        drop(pools);
+        let _entered = Entered(self);
+        let (thread, pool) = (thread::current().id(), Arc::clone(pool));
+        self.repeating().push(Repeating { thread, pool, held: Vec::new() });
         let done = work();
-        drop(entered);
-        done
+        (done, self.of_thread(|repeating| mem::take(&mut repeating.held)).unwrap_or_default())
+    }
+
+    /// Keeps a block for as long as the work of this thread can be repeated, where that is what it does.
+    pub(super) fn hold(&self, block: &Arc<Block<D>>) {
+        self.of_thread(|repeating| repeating.held.push(Arc::clone(block)));
+    }
+
+    fn repeating(&self) -> MutexGuard<'_, Vec<Repeating<D>>> {
+        self.repeating.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What there is to know of this thread, where it does work that repeats.
+    fn of_thread<T>(&self, look: impl FnOnce(&mut Repeating<D>) -> T) -> Option<T> {
+        let this = thread::current().id();
+        self.repeating().iter_mut().find(|repeating| repeating.thread == this).map(look)
     }
 
     /// The pool of this thread.
     fn pool(&self) -> Option<Arc<Pool<D>>> {
-        let this = thread::current().id();
-        let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        pools.iter().find(|(thread, _)| *thread == this).map(|(_, pool)| Arc::clone(pool))
+        self.of_thread(|repeating| Arc::clone(&repeating.pool))
     }
 
     /// Copies from and to the host take place once, so they are no part of work that repeats.
@@ -133,6 +154,10 @@ impl<D: Device> Machine<D> {
 }
 
 impl<D: Device> Block<D> {
+    pub(super) fn is_of(&self, machine: &Arc<Machine<D>>) -> bool {
+        Arc::ptr_eq(&self.machine, machine)
+    }
+
     pub(super) fn address(&self) -> u64 {
         self.address
     }
@@ -247,9 +272,6 @@ impl<D: Device> fmt::Debug for Block<D> {
         write!(f, "{} bytes at {:#x}", self.bytes, self.address)
     }
 }
-
-/// `CUDA_ERROR_OUT_OF_MEMORY`.
-const OUT_OF_MEMORY: u32 = 2;
 
 /// Work asked for what a captured piece cannot have.
 fn not_captured(what: String) -> BackendError {

@@ -227,22 +227,19 @@ impl<D: MatrixProduct + Debug> CudaBackend<D> {
         Ok(unsafe { self.device().matmul(&work) }?)
     }
 
-    /// Those that were asked for last.
-    fn last_frequencies(&self) -> Option<Arc<Block<D>>> {
-        let last = self.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
-        last.as_ref().map(|(_, block)| Arc::clone(block))
-    }
-
     fn frequencies(&self, values: &[f32]) -> Result<Arc<Block<D>>, BackendError> {
         let mut last = self.frequencies.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*last {
-            Some((known, block)) if known == values => Ok(Arc::clone(block)),
+        let block = match &*last {
+            Some((known, block)) if known == values => Arc::clone(block),
             _ => {
                 let block = Arc::new(self.machine.upload("rotary frequencies", values)?);
                 *last = Some((values.to_vec(), Arc::clone(&block)));
-                Ok(block)
+                block
             }
-        }
+        };
+        // Another thread may ask for others, and this block would go.
+        self.machine.hold(&block);
+        Ok(block)
     }
 
     /// A store with lists of these lengths and so many rows more in each.
@@ -669,6 +666,10 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         self.write_lengths(kv)
     }
 
+    fn owns(&self, kv: &Kv<D>) -> bool {
+        kv.keys.is_of(&self.machine)
+    }
+
     fn kv_lengths(&self, kv: &Kv<D>) -> Vec<usize> {
         kv.lists.iter().map(|list| list.length).collect()
     }
@@ -924,12 +925,13 @@ impl<D: MatrixProduct + Debug> Backend for CudaBackend<D> {
         batch::decode_attention(self, queries, keys, values, positions, batch)
     }
 
-    fn repeat<E: From<BackendError> + Display>(
+    unsafe fn repeat<E: From<BackendError> + Display>(
         &self,
         recording: &mut Recording<D>,
         work: impl FnMut() -> Result<(), E>,
     ) -> Result<(), E> {
-        batch::repeat(self, recording, work)
+        // SAFETY: the caller's promise.
+        unsafe { batch::repeat(self, recording, work) }
     }
 
     fn read(&self, x: &Tensor<D>) -> Result<Vec<f32>, BackendError> {
