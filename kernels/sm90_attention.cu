@@ -118,22 +118,23 @@ static_assert(STAGES == 2, "the other stage is the next");
 // The same number in all lanes, known to be so.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
-// Keys of an item that are not like others: those that are biased, where its head has a bias, and those without a page.
-struct Marks {
-    float bias; // 0 for none
+// The bias of an item, where its head has one.
+struct Bias {
+    float value;
     const uint32_t* words;
     int32_t keys;
-    bool lacks_page;
-    int32_t sequence;
 
-    // The bits of the biased keys of a tile.
+    // The bits of a tile of keys.
     __device__ __forceinline__ void load(uint32_t (&bits)[ROWS / 32], int32_t block) const {
 #pragma unroll
         for (int i = 0; i < ROWS / 32; ++i) {
-            bits[i] = bias != 0.0f ? biased_keys(words, block * ROWS + 32 * i, keys) : 0;
+            bits[i] = biased_keys(words, block * ROWS + 32 * i, keys);
         }
     }
 };
+
+// Which keys of a tile are not like others.
+enum class Marks { NONE, BIASED, ABSENT };
 
 // What stands before this stays there. ptxas takes arithmetic past a wait for products that it does not need, and the
 // softmax would begin when the products beside which it is to run are done; past a branch it takes nothing. `never` is
@@ -449,28 +450,34 @@ struct Consumer {
         }
     }
 
-    // What marks do to the logits of a tile; `biased` are the bits of its biased keys.
-    __device__ __forceinline__ void mark(int32_t block, const Marks& marks, const uint32_t (&biased)[ROWS / 32]) {
-        if (marks.bias != 0.0f) {
-            add_bias(s, biased, marks.bias);
+    // What becomes of the logits of keys that are biased, given their bits, or have no page. Where some have none the bias
+    // is loaded now, if there is one: such tiles are few.
+    template <Marks marks>
+    __device__ __forceinline__ void mark(int32_t block, int32_t sequence, const Bias& bias,
+                                         uint32_t (&words)[ROWS / 32]) {
+        if (marks == Marks::BIASED) {
+            add_bias(s, words, bias.value);
         }
-        if (marks.lacks_page) {
-            uint32_t absent[ROWS / 32];
+        if (marks == Marks::ABSENT) {
+            if (bias.value != 0.0f) {
+                bias.load(words, block);
+                add_bias(s, words, bias.value);
+            }
 #pragma unroll
             for (int i = 0; i < ROWS / 32; ++i) {
                 const int32_t key = block * ROWS + 32 * i + threadIdx.x % 32;
-                absent[i] = __ballot_sync(~0u, key < marks.keys && page_of(p.pages, marks.sequence, key) < 0);
+                words[i] = __ballot_sync(~0u, key < bias.keys && page_of(p.pages, sequence, key) < 0);
             }
-            hide_absent(s, absent);
+            hide_absent(s, words);
         }
     }
 
     // Logits of one tile of keys while the values of the tile before are multiplied.
-    template <bool masked, bool marked>
-    __device__ __forceinline__ void step(int32_t block, const Marks& marks) {
+    template <bool masked, Marks marks>
+    __device__ __forceinline__ void step(int32_t block, int32_t sequence, const Bias& bias) {
         uint32_t words[ROWS / 32];
-        if (marked) {
-            marks.load(words, block);
+        if (marks == Marks::BIASED) {
+            bias.load(words, block);
         }
         const Ring before = ring;
         ring.advance();
@@ -484,9 +491,7 @@ struct Consumer {
         products_wait<1>(s);
         release(shared.empty_k[ring.stage]);
         stay_before(s[0][0] > FLT_MAX);
-        if (marked) {
-            mark(block, marks, words);
-        }
+        mark<marks>(block, sequence, bias, words);
         update<masked>(block);
         stay_before(softmax.sum[0] + softmax.sum[1] < 0.0f);
         products_wait<0>(out);
@@ -495,32 +500,30 @@ struct Consumer {
         finish_tile();
     }
 
-    template <bool marked>
+    template <Marks marks>
     __device__ __forceinline__ void attend(const Item& item) {
         int32_t block = int32_t(uniform(item.blocks)) - 1;
         const int32_t all_see = uniform(item.all_see[group]);
-        const Marks marks = {item.bias, bias_words(p, item.tile.tile.sequence), item.keys.tokens, item.lacks_page,
-                             item.tile.tile.sequence};
+        const int32_t sequence = item.tile.tile.sequence;
+        const Bias bias = {item.bias, bias_words(p, sequence), item.keys.tokens};
         uint32_t words[ROWS / 32];
-        if (marked) {
-            marks.load(words, block);
+        if (marks == Marks::BIASED) {
+            bias.load(words, block);
         }
         mbarrier_wait(shared.full_k[ring.stage], ring.parity);
         multiply_keys();
         products_wait<0>(s);
         release(shared.empty_k[ring.stage]);
-        if (marked) {
-            mark(block, marks, words);
-        }
+        mark<marks>(block, sequence, bias, words);
         update<true>(block);
         finish_tile();
 #pragma unroll 1
         while (--block >= all_see) {
-            step<true, marked>(block, marks);
+            step<true, marks>(block, sequence, bias);
         }
 #pragma unroll 1
         for (; block >= 0; --block) {
-            step<false, marked>(block, marks);
+            step<false, marks>(block, sequence, bias);
         }
         mbarrier_wait(shared.full_v[ring.stage], ring.parity);
         multiply_values();
@@ -691,10 +694,12 @@ struct Consumer {
                 last[half] = own < item.queries.tokens ? last_key(p, item.queries, item.keys, own) : INT32_MAX;
             }
             if (uniform(item.blocks) > 0) {
-                if (uniform(item.bias != 0.0f || item.lacks_page)) {
-                    attend<true>(item);
+                if (uniform(item.lacks_page)) {
+                    attend<Marks::ABSENT>(item);
+                } else if (uniform(item.bias != 0.0f)) {
+                    attend<Marks::BIASED>(item);
                 } else {
-                    attend<false>(item);
+                    attend<Marks::NONE>(item);
                 }
             }
             const bool suspect[2] = {is_suspect(0), is_suspect(1)};

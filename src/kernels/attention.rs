@@ -131,7 +131,7 @@ pub unsafe fn prefill_attention<D: Launcher + ?Sized>(
     };
     let items = items(work, &traits);
     let lse = work.lse.or_else(|| (lse > 0).then(own_lse)).unwrap_or_default();
-    let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
+    let bias = work.bias.unwrap_or_default();
     let scores = work.scores;
     let params = PrefillAttentionParams {
         q: work.q,
@@ -476,18 +476,8 @@ fn check_tensors(work: &PrefillAttention, workspace_bytes: usize) -> Result<(), 
     if let Some(scores) = work.scores {
         outputs.push(("scores", scores.check(sequences, scores.count(query_heads, kv_heads), keys)?));
     }
-    if !work.workspace.is_multiple_of(256) {
-        let value = format!("{:#x}", work.workspace);
-        return Err(Error::argument("workspace", value, "a device address, a multiple of 256"));
-    }
-    if work.workspace_bytes < workspace_bytes {
-        return Err(Error::argument(
-            "workspace_bytes",
-            work.workspace_bytes,
-            format!("{workspace_bytes} or more, as prefill_attention_workspace says"),
-        ));
-    }
-    let workspace = range("workspace", work.workspace, workspace_bytes as i128, 1, Presence::Needed)?;
+    let says = "prefill_attention_workspace";
+    let workspace = check::workspace(work.workspace, work.workspace_bytes, workspace_bytes, says)?;
     outputs.push(("workspace", workspace));
 
     check::apart(&outputs, &inputs)

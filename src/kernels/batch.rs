@@ -34,7 +34,7 @@ pub struct Lengths {
 
 /// A number that is added to the scaled logit of a query head and a key where both are marked: attention
 /// steering as in PASTA (arXiv 2311.02262), whose rescaling by a factor is a bias of its logarithm.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Bias {
     /// Address of u32 words, bit `h % 32` of word `h / 32` for query head h.
     pub heads: u64,

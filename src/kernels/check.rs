@@ -183,6 +183,25 @@ pub(super) fn range(
     Ok(base..end as u64)
 }
 
+/// A multiple of which the addresses of workspaces, and of their parts, are.
+pub(super) const WORKSPACE_ALIGNMENT: u64 = 256;
+
+/// The addresses of a workspace of `bytes`, of which `needed` are, as the function of that name says.
+pub(super) fn workspace(address: u64, bytes: usize, needed: usize, says: &str) -> Result<Range<u64>, Error> {
+    if needed == 0 {
+        return Ok(0..0);
+    }
+    if address == 0 || !address.is_multiple_of(WORKSPACE_ALIGNMENT) {
+        let expected = format!("a device address, a multiple of {WORKSPACE_ALIGNMENT}");
+        return Err(Error::argument("workspace", format_args!("{address:#x}"), expected));
+    }
+    if bytes < needed {
+        let expected = format!("{needed} or more, as {says} says");
+        return Err(Error::argument("workspace_bytes", bytes, expected));
+    }
+    range("workspace", address, needed as i128, 1, Presence::Needed)
+}
+
 pub(super) fn disjoint(
     what: &str,
     range: &Range<u64>,

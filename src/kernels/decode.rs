@@ -5,8 +5,6 @@
 //! for every step. A list is split by its own length alone and merged in a fixed order: its output is the
 //! same bit for bit, whatever else is in the batch and whatever the device.
 
-use std::ops::Range;
-
 use super::{
     DType, Error, Kernel, Launch, Launcher,
     batch::{self, Bias, Lengths, Lse},
@@ -19,7 +17,6 @@ use crate::abi::{self, Cache, DecodeParams, Rows};
 pub const MAX_TOKENS: u32 = 8;
 
 /// What the parts of a workspace are aligned to.
-const ALIGNMENT: u64 = 256;
 
 /// Blocks of an SM: with two tiles of keys and values each, enough bytes in flight.
 const BLOCKS: u32 = 3;
@@ -112,7 +109,7 @@ pub unsafe fn decode<D: Launcher + ?Sized>(device: &D, work: &Decode) -> Result<
     let Workspace { statistics, partials, bytes } = split.workspace(work);
     check_tensors(work, &split, bytes)?;
 
-    let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
+    let bias = work.bias.unwrap_or_default();
     let params = DecodeParams {
         cache: *cache,
         q: work.q,
@@ -217,9 +214,10 @@ impl Split {
         // A list of one chunk is written out at once.
         let rows = if self.chunks > 1 { u64::from(self.items()) * u64::from(self.queries) } else { 0 };
         let counters = if work.counters == 0 { self.counters() } else { 0 };
-        let statistics = (4 * counters).next_multiple_of(ALIGNMENT);
-        let partials = statistics + (8 * rows).next_multiple_of(ALIGNMENT);
-        let bytes = partials + (4 * rows * u64::from(self.head_dim)).next_multiple_of(ALIGNMENT);
+        let statistics = (4 * counters).next_multiple_of(check::WORKSPACE_ALIGNMENT);
+        let partials = statistics + (8 * rows).next_multiple_of(check::WORKSPACE_ALIGNMENT);
+        let bytes =
+            partials + (4 * rows * u64::from(self.head_dim)).next_multiple_of(check::WORKSPACE_ALIGNMENT);
         Workspace { statistics, partials, bytes: bytes as usize }
     }
 }
@@ -303,7 +301,9 @@ fn check_tensors(work: &Decode, split: &Split, workspace_bytes: usize) -> Result
         inputs.extend([("bias.heads", of_heads), ("bias.keys", of_keys)]);
     }
     let counters = range("counters", work.counters, split.counters().into(), 4, Presence::Optional)?;
-    outputs.extend([("counters", counters), ("workspace", check_workspace(work, workspace_bytes)?)]);
+    let workspace =
+        check::workspace(work.workspace, work.workspace_bytes, workspace_bytes, "decode_workspace")?;
+    outputs.extend([("counters", counters), ("workspace", workspace)]);
     if appends {
         each_apart(&entries, &inputs)?;
         outputs.extend(state);
@@ -312,18 +312,4 @@ fn check_tensors(work: &Decode, split: &Split, workspace_bytes: usize) -> Result
     }
     inputs.extend(entries);
     apart(&outputs, &inputs)
-}
-
-fn check_workspace(work: &Decode, bytes: usize) -> Result<Range<u64>, Error> {
-    if bytes == 0 {
-        return Ok(0..0);
-    }
-    if !work.workspace.is_multiple_of(ALIGNMENT) || work.workspace == 0 {
-        let expected = format!("a device address, a multiple of {ALIGNMENT}");
-        return Err(Error::argument("workspace", format_args!("{:#x}", work.workspace), expected));
-    }
-    if work.workspace_bytes < bytes {
-        return Err(Error::argument("workspace_bytes", work.workspace_bytes, format!("{bytes} or more")));
-    }
-    range("workspace", work.workspace, bytes as i128, 1, Presence::Needed)
 }

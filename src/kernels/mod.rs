@@ -31,7 +31,7 @@
 //!   version adds stands there for what was before, so that literals which end like this go on to compile. Counts of 0
 //!   are no error: then there is nothing to do, and nothing is launched.
 //! * **Tensors** are an address in bytes and strides in elements, the last dimension dense. Addresses and strides of rows
-//!   are multiples of 16 bytes, workspaces of 256 (a selection takes 16).
+//!   are multiples of 16 bytes, workspaces of 256.
 //! * **Lengths** and counts that change from batch to batch lie on the device. What a description says of them is a
 //!   bound, which memory must have room for. Sequences of no tokens are legal.
 //! * **Workspaces** are the caller's, and need not be cleared. `*_workspace` looks at sizes alone, so addresses may be 0

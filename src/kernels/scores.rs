@@ -18,8 +18,6 @@
 #![doc = include_str!("example_pages.rs")]
 //! ```
 
-use std::ops::Range;
-
 use super::{
     DType, Error, Kernel, Launch, Launcher,
     batch::{self, Bias, Lengths, Lse, ScoreRows, Scores, Window},
@@ -199,7 +197,7 @@ pub(super) fn prepare(work: &WindowScores) -> Result<Option<Prepared>, Error> {
     let slots = form.slots(columns);
     let fits = columns <= slots * SLOT_COLUMNS;
     let block_keys = if fits { resident_block_keys(work) } else { form.step_keys };
-    let bias = work.bias.unwrap_or(Bias { heads: 0, keys: 0, key_stride: 0, value: 0.0 });
+    let bias = work.bias.unwrap_or_default();
     // Found here, it is of the windows alone.
     let own_lse = || Lse::padded(work.workspace + workspace(work).partials as u64, work.query_heads, window);
     let lse = work.lse.unwrap_or_else(own_lse);
@@ -447,23 +445,10 @@ fn check_addresses(work: &WindowScores, workspace_bytes: usize) -> Result<(), Er
     }
 
     let heads = work.scores.count(query_heads, kv_heads);
-    let mut outputs = vec![("scores", work.scores.check(sequences, heads, keys)?)];
-    if workspace_bytes > 0 {
-        outputs.push(("workspace", check_workspace(work, workspace_bytes)?));
-    }
-    apart(&outputs, &inputs)
-}
-
-fn check_workspace(work: &WindowScores, needed: usize) -> Result<Range<u64>, Error> {
-    if !work.workspace.is_multiple_of(256) {
-        let value = format!("{:#x}", work.workspace);
-        return Err(Error::argument("workspace", value, "a device address, a multiple of 256"));
-    }
-    if work.workspace_bytes < needed {
-        let expected = format!("{needed} or more, as window_scores_workspace says");
-        return Err(Error::argument("workspace_bytes", work.workspace_bytes, expected));
-    }
-    range("workspace", work.workspace, needed as i128, 1, Presence::Needed)
+    let says = "window_scores_workspace";
+    let workspace = check::workspace(work.workspace, work.workspace_bytes, workspace_bytes, says)?;
+    let scores = work.scores.check(sequences, heads, keys)?;
+    apart(&[("scores", scores), ("workspace", workspace)], &inputs)
 }
 
 /// Everything about a pooling but its addresses.

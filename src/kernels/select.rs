@@ -6,12 +6,10 @@
 //! captured in a CUDA graph and replayed for other lengths. What is kept depends on a row's scores alone,
 //! to the bit: not on the rest of the batch, the device, or the kernels that did it.
 
-use std::ops::Range;
-
 use super::{
     Error, Kernel, Launch, Launcher,
     batch::{Lengths, ScoreRows},
-    check::{Presence, disjoint, last, range},
+    check::{self, Presence, apart, last, range},
     images,
 };
 use crate::abi::{self, Pooling, SelectParams};
@@ -66,7 +64,7 @@ pub struct SelectTopk {
     pub kept_lengths: u64,
     /// Room for indices in each row of `kept`.
     pub capacity: u32,
-    /// Address of scratch memory, a multiple of 16; what it holds does not matter. May be 0 where none is
+    /// Address of scratch memory, a multiple of 256; what it holds does not matter. May be 0 where none is
     /// needed.
     pub workspace: u64,
     /// Its size; [`select_topk_workspace`] says how much is needed.
@@ -371,25 +369,11 @@ fn check_addresses(work: &SelectTopk, sizes: &Sizes, workspace_bytes: usize) -> 
         ("keys.cu_seqlens", work.keys.check_starts("keys", work.sequences)?),
         ("counts", range("counts", work.counts, rows, 4, Presence::Optional)?),
     ];
-    let mut written = vec![
+    let says = "select_topk_workspace";
+    let written = [
         ("kept", range("kept", work.kept, kept, 4, needed(kept))?),
         ("kept_lengths", range("kept_lengths", work.kept_lengths, rows, 4, Presence::Needed)?),
+        ("workspace", check::workspace(work.workspace, work.workspace_bytes, workspace_bytes, says)?),
     ];
-    if workspace_bytes > 0 {
-        written.push(("workspace", check_workspace(work, workspace_bytes)?));
-    }
-    for (number, (name, output)) in written.iter().enumerate() {
-        for (other_name, other) in read.iter().chain(&written[..number]) {
-            disjoint(name, output, other_name, other)?;
-        }
-    }
-    Ok(())
-}
-
-fn check_workspace(work: &SelectTopk, bytes: usize) -> Result<Range<u64>, Error> {
-    if work.workspace_bytes < bytes {
-        let expected = format!("{bytes} or more, as select_topk_workspace says");
-        return Err(Error::argument("workspace_bytes", work.workspace_bytes, expected));
-    }
-    range("workspace", work.workspace, bytes as i128, 1, Presence::Vectors)
+    apart(&written, &read)
 }

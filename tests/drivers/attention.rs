@@ -533,7 +533,7 @@ fn refuses() {
          0x4000000000000..0x4000000fa0000",
     );
 
-    refuses(|w| w.workspace = 0, "workspace is 0x0; it must be a device address, a multiple of 1");
+    refuses(|w| w.workspace = 0, "workspace is 0x0; it must be a device address, a multiple of 256");
     refuses(
         |w| w.workspace += 128,
         "workspace is 0x8000000000080; it must be a device address, a multiple of 256",

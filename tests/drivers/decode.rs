@@ -236,7 +236,10 @@ fn refuses() {
     );
     refuses(|w| w.counters = 6, "counters is 0x6; it must be a device address, a multiple of 4");
     refuses(|w| w.workspace = 128, "workspace is 0x80; it must be a device address, a multiple of 256");
-    refuses(|w| w.workspace_bytes = 4, "workspace_bytes is 4; it must be 4260096 or more");
+    refuses(
+        |w| w.workspace_bytes = 4,
+        "workspace_bytes is 4; it must be 4260096 or more, as decode_workspace says",
+    );
     refuses(
         |w| w.bias = Some(Bias { keys: 0, ..bias() }),
         "bias.keys is 0x0; it must be a device address, a multiple of 4",

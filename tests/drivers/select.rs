@@ -274,7 +274,7 @@ fn select_topk_refuses() {
     );
     refuses(
         |w| (w.form, w.workspace) = (Some(Form::Grid), 8),
-        "workspace is 0x8; it must be a device address, a multiple of 16",
+        "workspace is 0x8; it must be a device address, a multiple of 256",
     );
     refuses(
         |w| (w.form, w.workspace) = (Some(Form::Grid), w.kept),

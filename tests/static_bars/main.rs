@@ -90,12 +90,10 @@ fn no_kernel_spills(compiled: &[Compiled]) -> Result<(), String> {
 
 fn every_kernel_has_a_bar(compiled: &[Compiled]) -> Result<(), String> {
     compiled.iter().try_for_each(|kernel| {
-        let bars = bars::BARS.iter().filter(|bar| bar.covers(kernel)).count();
         let Compiled { entry, arch, .. } = kernel;
-        if bars == 1 {
-            Ok(())
-        } else {
-            Err(format!("{entry} on {arch} has {bars} bars in tests/static_bars/bars.rs"))
+        match bars::BARS.iter().any(|bar| bar.covers(kernel)) {
+            true => Ok(()),
+            false => Err(format!("{entry} on {arch} has no bar in tests/static_bars/bars.rs")),
         }
     })
 }
