@@ -224,7 +224,8 @@ struct Producer {
         }
         const int32_t row = threadIdx.x % 32 * min(p().pages.page_size, ROWS);
         const int32_t key = block * ROWS + row;
-        return row < ROWS && key < item.keys.tokens ? page_of(p().pages, item.tile.tile.sequence, key) : -1;
+        const bool is_key = block >= 0 && row < ROWS && key < item.keys.tokens;
+        return is_key ? page_of(p().pages, item.tile.tile.sequence, key) : -1;
     }
 
     // A tile of keys or values. Where they lie in pages each lane asks for its part: what is in one page, which is
