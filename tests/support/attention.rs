@@ -682,15 +682,16 @@ fn launch_with<D: Device>(
             value: bias.value,
         }
     });
-    let mut put = |tensor: &Tensor, elements: &Elements, pool: Option<&Pool>, spread| match pool {
-        Some(pool) => pool.put(&mut memory, |[sequence, head, token]| {
+    // A pool, where there is one, has other strides for values.
+    let mut put = |tensor: &Tensor, elements: &Elements, pool: Option<(&Pool, usize)>, spread| match pool {
+        Some((pool, gap)) => pool.put(&mut memory, gap, |[sequence, head, token]| {
             &elements.bits[tensor.element(sequence, head, token)..][..case.head_dim]
         }),
         None => tensor.spread_rows(memory.put_spread(bytemuck::cast_slice(&elements.bits), spread), spread),
     };
     let q = put(&queries, &inputs.q, None, query_spread);
-    let k = put(&keys, &inputs.k, pool.as_ref(), key_spread);
-    let v = put(&keys, &inputs.v, pool.as_ref(), key_spread);
+    let k = put(&keys, &inputs.k, pool.as_ref().map(|pool| (pool, 8)), key_spread);
+    let v = put(&keys, &inputs.v, pool.as_ref().map(|pool| (pool, 16)), key_spread);
     let counts: Vec<_> = key_counts.iter().map(|keys| *keys as i32).collect();
     let mut work = PrefillAttention {
         q,

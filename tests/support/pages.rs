@@ -75,13 +75,15 @@ impl Pool<'_> {
         }
     }
 
-    /// Puts a tensor of 16-bit elements, of which `row` gives those of a sequence, head and key. NaN is where no key is.
+    /// Puts a tensor of 16-bit elements, of which `row` gives those of a sequence, head and key, with `gap` between rows.
+    /// NaN is where no key is.
     pub(crate) fn put<'a, D: Device>(
         &self,
         memory: &mut Memory<'_, D>,
+        gap: usize,
         row: impl Fn([usize; 3]) -> &'a [u16],
     ) -> Rows {
-        let (size, width) = (self.paging.size, self.head_dim + 8);
+        let (size, width) = (self.paging.size, self.head_dim + gap);
         let [head_stride, token_stride] =
             if self.head_major { [size * width, width] } else { [width, self.heads * width] };
         let page_stride = self.heads * size * width + 16;

@@ -535,7 +535,7 @@ fn run_by<D: Device>(
             };
             let of_keys = case.rows(0, case.kv_heads, 1);
             let row = |at| &inputs.k.bits[case.element(&of_keys, 1, at)..][..case.head_dim];
-            (pool.put(&mut memory, row), pool.describe(&mut memory))
+            (pool.put(&mut memory, 8, row), pool.describe(&mut memory))
         }
         None => (case.put(&mut memory, Far::Keys, &inputs.k, [case.kv_heads, 1]), Pages::default()),
     };
