@@ -16,8 +16,6 @@ use crate::abi::{self, Cache, DecodeParams, Rows};
 /// New tokens of a sequence that one launch takes, at most.
 pub const MAX_TOKENS: u32 = 8;
 
-/// What the parts of a workspace are aligned to.
-
 /// Blocks of an SM: with two tiles of keys and values each, enough bytes in flight.
 const BLOCKS: u32 = 3;
 
