@@ -447,7 +447,7 @@ fn check_tensors(work: &PrefillAttention, workspace_bytes: usize) -> Result<(), 
         packed: lengths.cu_seqlens != 0,
     };
     let mut inputs = vec![("q", check_rows("q", &work.q, shape(query_heads, queries))?)];
-    if keys.tokens > 0 {
+    if keys.tokens > 0 || in_pages(work) {
         let mut stored = shape(kv_heads, keys);
         if in_pages(work) {
             let names = ["keys.tokens", "keys.cu_seqlens"];

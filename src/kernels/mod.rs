@@ -28,8 +28,8 @@
 //!   loaded. In a context of another kind, or through other bindings, the engine implements [`Launcher`].
 //! * **Descriptions** are plain structs. What a call does not need comes from `..Default::default()`: addresses of 0,
 //!   which are absent where that is allowed and refused where it is not, numbers of 0 and bf16. A field that a later
-//!   version adds stands there for what was before, so that literals which end like this go on to compile. Counts of 0
-//!   are no error: then there is nothing to do, and nothing is launched.
+//!   version adds stands there for what was before, so that literals which end like this go on to compile. Sequences,
+//!   tokens and rows may be 0: then there is nothing to do, and nothing is launched.
 //! * **Tensors** are an address in bytes and strides in elements, the last dimension dense. Addresses and strides of rows
 //!   are multiples of 16 bytes, workspaces of 256.
 //! * **Lengths** and counts that change from batch to batch lie on the device. What a description says of them is a

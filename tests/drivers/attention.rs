@@ -153,6 +153,11 @@ fn keys_may_lie_in_pages() {
         |w| w.keys = Lengths::dense(1025),
         "keys.tokens is 1025; it must be at most pages.table_pages * pages.page_size = 1024",
     );
+    // Pages are there, however few keys are.
+    refuses(
+        |w| (w.keys, w.k.base) = (Lengths::dense(0), 0),
+        "k is 0x0; it must be a device address, a multiple of 16",
+    );
     refuses(|w| w.pages.pages = 0, "pages.pages is 0; it must be 1 or more where there are pages");
     refuses(|w| w.pages.page_size = -1, "pages.page_size is -1; it must be 1 or more where there are pages");
     refuses(|w| w.pages.table = 2, "pages.table is 0x2; it must be a device address, a multiple of 4");
