@@ -21,7 +21,6 @@ mod progress;
 mod prompt;
 mod reading;
 mod report;
-mod selection;
 mod steering;
 mod suggest;
 mod tsp_layer;

@@ -3,13 +3,12 @@
 mod fastgen;
 mod heads;
 mod prompts;
+mod selection;
 mod tsp;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use fastkv::engine::Cancel;
-
-use crate::selection;
 
 /// Measure a model, to choose a policy's options by.
 #[derive(Args, Debug)]
